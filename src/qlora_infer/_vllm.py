@@ -1,0 +1,317 @@
+"""The only file that imports vLLM's engine: it translates arguments, requests, outputs and errors.
+
+Everything here was read in vLLM 0.32.0. What it touches beyond ``LLMEngine``'s public methods is named where it is
+touched, and ``tests/engine/test_vllm_internals.py`` fails when vLLM has changed it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any
+
+from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.errors import (
+    AdapterLoadError,
+    EngineDeadError,
+    EngineStartError,
+    MissingDependencyError,
+    RequestRejectedError,
+)
+from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
+
+if TYPE_CHECKING:
+    from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.config import EngineConfig
+    from qlora_infer.quantization import Platform
+
+logger = logging.getLogger("qlora_infer")
+
+#: Seconds that the engine core has to end by itself before it is killed.
+SHUTDOWN_TIMEOUT = 5.0
+
+
+class VLLMBackend:
+    """vLLM's ``LLMEngine`` with its core in a process of its own."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._processes: Sequence[Any] = ()
+        self._requests: dict[str, GenerationRequest] = {}
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process ids of the engine's cores."""
+        return tuple(process.pid for process in self._processes)
+
+    def platform(self) -> Platform:
+        """What vLLM runs on here, asked of vLLM."""
+        from qlora_infer.quantization import Platform
+
+        require_vllm()
+        from vllm.platforms import current_platform
+
+        capability = current_platform.get_device_capability()
+        names = (distribution.metadata["Name"] for distribution in importlib.metadata.distributions())
+        return Platform(
+            device=current_platform.device_type,
+            capability=capability.to_int() if capability else None,
+            packages=frozenset(name.lower().replace("_", "-") for name in names if name),
+        )
+
+    def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
+        """The model's ``config.json``, from its folder or the Hub."""
+        from qlora_infer import _hub
+
+        return _hub.read_model_config(config.model, revision=config.revision, token=config.token)
+
+    def start(self, engine_args: Mapping[str, Any]) -> None:
+        """Start vLLM with our worker extension; the core is a child process."""
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        # A forked core hangs for ever once its parent has used torch's threads; see docs/vllm.md.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
+        try:
+            with _shielded_from_ctrl_c():
+                self._engine = LLMEngine.from_engine_args(
+                    EngineArgs(**{**engine_args, **own}), enable_multiprocessing=True
+                )
+        except Exception as error:
+            raise EngineStartError(f"vLLM did not start with {engine_args['model']}: {_innermost(error)}") from error
+        # LLMEngine.logger_manager writes to vLLM's log and to Prometheus' global registry; our own numbers do not
+        # come from it. Without it the statistics of each request stay, and time_to_first_token comes from them.
+        self._engine.logger_manager = None
+        self._processes = self._engine.engine_core.resources.engine_manager.processes
+        threading.Thread(
+            target=_report_death, args=(self._engine.engine_core, self._processes), name="qlora-infer-watch", daemon=True
+        ).start()
+
+    def sampling_params(self, params: object) -> Any:
+        """vLLM's ``SamplingParams`` from a mapping of its fields; ``None`` takes the model's own defaults."""
+        from vllm import SamplingParams
+
+        if isinstance(params, SamplingParams):
+            return params
+        if params is None:
+            return SamplingParams(**self._engine.model_config.get_diff_sampling_param())
+        if not isinstance(params, Mapping):
+            raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
+        unknown = sorted(set(params) - set(SamplingParams.__struct_fields__))
+        if unknown:
+            raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
+        try:
+            return SamplingParams(**params)
+        except Exception as error:
+            raise ValueError(f"sampling_params: {error}") from error
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The conversation as text, ending where the assistant's answer begins."""
+        tokenizer = self._engine.get_tokenizer()
+        try:
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        except Exception as error:
+            raise ValueError(f"the model's chat template cannot write these messages: {error}") from error
+
+    def lora_modules(self) -> Mapping[str, ModuleShape]:
+        """Asked of the workers; with pipeline parallelism each has its own layers."""
+        tables = self._rpc("qlora_lora_modules")
+        return {name: ModuleShape(*shape) for table in tables for name, shape in table.items()}
+
+    def load_adapter(self, version: AdapterVersion) -> None:
+        """Through ``add_lora``, whose failure leaves the engine alive; a request's own load would end it."""
+        with _translated_death():
+            try:
+                self._engine.add_lora(_lora_request(version))
+            except Exception as error:
+                if _is_death(error):
+                    raise
+                # A load that failed in the middle may have left the adapter registered.
+                self._engine.remove_lora(version.int_id)
+                raise AdapterLoadError(version.name, f"vLLM refused adapter {version.name!r}: {error}") from error
+
+    def remove_adapter(self, version: AdapterVersion) -> None:
+        """Out of the slots and of host memory."""
+        with _translated_death():
+            self._engine.remove_lora(version.int_id)
+
+    def add_request(self, request: GenerationRequest) -> None:
+        """Tokenize, check, and hand over to the core."""
+        from vllm.sampling_params import RequestOutputKind
+
+        with _translated_death():
+            params = request.sampling_params.clone()
+            params.output_kind = RequestOutputKind.CUMULATIVE if request.stream else RequestOutputKind.FINAL_ONLY
+            adapter = request.adapter
+            try:
+                self._engine.add_request(
+                    request.request_id,
+                    self._render(request),
+                    params,
+                    lora_request=_lora_request(adapter) if adapter else None,
+                    prompt_text=request.prompt if isinstance(request.prompt, str) else None,
+                )
+            except Exception as error:
+                if _is_death(error):
+                    raise
+                raise RequestRejectedError(f"vLLM cannot run this request: {error}") from error
+        self._requests[request.request_id] = request
+
+    def abort_request(self, request_id: str) -> None:
+        """The core drops it before its next step."""
+        if self._requests.pop(request_id, None) is not None:
+            with _translated_death():
+                self._engine.abort_request([request_id])
+
+    def step(self) -> list[GenerationOutput]:
+        """Blocks until the core has made its next step."""
+        with _translated_death():
+            return [self._output(output) for output in self._engine.step() if output.request_id in self._requests]
+
+    def kill(self) -> None:
+        """SIGKILL; ``step`` then raises."""
+        for process in self._processes:
+            process.kill()
+
+    def close(self) -> None:
+        """Ends the core and waits for it, so that its memory is free afterwards."""
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT)
+        for process in self._processes:
+            process.join(SHUTDOWN_TIMEOUT)
+            if process.is_alive():
+                process.kill()
+                process.join(SHUTDOWN_TIMEOUT)
+
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        with _translated_death():
+            return list(self._engine.collective_rpc(method, args=args))
+
+    def _render(self, request: GenerationRequest) -> Any:
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        renderer = self._engine.renderer
+        prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+        params = renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=request.add_special_tokens)
+        (rendered,) = renderer.render_cmpl([parse_model_prompt(self._engine.model_config, prompt)], params)
+        return rendered
+
+    def _output(self, output: Any) -> GenerationOutput:
+        request = self._requests[output.request_id]
+        if output.finished:
+            del self._requests[output.request_id]
+        return GenerationOutput(
+            request_id=request.request_id,
+            prompt=request.prompt if isinstance(request.prompt, str) else None,
+            prompt_token_ids=tuple(output.prompt_token_ids or ()),
+            completions=tuple(_completion(completion) for completion in output.outputs),
+            adapter=request.adapter.name if request.adapter else None,
+            adapter_id=request.adapter.int_id if request.adapter else 0,
+            prompt_logprobs=output.prompt_logprobs,
+            finished=output.finished,
+            times=RequestTimes(
+                queued=request.queued,
+                # The core's clock is CLOCK_MONOTONIC, as time.monotonic() is, and the same in every process.
+                first_token=output.metrics.first_token_ts if output.metrics else None,
+                finished=time.monotonic() if output.finished else None,
+            ),
+        )
+
+
+def require_vllm() -> None:
+    """Raise ``MissingDependencyError``, with the command that helps, unless vLLM can be imported."""
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingDependencyError(
+            "vLLM is not installed: pip install 'qlora-infer[cuda]' for an NVIDIA GPU, or 'qlora-infer[cpu]'"
+        )
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        # transformers imports it wherever it is installed, and dies of it (seen with torchvision beside a +cpu torch).
+        raise MissingDependencyError(
+            "the installed torchvision does not belong to the installed torch, and text models need none: "
+            "pip uninstall -y torchvision torchaudio torchcodec"
+        ) from error
+
+
+def _completion(completion: Any) -> Completion:
+    return Completion(
+        index=completion.index,
+        text=completion.text,
+        token_ids=tuple(completion.token_ids),
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        logprobs=completion.logprobs,
+        cumulative_logprob=completion.cumulative_logprob,
+    )
+
+
+def _lora_request(version: AdapterVersion) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(version.vllm_name, version.int_id, str(version.path))
+
+
+def _report_death(core: Any, processes: Sequence[Any]) -> None:
+    """Wake whoever waits for a core that has died without a word.
+
+    After a kill -9, vLLM's ``SyncMPClient`` closes its sockets and leaves ``get_output`` and the futures of utility
+    calls waiting for ever. ``outputs_queue``, ``utility_results`` and ``resources.engine_dead`` are its own.
+    """
+    connection.wait([process.sentinel for process in processes])
+    exit_codes = ", ".join(str(process.exitcode) for process in processes if process.exitcode is not None)
+    error = EngineDeadError(f"its process ended with exit code {exit_codes or 'unknown'}")
+    core.resources.engine_dead = True
+    core.outputs_queue.put_nowait(error)
+    for future in list(core.utility_results.values()):
+        if not future.done():
+            future.set_exception(error)
+
+
+def _is_death(error: BaseException) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+    return isinstance(error, (EngineDeadError, VLLMEngineDeadError))
+
+
+@contextmanager
+def _translated_death() -> Iterator[None]:
+    from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+    try:
+        yield
+    except VLLMEngineDeadError as error:
+        raise EngineDeadError(str(error)) from error
+
+
+@contextmanager
+def _shielded_from_ctrl_c() -> Iterator[None]:
+    """Start child processes that a terminal's Ctrl-C does not reach.
+
+    It goes to every process of the terminal's group, and vLLM's core ends when it gets it, so that interrupting one
+    ``generate`` would end the engine. A blocked signal stays blocked in the children of the thread that blocks it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"

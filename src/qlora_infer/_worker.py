@@ -1,0 +1,51 @@
+"""What runs inside vLLM's worker processes.
+
+vLLM mixes ``WorkerExtension`` into its worker class (``worker_extension_cls``) and imports this module before it
+builds the model. So this module's import is the place to install kernels: it happens only in the workers of engines
+that this library starts. Read in vLLM 0.32.0, ``vllm/v1/worker/worker_base.py`` and ``vllm/lora/model_manager.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_infer import kernels
+
+kernels.install()
+
+
+class WorkerExtension:
+    """Methods that the driving process calls by name through ``collective_rpc``."""
+
+    model_runner: Any
+
+    def qlora_lora_modules(self) -> dict[str, tuple[int, int]]:
+        """The input and output sizes of each module that an adapter may change, by its name in a checkpoint.
+
+        vLLM packs some modules (q, k and v into one); a checkpoint names the parts. Sizes are those of the whole
+        module, also where tensor parallelism splits it.
+        """
+        manager = self.model_runner.lora_manager._adapter_manager
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, module in manager.modules.items():
+            parts = manager.packed_modules.get(name, [name])
+            in_features, out_features = _sizes(module)
+            if len(parts) != len(out_features):
+                continue  # a kind of module that this version does not know: its adapters are refused, not misread
+            shapes.update((part, (in_features, size)) for part, size in zip(parts, out_features, strict=True))
+        return shapes
+
+
+def _sizes(module: Any) -> tuple[int, list[int]]:
+    """A LoRA layer's input size and the output sizes of its slices, before tensor parallelism."""
+    layer = module.base_layer
+    if hasattr(layer, "total_num_kv_heads"):
+        head, kv = layer.head_size, layer.total_num_kv_heads
+        return layer.input_size, [layer.total_num_heads * head, kv * head, kv * layer.v_head_size]
+    if hasattr(layer, "output_sizes"):
+        return layer.input_size, list(layer.output_sizes)
+    if hasattr(layer, "embedding_dim"):
+        return layer.org_vocab_size, [layer.embedding_dim]
+    if hasattr(layer, "input_size"):
+        return layer.input_size, [layer.output_size]
+    return module.hidden_size, [layer.org_vocab_size]  # the logits processor, which stands for lm_head

@@ -1,0 +1,48 @@
+"""What PEFT can do and vLLM cannot: each feature that an adapter may ask for in vain, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+#: Ways to start the training that leave the base model as it is (vLLM 0.32, ``PEFTHelper._init_is_supported``).
+_HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+
+#: A field of ``adapter_config.json`` and what to say when it is set.
+_FIELDS = {
+    "use_dora": "It uses DoRA, whose magnitudes vLLM does not apply: train with use_dora=False.",
+    "lora_bias": "It has LoRA biases (lora_bias), which vLLM does not apply: train with lora_bias=False.",
+    "alora_invocation_tokens": "It is an activated LoRA (aLoRA), which vLLM does not run.",
+    "layer_replication": "It replicates layers (layer_replication), which vLLM does not do.",
+    "use_bdlora": "It is block-diagonal (BD-LoRA), which vLLM does not run.",
+    "use_qalora": "It uses QALoRA, which vLLM does not run: train with use_qalora=False.",
+    "trainable_token_indices": "It trains single tokens (trainable_token_indices), which vLLM does not apply.",
+    "target_parameters": "It adapts bare parameters (target_parameters); only adapters of modules are served.",
+    "megatron_config": "It was trained on Megatron's layers, whose tensors vLLM does not read.",
+    "arrow_config": "It routes among adapters (Arrow), which vLLM does not do.",
+    "corda_config": "It starts from CorDA, which changes the base model: convert it to plain LoRA with PEFT.",
+    "loftq_config": "It starts from LoftQ, which changes the base model: convert it to plain LoRA with PEFT.",
+}
+
+
+def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say, in a sentence each, what an ``adapter_config.json`` asks for that vLLM 0.32 refuses or ignores."""
+    peft_type = str(config.get("peft_type", "LORA"))
+    if peft_type.upper() != "LORA":
+        yield f"It is a {peft_type[:40]} adapter, and vLLM serves LoRA only."
+        return
+    for field, sentence in _FIELDS.items():
+        if config.get(field):
+            yield sentence
+    bias = config.get("bias", "none")
+    if bias != "none":
+        yield f"It trains biases (bias={str(bias)[:40]!r}), which vLLM does not apply: train with bias='none'."
+    if config.get("modules_to_save"):
+        saved = str(config["modules_to_save"])[:80]
+        yield f"It replaces whole modules (modules_to_save={saved}), which vLLM does not do when it generates text."
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
+        yield (
+            f"It was started with init_lora_weights={init[:40]!r}, which changes the base model: convert it with PEFT's "
+            "path_initial_model_for_weight_conversion."
+        )

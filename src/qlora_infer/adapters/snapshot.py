@@ -1,0 +1,64 @@
+"""A private copy of an adapter's files, so that nothing that happens to the source can change what is served."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from attrs import frozen
+
+from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_CHUNK = 1 << 22
+
+
+@frozen
+class Snapshot:
+    """One immutable content of an adapter.
+
+    Attributes:
+        folder: The copy: ``adapter_config.json`` and ``adapter_model.safetensors``, nothing else.
+        digest: SHA-256 over both files, in hexadecimal digits.
+    """
+
+    folder: Path
+    digest: str
+
+
+def take_snapshot(adapter: str, source: Path, folder: Path) -> Snapshot:
+    """Copy an adapter's two files from ``source`` into the new folder ``folder`` and digest what was copied.
+
+    Raises:
+        AdapterNotFoundError: One of the files is gone.
+        CorruptAdapterError: A file changed while it was copied.
+    """
+    before = _stamps(adapter, source)
+    folder.mkdir(parents=True)
+    digest = hashlib.sha256()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        size = _copy(source / name, folder / name, digest)
+        digest.update(size.to_bytes(8, "little"))
+    if _stamps(adapter, source) != before:
+        raise CorruptAdapterError(adapter, f"{source} changed while it was read: write to a new folder, then load that")
+    return Snapshot(folder, digest.hexdigest())
+
+
+def _copy(source: Path, target: Path, digest: hashlib._Hash) -> int:
+    size = 0
+    with source.open("rb") as reader, target.open("xb") as writer:
+        while chunk := reader.read(_CHUNK):
+            digest.update(chunk)
+            size += writer.write(chunk)
+    return size
+
+
+def _stamps(adapter: str, source: Path) -> list[tuple[int, int, int]]:
+    try:
+        stats = [os.stat(source / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    except FileNotFoundError as error:
+        raise AdapterNotFoundError(adapter, f"{error.filename} is gone: load the adapter again") from error
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]

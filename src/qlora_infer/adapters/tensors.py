@@ -1,0 +1,162 @@
+"""A safetensors file as it is on disk: its header, and whether its numbers are finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from qlora_infer.errors import CorruptAdapterError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: The format allows 100 MB; 16 MiB are room for 100,000 tensors, and an adapter of a large model has some thousand.
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 100_000
+MAX_DIMENSION = 1 << 31
+
+#: Bytes per number of the format's dtypes.
+_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+#: The dtypes that PEFT writes factors in, with the bits that are all ones in infinity and NaN.
+_EXPONENTS = {
+    "BF16": ("<u2", 0x7F80),
+    "F16": ("<u2", 0x7C00),
+    "F32": ("<u4", 0x7F800000),
+    "F64": ("<u8", 0x7FF0000000000000),
+}
+_CHUNK = 1 << 22
+
+
+@frozen
+class TensorEntry:
+    """One tensor, as the header says.
+
+    Attributes:
+        dtype: The format's name of its number type, such as ``"BF16"``.
+        shape: Its dimensions.
+        start: Where its bytes begin, counted from the end of the header.
+        stop: Where they end.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return self.stop - self.start
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds floating-point numbers that a factor may have."""
+        return self.dtype in _EXPONENTS
+
+
+def read_header(adapter: str, path: Path) -> dict[str, TensorEntry]:
+    """Read a file's header and check that it describes the file exactly: no hole, no overlap, no byte missing.
+
+    Raises:
+        CorruptAdapterError: It does not.
+    """
+    return _read(adapter, path)[0]
+
+
+def check_finite(adapter: str, path: Path) -> None:
+    """Look at every number of a file, a few megabytes at a time.
+
+    Raises:
+        CorruptAdapterError: One is infinite or not a number; the message names the tensors.
+    """
+    import numpy as np
+
+    entries, offset = _read(adapter, path)
+    with path.open("rb") as file:
+        bad = [
+            name
+            for name, entry in entries.items()
+            if entry.is_floating and not all(_finite(chunk, entry) for chunk in _chunks(file, offset, entry, np))
+        ]
+    if bad:
+        shown = ", ".join(name[:120] for name in bad[:3]) + (", …" if len(bad) > 3 else "")
+        raise CorruptAdapterError(adapter, f"{len(bad)} tensors hold NaN or infinity: {shown}; did its training diverge?")
+
+
+def _chunks(file: Any, offset: int, entry: TensorEntry, np: Any) -> Iterator[np.ndarray]:
+    file.seek(offset + entry.start)
+    left = entry.num_bytes
+    while left:
+        content = file.read(min(left, _CHUNK))
+        yield np.frombuffer(content, dtype=_EXPONENTS[entry.dtype][0])
+        left -= len(content)
+
+
+def _finite(bits: np.ndarray, entry: TensorEntry) -> bool:
+    exponent = bits.dtype.type(_EXPONENTS[entry.dtype][1])
+    return not bool(((bits & exponent) == exponent).any())
+
+
+def _read(adapter: str, path: Path) -> tuple[dict[str, TensorEntry], int]:
+    """The header, and where the tensors begin."""
+    from qlora_infer.adapters.manifest import parse_json
+
+    def corrupt(what: str) -> CorruptAdapterError:
+        return CorruptAdapterError(adapter, f"{path} is not a whole safetensors file: {what}")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise corrupt(f"its header ends at byte {8 + length} of {size}")
+        if length > MAX_HEADER_BYTES:
+            raise corrupt(f"its header has {length} bytes, {MAX_HEADER_BYTES} are allowed")
+        header = parse_json(adapter, path, file.read(length))
+    if not isinstance(header, dict):
+        raise corrupt("its header is no object")
+    header.pop("__metadata__", None)
+    if not header:
+        raise corrupt("it holds no tensors")
+    if len(header) > MAX_TENSORS:
+        raise corrupt(f"it holds {len(header)} tensors, {MAX_TENSORS} are allowed")
+    entries = {name: _entry(name, value, corrupt) for name, value in header.items()}
+    _check_layout(entries, size - 8 - length, corrupt)
+    return entries, 8 + length
+
+
+def _entry(name: str, value: object, corrupt: Any) -> TensorEntry:
+    shown = name[:120]
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise corrupt(f"{shown} needs dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise corrupt(f"{shown} has the unknown dtype {str(dtype)[:40]!r}")
+    if not _is_sizes(shape) or len(shape) > 8:
+        raise corrupt(f"{shown} has the shape {str(shape)[:40]}")
+    if not _is_sizes(offsets, limit=1 << 62) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise corrupt(f"{shown} has the data_offsets {str(offsets)[:60]}")
+    entry = TensorEntry(dtype, tuple(shape), *offsets)
+    if entry.num_bytes != math.prod(shape) * _SIZES[dtype]:
+        raise corrupt(f"{shown} has {entry.num_bytes} bytes for {list(shape)} of {dtype}")
+    return entry
+
+
+def _is_sizes(value: object, limit: int = MAX_DIMENSION) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= limit for item in value)
+
+
+def _check_layout(entries: Mapping[str, TensorEntry], num_bytes: int, corrupt: Any) -> None:
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise corrupt(f"{name[:120]} begins at byte {entry.start}, the tensor before it ends at {end}")
+        end = entry.stop
+    if end != num_bytes:
+        raise corrupt(f"its tensors have {end} bytes, the file holds {num_bytes}")

@@ -1,0 +1,74 @@
+"""The seam between this library and the engine underneath: vLLM's, or the fake one for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.preflight import ModuleShape
+    from qlora_infer.config import EngineConfig
+    from qlora_infer.quantization import Platform
+    from qlora_infer.requests.request import GenerationOutput, GenerationRequest
+
+
+class Backend(Protocol):
+    """What ``QuantizedLoRAEngine`` needs of an engine.
+
+    ``platform``, ``read_model_config``, ``sampling_params`` and ``render_chat`` may be called by any thread, the
+    first two before ``start``. Everything else is called by the one thread that drives the engine, except ``kill``,
+    which comes from another when that one does not return.
+    """
+
+    def platform(self) -> Platform:
+        """The machine and what is installed on it."""
+        ...
+
+    def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
+        """The model's ``config.json``; raises ``ModelNotFoundError``."""
+        ...
+
+    def start(self, engine_args: Mapping[str, Any]) -> None:
+        """Load the model; raises ``EngineStartError``."""
+        ...
+
+    def sampling_params(self, params: object) -> Any:
+        """Turn a mapping of fields into sampling parameters; raises ``ValueError`` and ``TypeError``."""
+        ...
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Write one conversation as a prompt, with the model's chat template."""
+        ...
+
+    def lora_modules(self) -> Mapping[str, ModuleShape]:
+        """The modules of the running model that adapters may change, by their name in a checkpoint."""
+        ...
+
+    def load_adapter(self, version: AdapterVersion) -> None:
+        """Read a version into host memory; raises ``AdapterLoadError`` and leaves no trace then."""
+        ...
+
+    def remove_adapter(self, version: AdapterVersion) -> None:
+        """Forget a version's tensors."""
+        ...
+
+    def add_request(self, request: GenerationRequest) -> None:
+        """Begin a request, whose adapter is loaded; raises ``RequestRejectedError``."""
+        ...
+
+    def abort_request(self, request_id: str) -> None:
+        """Stop a request and free what it holds."""
+        ...
+
+    def step(self) -> list[GenerationOutput]:
+        """Wait for the next outputs of the running requests."""
+        ...
+
+    def kill(self) -> None:
+        """End the engine at once, so that a call that hangs in another thread fails."""
+        ...
+
+    def close(self) -> None:
+        """End the engine and free its memory; harmless when it never started or was closed before."""
+        ...

@@ -1,0 +1,131 @@
+"""What an engine is asked to be: one frozen, validated object, made before anything is downloaded or started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import Attribute, field, frozen, validators
+
+if TYPE_CHECKING:
+    from qlora_infer.quantization import QuantizationStrategy
+
+#: The ranks that vLLM takes for ``max_lora_rank`` (read in vLLM 0.32, ``vllm/config/lora.py``).
+ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+#: vLLM's arguments that have a parameter of their own in ``QuantizedLoRAEngine``, or that this library sets.
+OWN_ENGINE_ARGS: Mapping[str, str] = {
+    "model": "the first argument",
+    "quantization": "quantization=",
+    "load_format": "quantization=",
+    "max_loras": "max_loras=",
+    "max_lora_rank": "max_lora_rank=",
+    "max_cpu_loras": "max_cpu_loras=",
+    "max_model_len": "max_model_len=",
+    "enforce_eager": "enforce_eager=",
+    "revision": "revision=",
+    "hf_token": "token=",
+    "enable_lora": "this library, which always serves adapters",
+    "worker_extension_cls": "this library, whose own extension loads and checks adapters",
+}
+
+
+def _positive(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{attribute.name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{attribute.name} must be at least 1, got {value}")
+
+
+def _positive_or_auto(instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value == "auto":
+        return
+    if isinstance(value, str):
+        raise ValueError(f'{attribute.name} must be a whole number or "auto", got {value!r}')
+    _positive(instance, attribute, value)
+
+
+def _known_rank(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value != "auto" and value not in ALLOWED_RANKS:
+        raise ValueError(f'{attribute.name} must be "auto" or one of {ALLOWED_RANKS}, got {value!r}')
+
+
+def _no_own_args(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    for key in value:
+        if key in OWN_ENGINE_ARGS:
+            raise ValueError(f"engine_args[{key!r}] is set by {OWN_ENGINE_ARGS[key]}: leave it out of engine_args")
+
+
+@frozen(kw_only=True)
+class EngineConfig:
+    """The arguments of ``QuantizedLoRAEngine``, checked.
+
+    It has no defaults of its own: those are in the engine's signature.
+
+    Attributes:
+        model: A Hub id or a local folder with a checkpoint.
+        quantization: ``"auto"``, the name of a registered strategy, or a strategy.
+        max_loras: Adapters that one batch may mix; each takes a slot in the device's memory.
+        max_lora_rank: The largest rank that an adapter may have, or ``"auto"``.
+        max_cpu_loras: Adapters kept in host memory, ready to move into a slot, or ``"auto"``.
+        max_model_len: Tokens of prompt and answer together; ``None`` for what the model allows.
+        enforce_eager: Run without CUDA graphs. Several times slower; for a device that is short of memory.
+        revision: The model's branch, tag or commit on the Hub.
+        token: The Hub's access token; never printed.
+        engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
+    """
+
+    model: str = field(validator=validators.and_(validators.instance_of(str), validators.min_len(1)))
+    quantization: str | QuantizationStrategy
+    max_loras: int = field(validator=_positive)
+    max_lora_rank: int | Literal["auto"] = field(validator=_known_rank)
+    max_cpu_loras: int | Literal["auto"] = field(validator=_positive_or_auto)
+    max_model_len: int | None = field(validator=validators.optional(_positive))
+    enforce_eager: bool = field(validator=validators.instance_of(bool))
+    revision: str | None
+    token: str | None = field(repr=False)
+    engine_args: Mapping[str, Any] = field(converter=dict, validator=_no_own_args)
+
+    @max_cpu_loras.validator
+    def _at_least_the_slots(self, _: Attribute[Any], value: int | Literal["auto"]) -> None:
+        if value != "auto" and value < self.max_loras:
+            raise ValueError(f"max_cpu_loras ({value}) must be at least max_loras ({self.max_loras})")
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """The number of devices that share each layer, as ``engine_args`` says."""
+        return int(self.engine_args.get("tensor_parallel_size", 1))
+
+    @property
+    def num_cpu_loras(self) -> int:
+        """Adapters kept in host memory: ``max_cpu_loras``, or four for each slot."""
+        return 4 * self.max_loras if self.max_cpu_loras == "auto" else self.max_cpu_loras
+
+    def vllm_args(self, strategy_args: Mapping[str, Any], *, max_lora_rank: int) -> dict[str, Any]:
+        """Everything that vLLM's ``EngineArgs`` is given.
+
+        Args:
+            strategy_args: What the quantization strategy asks for.
+            max_lora_rank: The rank chosen where the user said ``"auto"``.
+
+        Raises:
+            ValueError: ``engine_args`` contradicts the strategy.
+        """
+        for key, value in self.engine_args.items():
+            if key in strategy_args and strategy_args[key] != value:
+                raise ValueError(
+                    f"engine_args[{key!r}] = {value!r} contradicts the quantization strategy, which needs "
+                    f"{strategy_args[key]!r}: leave it out, or pass a strategy of your own as quantization="
+                )
+        own = {
+            "model": self.model,
+            "revision": self.revision,
+            "hf_token": self.token,
+            "max_model_len": self.max_model_len,
+            "enforce_eager": self.enforce_eager,
+            "max_loras": self.max_loras,
+            "max_lora_rank": max_lora_rank,
+            # One place more than is used, so that vLLM never evicts an adapter by itself (see Residency).
+            "max_cpu_loras": self.num_cpu_loras + 1,
+        }
+        return {**self.engine_args, **strategy_args, **own}

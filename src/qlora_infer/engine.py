@@ -1,0 +1,479 @@
+"""The engine that users hold: one quantized base model, and LoRA adapters that come and go while it runs.
+
+Plain vLLM can serve both, and hands its caller a list of traps: an adapter that does not load ends the engine, an
+integer id used twice silently serves the wrong adapter, new bytes under an old name are answered from old KV blocks,
+and on the CPU a base request in a mixed batch gets somebody else's adapter. This class exists to take them away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import shutil
+import tempfile
+import uuid
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from typing_extensions import Self
+
+from qlora_infer import quantization as strategies
+from qlora_infer.adapters import preflight
+from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter
+from qlora_infer.adapters.residency import Residency
+from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.backend import Backend
+from qlora_infer.config import EngineConfig
+from qlora_infer.errors import EngineClosedError, EngineDeadError
+from qlora_infer.requests.driver import Driver
+from qlora_infer.requests.queue import RequestQueue
+from qlora_infer.requests.request import GenerationOutput, GenerationRequest, Prompt, RequestHandle
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+logger = logging.getLogger("qlora_infer")
+
+#: With ``max_lora_rank="auto"``: the rank that is provided for where no adapter is given at the start, and the least.
+DEFAULT_MAX_LORA_RANK = 64
+LEAST_MAX_LORA_RANK = 16
+
+#: Where an adapter comes from: a Hub id, a folder, or an ``AdapterSource`` with a revision, a subfolder and a token.
+Source = str | os.PathLike[str] | AdapterSource
+#: vLLM's ``SamplingParams``, a mapping of its fields, or ``None`` for the model's own defaults.
+Sampling = "SamplingParams | Mapping[str, Any] | None"
+Message = Mapping[str, Any]
+
+
+class QuantizedLoRAEngine:
+    """A quantized base model on vLLM that serves many LoRA adapters, which come and go while it runs.
+
+    Any thread may call any method. An adapter is copied, checked and loaded before a request can name it, so that no
+    adapter, however broken, ends the engine or disturbs another request.
+
+    Args:
+        model: A Hub id or a local folder with a checkpoint.
+        quantization: ``"auto"`` reads ``config.json`` and takes what it says; an unquantized checkpoint is quantized
+            to 4 bits with bitsandbytes as it loads. Or the name of a registered strategy, or a strategy.
+        adapters: Adapters to load at once, by name.
+        max_loras: Adapters that one batch may mix; each takes a slot in the device's memory.
+        max_lora_rank: The largest rank that an adapter may have: 1, 8, 16, 32, 64, 128, 256, 320 or 512. ``"auto"``
+            takes what ``adapters`` need, or 64 where none are given.
+        max_cpu_loras: Adapters kept in host memory, ready to move into a slot. ``"auto"`` keeps four for each slot.
+        max_model_len: Tokens of prompt and answer together; ``None`` takes what the model allows.
+        enforce_eager: Run without CUDA graphs: several times slower, for a GPU that is short of memory.
+        revision: The model's branch, tag or commit on the Hub.
+        token: The Hub's access token, for the model and for adapters without one of their own. Never printed.
+        engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
+        backend: What runs the model; ``None`` for vLLM. Tests pass ``qlora_infer.testing.FakeEngine()``.
+
+    Raises:
+        ValueError: An argument is out of range, or ``engine_args`` contradicts another.
+        MissingDependencyError: A package is missing; the message has the command that installs it.
+        QuantizationError: The checkpoint cannot be served this way here.
+        ModelNotFoundError: There is no such model, or the token does not open it.
+        AdapterError: One of ``adapters`` cannot be loaded; nothing is left running.
+        EngineStartError: vLLM did not start.
+
+    Example:
+        >>> from qlora_infer import QuantizedLoRAEngine
+        >>> from qlora_infer.testing import FakeEngine, write_adapter
+        >>> pirate = write_adapter(tmp_path / "pirate")
+        >>> with QuantizedLoRAEngine("org/model", adapters={"pirate": pirate}, backend=FakeEngine()) as engine:
+        ...     [output.text for output in engine.generate(["ahoy", "hello"], adapter=["pirate", None])]
+        ['pirate says: ahoy', 'You said: hello']
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        quantization: str | strategies.QuantizationStrategy = "auto",
+        adapters: Mapping[str, Source] | None = None,
+        max_loras: int = 8,
+        max_lora_rank: int | Literal["auto"] = "auto",
+        max_cpu_loras: int | Literal["auto"] = "auto",
+        max_model_len: int | None = None,
+        enforce_eager: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        engine_args: Mapping[str, Any] | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        config = EngineConfig(
+            model=os.fspath(model),
+            quantization=quantization,
+            max_loras=max_loras,
+            max_lora_rank=max_lora_rank,
+            max_cpu_loras=max_cpu_loras,
+            max_model_len=max_model_len,
+            enforce_eager=enforce_eager,
+            revision=revision,
+            token=token,
+            engine_args=engine_args or {},
+        )
+        _require_main_guard()
+        self._config = config
+        self._backend = backend or _vllm_backend()
+        strategy_args = _strategy_args(config, self._backend)
+        self._request_ids = itertools.count()
+        self._id_prefix = uuid.uuid4().hex[:8]
+
+        # None of these may hold on to this object: when its last reference goes, it is closed.
+        store = Path(tempfile.mkdtemp(prefix="qlora-infer-"))
+        residency = Residency(self._backend, config.num_cpu_loras)
+        cache = AdapterCache(store, on_freed=lambda version: _forget(driver, residency, version))
+        driver = Driver(self._backend, RequestQueue(), residency, release=cache.release)
+        self._residency, self._cache, self._driver = residency, cache, driver
+        self._close = weakref.finalize(self, _close, driver, store)
+        try:
+            self._start(strategy_args, adapters or {})
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, strategy_args: Mapping[str, Any], adapters: Mapping[str, Source]) -> None:
+        # Adapters are read before the model is, so that a mistake in one shows in seconds.
+        versions = [self._prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
+        self._max_lora_rank = _max_lora_rank(self._config, versions)
+        self._driver.start(self._config.vllm_args(strategy_args, max_lora_rank=self._max_lora_rank))
+        self._model_modules = self._driver.call(self._backend.lora_modules)
+        for version in versions:
+            self._load(version)
+
+    # Adapters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The adapters that requests may name now, by name; a copy that does not change."""
+        return self._cache.loaded()
+
+    def load_adapter(
+        self,
+        name: str,
+        source: Source,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | None = None,
+        allow_pickle: bool = False,
+    ) -> LoadedAdapter:
+        """Load an adapter, or replace the one that has this name, while requests go on.
+
+        The call downloads, copies, checks and loads the adapter, and then moves the name over in one step: requests
+        that were added before finish on the old content, later ones run on the new. When anything is wrong, it
+        raises, and whatever had the name keeps it. The content that a name has already is not loaded again.
+
+        Args:
+            name: What requests will call it.
+            source: A Hub id (``"org/repo"``, ``"org/repo@revision:sub/folder"``) or a local folder.
+            revision: A branch, tag or commit on the Hub.
+            subfolder: Where in the repository or folder the adapter is.
+            token: The Hub's access token for this adapter; by default the engine's. Never printed.
+            allow_pickle: Convert an ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
+
+        Returns:
+            What was loaded.
+
+        Raises:
+            AdapterNotFoundError: The source does not exist.
+            AdapterAccessError: The source needs a token, or another one.
+            AdapterDownloadError: The connection failed.
+            CorruptAdapterError: The files cannot be read.
+            UnsafeAdapterError: Reading the files could do harm.
+            IncompatibleAdapterError: The adapter does not fit this engine; ``reasons`` lists every reason.
+            AdapterLoadError: vLLM refused it.
+            EngineClosedError: The engine was closed.
+            EngineDeadError: The engine core died.
+        """
+        parsed = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
+        with self._cache.loading(_checked_name(name)):
+            return self._load(self._prepare(name, parsed, allow_pickle=allow_pickle))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that were added before finish on it.
+
+        Raises:
+            AdapterNotLoadedError: No adapter has that name.
+        """
+        self._cache.unload(name)
+
+    def _prepare(self, name: str, source: AdapterSource, *, allow_pickle: bool = False) -> AdapterVersion:
+        return self._cache.prepare(_checked_name(name), source, token=self._config.token, allow_pickle=allow_pickle)
+
+    def _load(self, version: AdapterVersion) -> LoadedAdapter:
+        current = self._cache.current(version.name)
+        if current is not None and current.snapshot.digest == version.snapshot.digest:
+            self._cache.discard(version)
+            return current.loaded()
+        try:
+            version.fit = preflight.check(
+                version.name, version.manifest, self._model_modules, max_lora_rank=self._max_lora_rank
+            )
+            self._driver.call(self._residency.load, version)
+        except BaseException:
+            self._cache.discard(version)
+            raise
+        self._cache.publish(version)
+        logger.info("adapter %r loaded: %s", version.name, version.fit)
+        return version.loaded()
+
+    # Requests ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Sampling | Sequence[Sampling] = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[GenerationOutput]:
+        """Answer prompts and wait for all of them.
+
+        Args:
+            prompts: A text, a list of token ids, or a list of either.
+            sampling_params: vLLM's ``SamplingParams``, a mapping of its fields, or one of these per prompt. ``None``
+                takes the model's own defaults. Note vLLM's default of 16 for ``max_tokens``.
+            adapter: The name of a loaded adapter, ``None`` for the base model, or one of these per prompt.
+            use_tqdm: Whether to show progress on a terminal or in a notebook.
+
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            ValueError: The lengths differ, or a sampling parameter is out of range; nothing is queued.
+            AdapterNotLoadedError: An adapter is not loaded; nothing is queued.
+            RequestRejectedError: vLLM cannot run one of them, such as a prompt that is too long; the rest is cancelled.
+            EngineClosedError: The engine was closed.
+            EngineDeadError: The engine core died.
+        """
+        prompt_list = _prompt_list(prompts)
+        return self._run_all(prompt_list, sampling_params, adapter, use_tqdm=use_tqdm, add_special_tokens=True)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Sampling | Sequence[Sampling] = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[GenerationOutput]:
+        """Answer conversations, written with the model's chat template, and wait for all of them.
+
+        Args:
+            messages: One conversation, a list of messages with ``role`` and ``content``, or a list of conversations.
+            sampling_params: As in ``generate``.
+            adapter: As in ``generate``.
+            use_tqdm: As in ``generate``.
+
+        Returns:
+            One output per conversation, in their order; ``prompt`` is the conversation as the template writes it.
+
+        Raises:
+            ValueError: The template cannot write the messages; and everything that ``generate`` raises.
+        """
+        prompts = [self._backend.render_chat(conversation) for conversation in _conversations(messages)]
+        return self._run_all(prompts, sampling_params, adapter, use_tqdm=use_tqdm, add_special_tokens=False)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: Sampling = None, *, adapter: str | None = None
+    ) -> Iterator[GenerationOutput]:
+        """Answer one prompt and yield partial outputs as the tokens come, each with all the text so far.
+
+        Leaving the loop early cancels the request.
+
+        Raises:
+            What ``generate`` raises; what is wrong with the arguments, already when it is called.
+        """
+        return _cancelling(self.add_request(prompt, sampling_params, adapter=adapter))
+
+    def add_request(
+        self, prompt: Prompt, sampling_params: Sampling = None, *, adapter: str | None = None
+    ) -> RequestHandle:
+        """Queue one prompt and return at once.
+
+        Returns:
+            A handle with ``result(timeout)``, ``cancel()`` and ``done()``, which yields partial outputs when iterated.
+
+        Raises:
+            ValueError: A sampling parameter is out of range.
+            AdapterNotLoadedError: The adapter is not loaded.
+            EngineClosedError: The engine was closed.
+            EngineDeadError: The engine core died.
+        """
+        return self._submit(
+            _checked_prompt(prompt), self._backend.sampling_params(sampling_params), adapter, stream=True
+        )
+
+    def _run_all(
+        self,
+        prompts: Sequence[str | tuple[int, ...]],
+        sampling_params: Any,
+        adapter: str | Sequence[str | None] | None,
+        *,
+        use_tqdm: bool,
+        add_special_tokens: bool,
+    ) -> list[GenerationOutput]:
+        """Queue all of them, or none when anything is wrong at the door, and wait."""
+        all_params = _one_per_prompt("sampling_params", sampling_params, len(prompts))
+        names = cast("list[str | None]", _one_per_prompt("adapter", adapter, len(prompts)))
+        params = {id(given): self._backend.sampling_params(given) for given in all_params}
+        self._cache.require(name for name in names if name is not None)
+        handles: list[RequestHandle] = []
+        try:
+            for prompt, given, name in zip(prompts, all_params, names, strict=True):
+                handle = self._submit(prompt, params[id(given)], name, add_special_tokens=add_special_tokens)
+                handles.append(handle)
+            return [handle.result() for handle in _with_progress(handles, use_tqdm)]
+        except BaseException:  # Ctrl-C too: nothing of this call may show up in the next one
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def _submit(
+        self,
+        prompt: str | tuple[int, ...],
+        params: Any,
+        adapter: str | None,
+        *,
+        stream: bool = False,
+        add_special_tokens: bool = True,
+    ) -> RequestHandle:
+        version = self._cache.acquire(adapter)
+        request = GenerationRequest(
+            request_id=f"{self._id_prefix}-{next(self._request_ids)}",
+            prompt=prompt,
+            sampling_params=params,
+            adapter=version,
+            stream=stream,
+            add_special_tokens=add_special_tokens,
+        )
+        try:
+            return self._driver.submit(request)
+        except BaseException:
+            self._cache.release(version)
+            raise
+
+    # Life -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the engine and free the device's memory; what is unfinished fails with ``EngineClosedError``.
+
+        Takes at most some 20 seconds, also when the engine hangs. Harmless a second time.
+        """
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "running" if self._close.alive else "closed"
+        return f"<QuantizedLoRAEngine {self._config.model} {state}, adapters: {', '.join(self.adapters) or 'none'}>"
+
+
+def _close(driver: Driver, store: Path) -> None:
+    driver.close()
+    shutil.rmtree(store, ignore_errors=True)
+
+
+def _forget(driver: Driver, residency: Residency, version: AdapterVersion) -> None:
+    try:
+        driver.post(residency.drop, version)
+    except (EngineClosedError, EngineDeadError):
+        pass  # its memory went with the engine
+
+
+def _vllm_backend() -> Backend:
+    from qlora_infer._vllm import VLLMBackend, require_vllm
+
+    require_vllm()
+    return VLLMBackend()
+
+
+def _strategy_args(config: EngineConfig, backend: Backend) -> dict[str, Any]:
+    """What the quantization needs of vLLM, once it is known that it can work here."""
+    model_config = backend.read_model_config(config)
+    strategy = strategies.choose(config, model_config)
+    strategy.check(config, model_config, backend.platform())
+    return strategy.engine_args(config, model_config)
+
+
+def _max_lora_rank(config: EngineConfig, versions: Sequence[AdapterVersion]) -> int:
+    if config.max_lora_rank != "auto":
+        return config.max_lora_rank
+    if not versions:
+        return DEFAULT_MAX_LORA_RANK
+    return preflight.lora_rank_for([LEAST_MAX_LORA_RANK, *(version.manifest.rank for version in versions)])
+
+
+def _require_main_guard() -> None:
+    # vLLM's core is spawned, which imports the script again; without the guard that would start another engine.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "the engine was made while its own child process imported the script: put the code that makes it under\n"
+            '    if __name__ == "__main__":'
+        )
+
+
+def _checked_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a string, got {name!r}")
+    if not name or not name.isprintable():
+        raise ValueError(f"an adapter's name must be printable text, got {name!r}")
+    return name
+
+
+def _checked_prompt(prompt: Any) -> str | tuple[int, ...]:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Sequence) and prompt and all(type(token) is int for token in prompt):
+        return tuple(prompt)
+    raise TypeError(f"a prompt must be a string or a list of token ids, got {str(prompt)[:80]!r}")
+
+
+def _prompt_list(prompts: Any) -> list[str | tuple[int, ...]]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a string, token ids, or a list of them, got {type(prompts).__name__}")
+    if prompts and type(prompts[0]) is int:
+        return [_checked_prompt(prompts)]
+    return [_checked_prompt(prompt) for prompt in prompts]
+
+
+def _conversations(messages: Any) -> Sequence[Sequence[Message]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise TypeError(f"messages must be a conversation or a list of them, got {str(messages)[:80]!r}")
+    return [messages] if isinstance(messages[0], Mapping) else messages
+
+
+def _one_per_prompt(argument: str, value: Any, num_prompts: int) -> list[Any]:
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        return [value] * num_prompts
+    if len(value) != num_prompts:
+        raise ValueError(f"{argument} has {len(value)} entries for {num_prompts} prompts: give one, or one per prompt")
+    return list(value)
+
+
+def _with_progress(handles: Sequence[RequestHandle], use_tqdm: bool) -> Iterator[RequestHandle]:
+    if not use_tqdm:
+        yield from handles
+        return
+    from tqdm.auto import tqdm
+
+    # disable=None: quiet where the output is not a terminal.
+    yield from tqdm(handles, desc="Answered", unit="prompt", disable=None, dynamic_ncols=True)
+
+
+def _cancelling(handle: RequestHandle) -> Iterator[GenerationOutput]:
+    try:
+        yield from handle
+    finally:
+        handle.cancel()

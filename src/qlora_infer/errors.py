@@ -1,0 +1,143 @@
+"""Every error that this library raises on its own account.
+
+    QLoRAInferError                       never raised itself: catch it to catch them all
+    ├── MissingDependencyError            (ImportError)   a package is not installed, or its install is broken
+    ├── QuantizationError                 (ValueError)    this checkpoint cannot be served this way here
+    │   └── UnknownQuantizationError      (LookupError)   no strategy has that name
+    ├── ModelNotFoundError                (OSError)       the base model is not where its name says
+    ├── EngineStartError                  (RuntimeError)  vLLM did not start
+    ├── EngineClosedError                 (RuntimeError)  the engine was closed
+    ├── EngineDeadError                   (RuntimeError)  vLLM's engine core died
+    ├── AdapterError                      never raised itself: everything about one adapter
+    │   ├── AdapterNotLoadedError         (LookupError)   no adapter of that name is loaded
+    │   ├── AdapterSourceError            (OSError)       the source could not be read
+    │   │   ├── AdapterNotFoundError      (LookupError)   no such folder, repository, revision or file
+    │   │   ├── AdapterAccessError        (PermissionError)  the source asks for a token, or for another one
+    │   │   └── AdapterDownloadError      (ConnectionError)  the connection failed, or there is none
+    │   ├── CorruptAdapterError           (ValueError)    the files cannot be read: truncated, malformed, NaN
+    │   ├── UnsafeAdapterError            (ValueError)    the files could do harm: pickles, links that leave the folder
+    │   ├── IncompatibleAdapterError      (ValueError)    the files are sound but cannot run on this model
+    │   └── AdapterLoadError              (RuntimeError)  vLLM refused an adapter that looked right
+    └── RequestError                      never raised itself: everything about one request
+        ├── RequestCancelledError         somebody cancelled it
+        └── RequestRejectedError          (ValueError)    vLLM cannot run it: too long, a parameter out of range
+
+Wrong argument values are plain ``ValueError`` and ``TypeError``, and waiting too long is the built-in ``TimeoutError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class QLoRAInferError(Exception):
+    """The base of this library's errors; never raised itself."""
+
+
+class MissingDependencyError(QLoRAInferError, ImportError):
+    """A package that this call needs is not installed, or its installation is broken.
+
+    The message ends with the command that mends it.
+    """
+
+
+class QuantizationError(QLoRAInferError, ValueError):
+    """The checkpoint cannot be served with this quantization on this machine."""
+
+
+class UnknownQuantizationError(QuantizationError, LookupError):
+    """No strategy is registered under that name; the message lists those that are."""
+
+
+class ModelNotFoundError(QLoRAInferError, OSError):
+    """The base model is neither a local checkpoint nor a model that the Hub lets us read."""
+
+
+class EngineStartError(QLoRAInferError, RuntimeError):
+    """vLLM did not start; the cause is chained."""
+
+
+class EngineClosedError(QLoRAInferError, RuntimeError):
+    """The engine was closed, before this call or during it."""
+
+
+class EngineDeadError(QLoRAInferError, RuntimeError):
+    """vLLM's engine core died (killed, out of memory, a fault in a kernel). Start a new engine."""
+
+
+class AdapterError(QLoRAInferError):
+    """Everything that goes wrong with one adapter; never raised itself.
+
+    Attributes:
+        adapter: The adapter's name, or its source where it has no name yet.
+    """
+
+    def __init__(self, adapter: str, message: str) -> None:
+        super().__init__(message)
+        self.adapter = adapter
+
+    def __str__(self) -> str:
+        # OSError's own __str__ would print the two arguments as an errno and a text.
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
+        return (type(self), (self.adapter, str(self.args[0])))
+
+
+class AdapterNotLoadedError(AdapterError, LookupError):
+    """No adapter of that name is loaded; the message lists those that are."""
+
+
+class AdapterSourceError(AdapterError, OSError):
+    """The source could not be read."""
+
+
+class AdapterNotFoundError(AdapterSourceError, LookupError):
+    """No such folder, repository, revision, subfolder or adapter file."""
+
+
+class AdapterAccessError(AdapterSourceError, PermissionError):
+    """The source asks for a token, or for another one."""
+
+
+class AdapterDownloadError(AdapterSourceError, ConnectionError):
+    """The connection to the source failed or broke, or the process is offline and has no copy."""
+
+
+class CorruptAdapterError(AdapterError, ValueError):
+    """The adapter's files cannot be read or hold values that no weight may have."""
+
+
+class UnsafeAdapterError(AdapterError, ValueError):
+    """Reading the adapter could do harm: a pickle, or a link that leaves its folder."""
+
+
+class IncompatibleAdapterError(AdapterError, ValueError):
+    """The adapter is well-formed but cannot run on this engine.
+
+    Attributes:
+        reasons: Every reason found, each a sentence.
+    """
+
+    def __init__(self, adapter: str, reasons: Iterable[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(adapter, f"adapter {adapter!r} cannot run here: " + " ".join(self.reasons))
+
+    def __reduce__(self) -> tuple[type[AdapterError], tuple[str, tuple[str, ...]]]:  # type: ignore[override]
+        return (type(self), (self.adapter, self.reasons))
+
+
+class AdapterLoadError(AdapterError, RuntimeError):
+    """vLLM refused an adapter that had passed every check; its words are in the message."""
+
+
+class RequestError(QLoRAInferError):
+    """Everything that goes wrong with one request; never raised itself."""
+
+
+class RequestCancelledError(RequestError):
+    """The request was cancelled before it finished."""
+
+
+class RequestRejectedError(RequestError, ValueError):
+    """vLLM cannot run this request: a prompt that is too long, or a sampling parameter out of range."""

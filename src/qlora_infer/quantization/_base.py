@@ -1,0 +1,177 @@
+"""What a quantization strategy is, and how one is found: by name, or by what a checkpoint says of itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from attrs import frozen
+
+from qlora_infer.config import EngineConfig
+from qlora_infer.errors import MissingDependencyError, QuantizationError, UnknownQuantizationError
+
+logger = logging.getLogger("qlora_infer")
+
+
+@frozen
+class Platform:
+    """The machine and the installation that a strategy is asked about.
+
+    Attributes:
+        device: vLLM's device type, such as ``"cuda"`` or ``"cpu"``.
+        capability: CUDA's compute capability times ten (90 for an H100); ``None`` where there is none.
+        packages: The installed distributions, by normalized name (``"vllm-bnb-plugin"``).
+    """
+
+    device: str
+    capability: int | None
+    packages: frozenset[str]
+
+    def require_package(self, name: str, command: str) -> None:
+        """Raise ``MissingDependencyError`` with ``command`` unless the distribution ``name`` is installed."""
+        if name not in self.packages:
+            raise MissingDependencyError(f"{name} is not installed: {command}")
+
+    def require_capability(self, minimum: int, quantization: str) -> None:
+        """Raise ``QuantizationError`` on a CUDA device older than ``minimum``; other devices pass."""
+        if self.capability is not None and self.capability < minimum:
+            raise QuantizationError(
+                f"{quantization} needs a GPU of compute capability {minimum / 10:.1f} or newer, this one has "
+                f"{self.capability / 10:.1f}: use another quantization or another GPU"
+            )
+
+
+@runtime_checkable
+class QuantizationStrategy(Protocol):
+    """How one kind of quantized checkpoint is served.
+
+    Write a class with these four members and pass an instance as ``quantization=``, or decorate the class with
+    ``register`` to give it a name and a place in ``"auto"``.
+
+    Example:
+        >>> from qlora_infer.quantization import register, unregister
+        >>> @register
+        ... class HQQ:
+        ...     name = "hqq"
+        ...
+        ...     def matches(self, model_config):
+        ...         return model_config.get("quantization_config", {}).get("quant_method") == "hqq"
+        ...
+        ...     def check(self, config, model_config, platform):
+        ...         platform.require_package("hqq", "pip install hqq")
+        ...
+        ...     def engine_args(self, config, model_config):
+        ...         return {"quantization": "hqq"}
+        >>> unregister("hqq")
+    """
+
+    name: str
+
+    def matches(self, model_config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this ``config.json`` is of this kind."""
+        ...
+
+    def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
+        """Raise what keeps this platform from serving it, with the command that helps.
+
+        Called before any weights are downloaded. Only ``config.json`` has been read.
+
+        Raises:
+            MissingDependencyError: A package is missing.
+            QuantizationError: The checkpoint, the device or the other arguments do not allow it.
+        """
+        ...
+
+    def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that vLLM needs for it; a pure function."""
+        ...
+
+
+_registry: dict[str, QuantizationStrategy] = {}
+
+S = TypeVar("S", bound=type[Any])
+
+
+def register(strategy_class: S) -> S:
+    """Register a strategy class under its ``name``; use it as a decorator.
+
+    Raises:
+        ValueError: The name is taken.
+        TypeError: The class lacks a member of ``QuantizationStrategy``.
+    """
+    strategy = strategy_class()
+    if not isinstance(strategy, QuantizationStrategy):
+        raise TypeError(f"{strategy_class.__name__} needs name, matches, check and engine_args")
+    if strategy.name in _registry:
+        taken_by = type(_registry[strategy.name]).__qualname__
+        raise ValueError(f"quantization {strategy.name!r} is already registered, by {taken_by}")
+    _registry[strategy.name] = strategy
+    return strategy_class
+
+
+def unregister(name: str) -> None:
+    """Take a strategy out of the registry again.
+
+    Raises:
+        UnknownQuantizationError: No strategy has that name.
+    """
+    _registry.pop(_named(name).name)
+
+
+def registered() -> Iterator[str]:
+    """The names of the registered strategies, in the order of their registration."""
+    return iter(tuple(_registry))
+
+
+def choose(config: EngineConfig, model_config: Mapping[str, Any]) -> QuantizationStrategy:
+    """Find the strategy that ``config.quantization`` asks for.
+
+    ``"auto"`` takes the strategy whose ``matches`` knows the checkpoint, and logs the choice with its reason.
+
+    Raises:
+        UnknownQuantizationError: No strategy has that name.
+        QuantizationError: The checkpoint is of another kind, or of none that is registered.
+    """
+    method = quant_method(model_config)
+    if config.quantization == "auto":
+        return _detect(config.model, model_config, method)
+    if not isinstance(config.quantization, str):
+        return config.quantization
+    strategy = _named(config.quantization)
+    if not strategy.matches(model_config):
+        says = f"is quantized with {method!r}" if method else "is not quantized"
+        raise QuantizationError(
+            f"{config.model} {says} (config.json), which quantization={strategy.name!r} cannot serve: "
+            'use quantization="auto", or another checkpoint'
+        )
+    return strategy
+
+
+def quant_method(model_config: Mapping[str, Any]) -> str | None:
+    """The ``quant_method`` that a checkpoint's ``config.json`` names; ``None`` for an unquantized one."""
+    quantization_config = model_config.get("quantization_config")
+    if not isinstance(quantization_config, Mapping):
+        return None
+    return str(quantization_config.get("quant_method", "")).lower() or None
+
+
+def _detect(model: str, model_config: Mapping[str, Any], method: str | None) -> QuantizationStrategy:
+    # The newest registration is asked first, so that a user's strategy can take over a kind of checkpoint.
+    for strategy in reversed(_registry.values()):
+        if strategy.matches(model_config):
+            reason = f"config.json says {method!r}" if method else "the checkpoint is not quantized: in flight"
+            logger.info("quantization=%r for %s (%s)", strategy.name, model, reason)
+            return strategy
+    raise QuantizationError(
+        f"{model} is quantized with {method!r} (config.json); registered are {', '.join(_registry)}. "
+        "Use another checkpoint, or pass a strategy of your own as quantization="
+    )
+
+
+def _named(name: str) -> QuantizationStrategy:
+    try:
+        return _registry[name]
+    except KeyError:
+        known = ", ".join(("auto", *_registry))
+        raise UnknownQuantizationError(f"no quantization is called {name!r}; there are {known}") from None

