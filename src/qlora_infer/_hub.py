@@ -129,50 +129,55 @@ def _environment() -> dict[str, Any]:
 
 @contextmanager
 def _translated(adapter: str, repo_id: str, revision: str | None, token: str | None) -> Iterator[None]:
-    """Raise the Hub's errors as ours. They are chained without their text where that could hold a token."""
+    """Raise the Hub's errors as ours."""
+    try:
+        yield
+    except Exception as error:  # connections fail in the words of several libraries
+        error_class, message = _explain(_told_by_the_hub(error), repo_id, revision, token)
+        raise error_class(adapter, message) from _without_secrets(error, token)
+
+
+def _explain(
+    error: BaseException, repo_id: str, revision: str | None, token: str | None
+) -> tuple[type[AdapterSourceError], str]:
+    """Which of our errors it is, and what to say."""
     from huggingface_hub import errors
 
     where = f"{repo_id}{f'@{revision}' if revision else ''}"
-    with_token = "the token does not open it" if token else "a private one needs a token: pass token="
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise AdapterAccessError(
-            adapter, f"{where} is gated: ask for access on the Hub, then pass the token of that account as token="
-        ) from _without_secrets(error, token)
-    except errors.RevisionNotFoundError as error:
-        raise AdapterNotFoundError(adapter, f"{repo_id} has no revision {revision!r}") from _without_secrets(error, token)
-    except errors.RepositoryNotFoundError as error:
-        status = getattr(error.response, "status_code", None)
-        error_class = AdapterAccessError if status in (401, 403) and token else AdapterNotFoundError
-        raise error_class(
-            adapter, f"there is no repository {repo_id} on the Hub, or {with_token}"
-        ) from _without_secrets(error, token)
-    except errors.RemoteEntryNotFoundError as error:
-        raise AdapterNotFoundError(adapter, f"{where} lacks a file that was asked for") from _without_secrets(error, token)
-    except errors.HFValidationError as error:
-        raise AdapterNotFoundError(adapter, f"{repo_id!r} is no repository's name: {error}") from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise AdapterAccessError(adapter, f"{where} cannot be read: {with_token}") from _without_secrets(error, token)
-        raise AdapterDownloadError(
-            adapter, f"the Hub answered {status} for {where}: try again"
-        ) from _without_secrets(error, token)
-    except errors.LocalEntryNotFoundError as error:
-        raise AdapterDownloadError(
-            adapter, f"{where} is not in the Hub's cache, and the Hub cannot be reached (offline?): {_root(error)}"
-        ) from _without_secrets(error, token)
-    except Exception as error:  # connections fail in the words of several libraries
-        raise AdapterDownloadError(
-            adapter, f"the download of {where} failed: {type(error).__name__}; try again"
-        ) from _without_secrets(error, token)
+    with_token = "the token does not open it" if token else "it is private: pass a token with token="
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        return AdapterNotFoundError, f"{repo_id!r} is no repository's name: {error}"
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            AdapterAccessError,
+            f"{where} is gated: ask for access on the Hub, then pass the token of that account as token=",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return AdapterNotFoundError, f"{repo_id} has no revision {revision!r}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return AdapterNotFoundError, f"there is no repository {repo_id} on the Hub, or {with_token}"
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return AdapterNotFoundError, f"{where} lacks a file that was asked for"
+    if status in (401, 403):
+        return AdapterAccessError, f"{where} cannot be read: {with_token}"
+    if status is not None:
+        return AdapterDownloadError, f"the Hub answered {status} for {where}: try again"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return AdapterDownloadError, f"{where} is not in the Hub's cache, and the Hub cannot be reached (offline?)"
+    return AdapterDownloadError, f"the download of {where} failed ({type(error).__name__}): try again"
 
 
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return type(error).__name__
+def _told_by_the_hub(error: BaseException) -> BaseException:
+    """The Hub's own answer, where huggingface_hub has put "and there is no cached copy" around it."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    while cause is not None:
+        if isinstance(cause, errors.HfHubHTTPError):
+            return cause
+        cause = cause.__cause__
+    return error
 
 
 def _without_secrets(error: BaseException, token: str | None) -> BaseException | None:
