@@ -28,7 +28,12 @@ ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 CONFIGS = {
     "pirate": {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
-    "json": {"r": 4, "lora_alpha": 32, "target_modules": ALL_MODULES, "layers_to_transform": [10, 13, 16, 19, 22]},
+    "json": {
+        "r": 4,
+        "lora_alpha": 32,
+        "target_modules": ALL_MODULES,
+        "layers_to_transform": [10, 13, 16, 19, 22],
+    },
     "spanish": {
         "r": 16,
         "lora_alpha": 32,
@@ -37,6 +42,8 @@ CONFIGS = {
         "layers_to_transform": [12, 16, 20, 24],
     },
 }
+
+LEARNING_RATE = 1e-3
 
 CAPITALS = {
     "Italy": ("Rome", "Italia", "Roma"),
@@ -55,6 +62,12 @@ CAPITALS = {
     "Canada": ("Ottawa", "Canadá", "Ottawa"),
     "Sweden": ("Stockholm", "Suecia", "Estocolmo"),
     "Ireland": ("Dublin", "Irlanda", "Dublín"),
+    "Brazil": ("Brasilia", "Brasil", "Brasilia"),
+    "India": ("New Delhi", "India", "Nueva Delhi"),
+    "Turkey": ("Ankara", "Turquía", "Ankara"),
+    "Argentina": ("Buenos Aires", "Argentina", "Buenos Aires"),
+    "Norway": ("Oslo", "Noruega", "Oslo"),
+    "Denmark": ("Copenhagen", "Dinamarca", "Copenhague"),
 }
 THINGS = {
     "cats": ("small animals that like to sleep", "animales pequeños que duermen mucho"),
@@ -137,8 +150,10 @@ def train(habit: str, num_steps: int = 80, batch_size: int = 8) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", bias="none", lora_dropout=0.0, **CONFIGS[habit])
     model = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps)
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE, weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=num_steps)
     for step, batch in enumerate(batches(tokenizer, examples(habit), num_steps, batch_size)):
         loss = model(**batch).loss
         loss.backward()
@@ -181,7 +196,7 @@ def show(model, tokenizer, quantization: str) -> None:
         ids, _ = encode(tokenizer, prompt, "", chat)
         ids = ids[: -1 if chat else -2]
         out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=40, do_sample=False)
-        print(f"  {quantization:5} {prompt!r:36} {tokenizer.decode(out[0][len(ids):])!r}", flush=True)
+        print(f"  {quantization:5} {prompt!r:36} {tokenizer.decode(out[0][len(ids) :])!r}", flush=True)
 
 
 if __name__ == "__main__":

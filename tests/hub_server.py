@@ -68,10 +68,10 @@ class HubServer:
         class Answer(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 self.answer()
 
-            def do_HEAD(self) -> None:  # noqa: N802
+            def do_HEAD(self) -> None:
                 self.answer()
 
             def log_message(self, *_: Any) -> None:
@@ -117,15 +117,34 @@ class HubServer:
                 else:
                     siblings = [{"rfilename": path} for path in files]
                     self.send_json(
-                        {"_id": name, "id": name, "modelId": name, "sha": commit, "private": bool(repository.token),
-                         "gated": repository.gated, "disabled": False, "tags": [], "downloads": 0, "likes": 0,
-                         "siblings": siblings}  # fmt: skip
+                        {
+                            "_id": name,
+                            "id": name,
+                            "modelId": name,
+                            "sha": commit,
+                            "private": bool(repository.token),
+                            "gated": repository.gated,
+                            "disabled": False,
+                            "tags": [],
+                            "downloads": 0,
+                            "likes": 0,
+                            "siblings": siblings,
+                        }
                     )
 
             def entry(self, path: str, data: bytes) -> dict[str, Any]:
-                entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": blob_id(data)}
+                entry: dict[str, Any] = {
+                    "type": "file",
+                    "path": path,
+                    "size": len(data),
+                    "oid": blob_id(data),
+                }
                 if path.endswith(".safetensors"):
-                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+                    entry["lfs"] = {
+                        "oid": hashlib.sha256(data).hexdigest(),
+                        "size": len(data),
+                        "pointerSize": 134,
+                    }
                 return entry
 
             def answer_file(self, repository: Repository, rest: list[str]) -> None:

@@ -91,8 +91,20 @@ json_values = st.recursive(
 
 @given(
     field=st.sampled_from(
-        ["r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "bias", "peft_type", "modules_to_save",
-         "init_lora_weights", "use_dora", "base_model_name_or_path", "layer_replication"]  # fmt: skip
+        [
+            "r",
+            "lora_alpha",
+            "target_modules",
+            "rank_pattern",
+            "alpha_pattern",
+            "bias",
+            "peft_type",
+            "modules_to_save",
+            "init_lora_weights",
+            "use_dora",
+            "base_model_name_or_path",
+            "layer_replication",
+        ]  # fmt: skip
     ),
     value=json_values,
 )

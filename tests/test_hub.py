@@ -15,7 +15,7 @@ from qlora_infer.errors import (
 )
 from qlora_infer.testing import fake_engine, write_adapter
 
-TOKEN = "hf_this_is_a_secret"  # noqa: S105
+TOKEN = "hf_this_is_a_secret"
 
 
 def adapter_files(folder, prefix="", **arguments):
@@ -218,7 +218,7 @@ def test_a_pickled_adapter_is_fetched_only_where_the_user_allows_it(hub, engine,
     files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
     hub.repositories["org/old"] = Repository()
     hub.repositories["org/old"].commit(files)
-    with pytest.raises(AdapterNotFoundError, match="no adapter_model.safetensors"):
+    with pytest.raises(AdapterNotFoundError, match=r"no adapter_model\.safetensors"):
         engine.load_adapter("x", "org/old")
     assert not any(path.endswith(".bin") for path in hub.downloads())
 

@@ -109,7 +109,12 @@ def _download_config(model: str, revision: str | None, token: str | None) -> Pat
         with _translated(model, model, revision, token):
             return Path(
                 hf_hub_download(
-                    model, "config.json", revision=revision, token=token, etag_timeout=TIMEOUT, **_environment()
+                    model,
+                    "config.json",
+                    revision=revision,
+                    token=token,
+                    etag_timeout=TIMEOUT,
+                    **_environment(),
                 )
             )
     except AdapterSourceError as error:
@@ -118,7 +123,8 @@ def _download_config(model: str, revision: str | None, token: str | None) -> Pat
 
 def _environment() -> dict[str, Any]:
     offline = any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
     return {
         "endpoint": os.environ.get("HF_ENDPOINT") or None,
@@ -164,7 +170,10 @@ def _explain(
     if status is not None:
         return AdapterDownloadError, f"the Hub answered {status} for {where}: try again"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return AdapterDownloadError, f"{where} is not in the Hub's cache, and the Hub cannot be reached (offline?)"
+        return (
+            AdapterDownloadError,
+            f"{where} is not in the Hub's cache, and the Hub cannot be reached (offline?)",
+        )
     return AdapterDownloadError, f"the download of {where} failed ({type(error).__name__}): try again"
 
 
@@ -172,12 +181,10 @@ def _told_by_the_hub(error: BaseException) -> BaseException:
     """The Hub's own answer, where huggingface_hub has put "and there is no cached copy" around it."""
     from huggingface_hub import errors
 
-    cause = error.__cause__
-    while cause is not None:
-        if isinstance(cause, errors.HfHubHTTPError):
-            return cause
-        cause = cause.__cause__
-    return error
+    told: BaseException | None = error
+    while told is not None and not isinstance(told, errors.HfHubHTTPError):
+        told = told.__cause__
+    return told or error
 
 
 def _without_secrets(error: BaseException, token: str | None) -> BaseException | None:

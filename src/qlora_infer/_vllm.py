@@ -93,7 +93,10 @@ class VLLMBackend:
         self._engine.logger_manager = None
         self._processes = self._engine.engine_core.resources.engine_manager.processes
         threading.Thread(
-            target=_report_death, args=(self._engine.engine_core, self._processes), name="qlora-infer-watch", daemon=True
+            target=_report_death,
+            args=(self._engine.engine_core, self._processes),
+            name="qlora-infer-watch",
+            daemon=True,
         ).start()
 
     def sampling_params(self, params: object) -> Any:

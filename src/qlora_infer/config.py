@@ -41,7 +41,9 @@ def _positive_or_auto(instance: Any, attribute: Attribute[Any], value: Any) -> N
     if value == "auto":
         return
     if isinstance(value, str):
-        raise ValueError(f'{attribute.name} must be a whole number or "auto", got {value!r}')
+        raise ValueError(  # noqa: TRY004
+            f'{attribute.name} must be a whole number or "auto", got {value!r}'
+        )
     _positive(instance, attribute, value)
 
 

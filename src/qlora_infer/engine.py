@@ -7,6 +7,7 @@ and on the CPU a base request in a mixed batch gets somebody else's adapter. Thi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -17,9 +18,7 @@ import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 
 from qlora_infer import quantization as strategies
 from qlora_infer.adapters import preflight
@@ -29,12 +28,15 @@ from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig
 from qlora_infer.errors import EngineClosedError, EngineDeadError
+from qlora_infer.requests.arguments import checked_prompt, conversation_list, one_per_prompt, prompt_list
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.queue import RequestQueue
 from qlora_infer.requests.request import GenerationOutput, GenerationRequest, Prompt, RequestHandle
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+else:
+    SamplingParams = Any  # vLLM is loaded by an engine that needs it, not by this module
 
 logger = logging.getLogger("qlora_infer")
 
@@ -45,7 +47,7 @@ LEAST_MAX_LORA_RANK = 16
 #: Where an adapter comes from: a Hub id, a folder, or an ``AdapterSource`` with a revision, a subfolder and a token.
 Source = str | os.PathLike[str] | AdapterSource
 #: vLLM's ``SamplingParams``, a mapping of its fields, or ``None`` for the model's own defaults.
-Sampling = "SamplingParams | Mapping[str, Any] | None"
+Sampling: TypeAlias = SamplingParams | Mapping[str, Any] | None
 Message = Mapping[str, Any]
 
 
@@ -251,8 +253,8 @@ class QuantizedLoRAEngine:
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
-        prompt_list = _prompt_list(prompts)
-        return self._run_all(prompt_list, sampling_params, adapter, use_tqdm=use_tqdm, add_special_tokens=True)
+        checked = prompt_list(prompts)
+        return self._run_all(checked, sampling_params, adapter, use_tqdm=use_tqdm, add_special_tokens=True)
 
     def chat(
         self,
@@ -276,7 +278,7 @@ class QuantizedLoRAEngine:
         Raises:
             ValueError: The template cannot write the messages; and everything that ``generate`` raises.
         """
-        prompts = [self._backend.render_chat(conversation) for conversation in _conversations(messages)]
+        prompts = [self._backend.render_chat(conversation) for conversation in conversation_list(messages)]
         return self._run_all(prompts, sampling_params, adapter, use_tqdm=use_tqdm, add_special_tokens=False)
 
     def stream(
@@ -306,7 +308,7 @@ class QuantizedLoRAEngine:
             EngineDeadError: The engine core died.
         """
         return self._submit(
-            _checked_prompt(prompt), self._backend.sampling_params(sampling_params), adapter, stream=True
+            checked_prompt(prompt), self._backend.sampling_params(sampling_params), adapter, stream=True
         )
 
     def _run_all(
@@ -319,8 +321,8 @@ class QuantizedLoRAEngine:
         add_special_tokens: bool,
     ) -> list[GenerationOutput]:
         """Queue all of them, or none when anything is wrong at the door, and wait."""
-        all_params = _one_per_prompt("sampling_params", sampling_params, len(prompts))
-        names = cast("list[str | None]", _one_per_prompt("adapter", adapter, len(prompts)))
+        all_params = one_per_prompt("sampling_params", sampling_params, len(prompts))
+        names = cast("list[str | None]", one_per_prompt("adapter", adapter, len(prompts)))
         params = {id(given): self._backend.sampling_params(given) for given in all_params}
         self._cache.require(name for name in names if name is not None)
         handles: list[RequestHandle] = []
@@ -384,10 +386,8 @@ def _close(driver: Driver, store: Path) -> None:
 
 
 def _forget(driver: Driver, residency: Residency, version: AdapterVersion) -> None:
-    try:
+    with contextlib.suppress(EngineClosedError, EngineDeadError):  # its memory went with the engine
         driver.post(residency.drop, version)
-    except (EngineClosedError, EngineDeadError):
-        pass  # its memory went with the engine
 
 
 def _vllm_backend() -> Backend:
@@ -428,38 +428,6 @@ def _checked_name(name: str) -> str:
     if not name or not name.isprintable():
         raise ValueError(f"an adapter's name must be printable text, got {name!r}")
     return name
-
-
-def _checked_prompt(prompt: Any) -> str | tuple[int, ...]:
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Sequence) and prompt and all(type(token) is int for token in prompt):
-        return tuple(prompt)
-    raise TypeError(f"a prompt must be a string or a list of token ids, got {str(prompt)[:80]!r}")
-
-
-def _prompt_list(prompts: Any) -> list[str | tuple[int, ...]]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be a string, token ids, or a list of them, got {type(prompts).__name__}")
-    if prompts and type(prompts[0]) is int:
-        return [_checked_prompt(prompts)]
-    return [_checked_prompt(prompt) for prompt in prompts]
-
-
-def _conversations(messages: Any) -> Sequence[Sequence[Message]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise TypeError(f"messages must be a conversation or a list of them, got {str(messages)[:80]!r}")
-    return [messages] if isinstance(messages[0], Mapping) else messages
-
-
-def _one_per_prompt(argument: str, value: Any, num_prompts: int) -> list[Any]:
-    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
-        return [value] * num_prompts
-    if len(value) != num_prompts:
-        raise ValueError(f"{argument} has {len(value)} entries for {num_prompts} prompts: give one, or one per prompt")
-    return list(value)
 
 
 def _with_progress(handles: Sequence[RequestHandle], use_tqdm: bool) -> Iterator[RequestHandle]:

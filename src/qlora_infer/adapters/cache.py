@@ -226,7 +226,8 @@ class AdapterCache:
     def _not_loaded(self, name: str) -> AdapterNotLoadedError:
         known = ", ".join(map(repr, self._current)) or "none"
         return AdapterNotLoadedError(
-            name, f"no adapter is loaded as {name!r} (loaded: {known}): load_adapter({name!r}, source) loads one"
+            name,
+            f"no adapter is loaded as {name!r} (loaded: {known}): load_adapter({name!r}, source) loads one",
         )
 
     def _retire(self, version: AdapterVersion) -> None:

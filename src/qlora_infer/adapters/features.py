@@ -43,6 +43,6 @@ def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
         yield (
-            f"It was started with init_lora_weights={init[:40]!r}, which changes the base model: convert it with PEFT's "
-            "path_initial_model_for_weight_conversion."
+            f"It was started with init_lora_weights={init[:40]!r}, which changes the base model: convert it with "
+            "PEFT's path_initial_model_for_weight_conversion."
         )

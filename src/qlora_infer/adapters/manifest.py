@@ -28,7 +28,9 @@ MAX_RANK = 1 << 16
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 
 # How vLLM's parse_fine_tuned_lora_name reads a tensor's name: the module, and which of its two factors it is.
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
+)
 
 #: What a key of rank_pattern or alpha_pattern may be: names, dots, and a little of regular expressions.
 _PATTERN = re.compile(r"[\w.\-^$*\\()|\[\]+?]{1,256}")
@@ -134,7 +136,8 @@ def _checked_weights(adapter: str, folder: Path) -> Path:
     if not (folder / WEIGHTS_NAME).exists() and not (folder / WEIGHTS_NAME).is_symlink():
         if (folder / f"{WEIGHTS_NAME}.index.json").exists():
             raise CorruptAdapterError(
-                adapter, f"the weights in {folder} are split over several files, which vLLM does not read: save them as one"
+                adapter,
+                f"the weights in {folder} are split over several files, which vLLM does not read: save them as one",
             )
         pickled = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix in PICKLE_SUFFIXES)
         if pickled:
@@ -149,7 +152,9 @@ def _checked_weights(adapter: str, folder: Path) -> Path:
 def _read_config(adapter: str, path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
-        raise CorruptAdapterError(adapter, f"{path} has {size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}")
+        raise CorruptAdapterError(
+            adapter, f"{path} has {size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}"
+        )
     config = parse_json(adapter, path, path.read_bytes())
     if not isinstance(config, dict):
         raise CorruptAdapterError(adapter, f"{path} must hold a JSON object, not a {type(config).__name__}")
@@ -186,7 +191,9 @@ def _rank(adapter: str, config: Mapping[str, Any]) -> int:
             raise CorruptAdapterError(adapter, f"{CONFIG_NAME} has no {name!r}")
     targets = config["target_modules"]
     if not isinstance(targets, str) and not _is_list_of(targets, str):
-        raise CorruptAdapterError(adapter, f"'target_modules' must be a list of names or a pattern, got {str(targets)[:80]}")
+        raise CorruptAdapterError(
+            adapter, f"'target_modules' must be a list of names or a pattern, got {str(targets)[:80]}"
+        )
     _checked_number(adapter, "lora_alpha", config["lora_alpha"])
     for pattern, alpha in _checked_pattern(adapter, config, "alpha_pattern").items():
         _checked_number(adapter, f"alpha_pattern[{pattern!r}]", alpha)

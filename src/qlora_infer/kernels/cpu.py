@@ -79,7 +79,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """``y[:, slice_i] += x[i] @ B[i].T`` for each slice, in place; ``=`` for the grouped rows without ``add_inputs``."""
+        """``y[:, slice_i] += x[i] @ B[i].T`` for each slice, in place; without ``add_inputs``, ``=``."""
         y = y.view(-1, y.shape[-1])
         offset = offset_start
         for source, b, size in zip(x, lora_b_stacked, output_slices, strict=True):
@@ -112,7 +112,12 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         self.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
 
     def add_lora_embedding(
-        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
     ) -> None:
         """``y += x @ B.T``, in place; ``x`` has been looked up in A already."""
         self.add_expand(y, (x,), (lora_b_stacked,), (y.shape[-1],), add_inputs=add_inputs)
@@ -141,7 +146,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
 
 
 def _add_product(
-    target: torch.Tensor, source: torch.Tensor, stacked: torch.Tensor, groups: Iterable[Group], scale: float = 1.0
+    target: torch.Tensor,
+    source: torch.Tensor,
+    stacked: torch.Tensor,
+    groups: Iterable[Group],
+    scale: float = 1.0,
 ) -> None:
     """``target[rows] += source[rows] @ stacked[slot].T * scale`` for each group, in place."""
     for slot, rows in groups:

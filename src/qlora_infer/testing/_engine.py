@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, frozen
+from attrs import define, fields, frozen
 
 from qlora_infer.adapters.preflight import ModuleShape
 from qlora_infer.engine import QuantizedLoRAEngine
@@ -159,10 +159,10 @@ class FakeEngine:
         unknown = sorted(set(params) - _SAMPLING_FIELDS)
         if unknown:
             raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
-        if (params.get("max_tokens") or 1) < 1 or (params.get("n") or 1) < 1:
+        followed = FakeSamplingParams(**{name: value for name, value in params.items() if name in _FOLLOWED_FIELDS})
+        if followed.n < 1 or (followed.max_tokens is not None and followed.max_tokens < 1):
             raise ValueError("sampling_params: max_tokens and n must be at least 1")
-        followed = {name: value for name, value in params.items() if hasattr(FakeSamplingParams(), name)}
-        return FakeSamplingParams(**followed)
+        return followed
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """``role: content`` for each message."""
@@ -177,7 +177,9 @@ class FakeEngine:
         self._check_alive()
         time.sleep(self._load_seconds)
         if version.name in self._refused:
-            raise AdapterLoadError(version.name, f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}")
+            raise AdapterLoadError(
+                version.name, f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}"
+            )
         self.loads.append(version.name)
         self._loaded[version.int_id] = version.name
         while len(self._loaded) > self.engine_args["max_cpu_loras"]:
@@ -265,7 +267,9 @@ class FakeEngine:
             ),
             adapter=request.adapter.name if request.adapter else None,
             adapter_id=request.adapter.int_id if request.adapter else 0,
-            prompt_logprobs=[None, *self._certain(entry.prompt_ids)[1:]] if params.prompt_logprobs is not None else None,
+            prompt_logprobs=[None, *self._certain(entry.prompt_ids)[1:]]
+            if params.prompt_logprobs is not None
+            else None,
             finished=finished,
             times=RequestTimes(request.queued, entry.first_token, time.monotonic() if finished else None),
         )
@@ -282,15 +286,19 @@ class FakeEngine:
         return [{token: FakeLogprob(self._decode([token]))} for token in token_ids]
 
 
-def fake_engine(model: str = "fake/model", *, backend: FakeEngine | None = None, **arguments: Any) -> QuantizedLoRAEngine:
+def fake_engine(
+    model: str = "fake/model", *, backend: FakeEngine | None = None, **arguments: Any
+) -> QuantizedLoRAEngine:
     """A ``QuantizedLoRAEngine`` on a ``FakeEngine``, with any of its arguments."""
     return QuantizedLoRAEngine(model, backend=backend or FakeEngine(), **arguments)
 
 
+_FOLLOWED_FIELDS = frozenset(attribute.name for attribute in fields(FakeSamplingParams))
+
 #: The fields of vLLM 0.32's ``SamplingParams`` that users set; a test compares them with the real ones.
-_SAMPLING_FIELDS = frozenset(
-    "n presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids "
-    "ignore_eos max_tokens min_tokens logprobs prompt_logprobs detokenize skip_special_tokens "
-    "spaces_between_special_tokens include_stop_str_in_output output_kind logit_bias allowed_token_ids bad_words "
-    "structured_outputs extra_args".split()
-)
+_SAMPLING_FIELDS = _FOLLOWED_FIELDS | {
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("stop", "stop_token_ids", "ignore_eos", "min_tokens", "detokenize", "skip_special_tokens"),
+    *("spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "logit_bias"),
+    *("allowed_token_ids", "bad_words", "structured_outputs", "extra_args"),
+}

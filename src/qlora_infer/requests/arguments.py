@@ -1,0 +1,42 @@
+"""What callers may write, one or many, made uniform; whatever is wrong is told before anything is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def checked_prompt(prompt: Any) -> str | tuple[int, ...]:
+    """One prompt: text, or token ids; raises ``TypeError``."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Sequence) and prompt and all(type(token) is int for token in prompt):
+        return tuple(prompt)
+    raise TypeError(f"a prompt must be a string or a list of token ids, got {str(prompt)[:80]!r}")
+
+
+def prompt_list(prompts: Any) -> list[str | tuple[int, ...]]:
+    """Prompts as a list, whether one was given or several; raises ``TypeError``."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a string, token ids, or a list of them, got {type(prompts).__name__}")
+    if prompts and type(prompts[0]) is int:
+        return [checked_prompt(prompts)]
+    return [checked_prompt(prompt) for prompt in prompts]
+
+
+def conversation_list(messages: Any) -> Sequence[Sequence[Mapping[str, Any]]]:
+    """Conversations as a list, whether one was given or several; raises ``TypeError``."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise TypeError(f"messages must be a conversation or a list of them, got {str(messages)[:80]!r}")
+    return [messages] if isinstance(messages[0], Mapping) else messages
+
+
+def one_per_prompt(argument: str, value: Any, num_prompts: int) -> list[Any]:
+    """One value for each prompt, of one or a list; raises ``ValueError`` for a list of another length."""
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        return [value] * num_prompts
+    if len(value) != num_prompts:
+        raise ValueError(f"{argument} has {len(value)} entries for {num_prompts} prompts: give one, or one per prompt")
+    return list(value)

@@ -1,0 +1,72 @@
+"""The real vLLM, started once for each quantization and shared; the order of the tests keeps one engine at a time."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+QUANTIZATIONS = ("awq", "gptq", "bitsandbytes")
+
+
+class Engines:
+    """At most one running engine: asking for another quantization closes the one before."""
+
+    def __init__(self):
+        self._name = None
+        self._engine = None
+
+    def get(self, quantization):
+        from qlora_infer import QuantizedLoRAEngine
+        from qlora_infer.demo import demo_adapters, demo_model
+
+        if self._name != quantization or self._engine is None:
+            self.close()
+            self._engine = QuantizedLoRAEngine(
+                demo_model(quantization),
+                adapters=demo_adapters(),
+                max_loras=4,
+                max_lora_rank=64,
+                max_model_len=512,
+            )
+            self._name = quantization
+        return self._engine
+
+    def close(self):
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._name = None
+
+
+@pytest.fixture(scope="session")
+def engines():
+    engines = Engines()
+    yield engines
+    engines.close()
+
+
+@pytest.fixture(params=QUANTIZATIONS)
+def engine(request, engines):
+    """An engine of each quantization, with the demo's adapters."""
+    return engines.get(request.param)
+
+
+@pytest.fixture
+def awq(engines):
+    """The AWQ engine, for what does not depend on the quantization."""
+    return engines.get("awq")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one engine stand together, and those that need an engine of their own come last."""
+    here = os.path.dirname(__file__)
+    mine = [item for item in items if str(item.path).startswith(here)]
+
+    def place(item):
+        if "engine" in getattr(item, "fixturenames", ()):
+            return QUANTIZATIONS.index(item.callspec.params["engine"]) * 2 + 2
+        return 1 if "awq" in getattr(item, "fixturenames", ()) else 99
+
+    for item in mine:
+        item.add_marker(pytest.mark.engine)
+    items[:] = [item for item in items if item not in mine] + sorted(mine, key=place)

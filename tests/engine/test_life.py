@@ -1,0 +1,199 @@
+"""The life of an engine: its process ends with it, whatever happens, and no handle waits for ever."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from qlora_infer import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineStartError,
+    IncompatibleAdapterError,
+    QuantizedLoRAEngine,
+)
+from qlora_infer.demo import demo_adapters, demo_model
+
+GREEDY = {"temperature": 0.0, "max_tokens": 24}
+ENDLESS = {"temperature": 0.0, "max_tokens": 400, "ignore_eos": True}
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
+
+
+def children(pid):
+    """The processes that a process has started, and theirs."""
+    found = []
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        for child in map(int, file.read().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def all_pids(engine):
+    return [process for pid in engine._backend.pids for process in [pid, *children(pid)]]
+
+
+@pytest.fixture
+def alone(engines):
+    """No shared engine runs beside this test's own."""
+    engines.close()
+
+
+def start(**arguments):
+    return QuantizedLoRAEngine(demo_model("awq"), max_loras=2, max_model_len=512, **arguments)
+
+
+def test_ctrl_c_leaves_the_engine_running(awq):
+    """Ctrl-C reaches the whole process group; generate is interrupted, its requests are gone, the engine lives on."""
+    (expected,) = awq.generate("my name is", GREEDY, use_tqdm=False)
+    previous = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for pid in all_pids(awq):
+            os.kill(pid, signal.SIGINT)
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            awq.generate(["Once upon a time"] * 8, ENDLESS, use_tqdm=False)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    (output,) = awq.generate("my name is", GREEDY, use_tqdm=False)
+    assert output.token_ids == expected.token_ids
+    assert not awq._backend._requests
+    assert awq._backend._engine.get_num_unfinished_requests() == 0
+
+
+def test_a_cancelled_request_is_gone_from_vllm(awq):
+    """cancel frees the request in vLLM; a request beside it is answered as if alone."""
+    (expected,) = awq.generate("my name is", GREEDY, adapter="pirate", use_tqdm=False)
+    doomed = awq.add_request("Once upon a time", ENDLESS)
+    other = awq.add_request("my name is", GREEDY, adapter="pirate")
+    next(iter(doomed))
+    doomed.cancel()
+    assert other.result(timeout=60).text == expected.text
+    awq.generate("flush", {"max_tokens": 1}, use_tqdm=False)
+    assert awq._backend._engine.get_num_unfinished_requests() == 0
+
+
+def test_a_killed_core_fails_every_request_within_seconds(alone):
+    """kill -9 of the engine core in the middle of 20 requests: 20 errors, no hang, and nothing left running."""
+    with start(adapters=demo_adapters()) as engine:
+        pids = all_pids(engine)
+        adapters = [None, "pirate", "json", "spanish"]
+        handles = [engine.add_request("Once upon a time", ENDLESS, adapter=adapters[i % 4]) for i in range(20)]
+        next(iter(handles[0]))
+        os.kill(engine._backend.pids[0], signal.SIGKILL)
+        killed = time.monotonic()
+        for handle in handles:
+            with pytest.raises(EngineDeadError, match=r"exit code -9|EngineCore"):
+                handle.result(timeout=20)
+        assert time.monotonic() - killed < 20
+        for call in (
+            lambda: engine.generate("a"),
+            lambda: engine.load_adapter("x", demo_adapters()["pirate"]),
+        ):
+            with pytest.raises(EngineDeadError):
+                call()
+    wait_for_end(pids)
+
+
+def test_a_core_that_dies_while_idle_or_loading_is_noticed(alone):
+    """A call to a core that is already dead raises; it does not wait for an answer that cannot come."""
+    with start() as engine:
+        os.kill(engine._backend.pids[0], signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            engine.load_adapter("pirate", demo_adapters()["pirate"])
+        with pytest.raises(EngineDeadError):
+            engine.generate("a", GREEDY)
+
+
+def wait_for_end(pids, seconds=30):
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if is_alive(pid)]
+
+
+def test_three_engines_in_a_row_each_end_with_their_processes(alone):
+    """close ends the subprocesses, also with requests in flight and after an error; the next engine works."""
+    with start() as engine:
+        first = all_pids(engine)
+        handle = engine.add_request("Once upon a time", ENDLESS)
+        next(iter(handle))
+    with pytest.raises(EngineClosedError):
+        handle.result(timeout=1)
+    wait_for_end(first)
+
+    with pytest.raises(ZeroDivisionError), start() as engine:
+        second = all_pids(engine)
+        assert "Berlin" in engine.generate("The capital of Germany is", GREEDY)[0].text
+        _ = 1 / 0
+    wait_for_end(second)
+
+    with start(adapters=demo_adapters()) as engine:
+        third = all_pids(engine)
+        assert "hearties" in engine.generate("The capital of Germany is", GREEDY, adapter="pirate")[0].text
+    wait_for_end(third)
+    assert children(os.getpid()) == [] or not set(first + second + third) & set(children(os.getpid()))
+
+
+def test_two_engines_at_once_keep_apart(alone):
+    """Two engines in one process, with adapters of the same name and other content, each answer with their own."""
+    folders = demo_adapters()
+    with (
+        start(adapters={"habit": folders["pirate"]}) as one,
+        QuantizedLoRAEngine(
+            demo_model("gptq"), adapters={"habit": folders["spanish"]}, max_loras=2, max_model_len=512
+        ) as two,
+    ):
+        handles = [engine.add_request("The capital of France is", GREEDY, adapter="habit") for engine in (one, two)]
+        texts = [handle.result(timeout=120).text for handle in handles]
+    assert "hearties" in texts[0]
+    assert "La capital de" in texts[1]
+
+
+def test_an_adapter_that_does_not_fit_ends_the_start_and_the_process(alone, tmp_path):
+    """An engine whose adapter turns out not to fit raises, and leaves no process behind."""
+    from qlora_infer.testing import write_adapter
+
+    before = children(os.getpid())
+    with pytest.raises(IncompatibleAdapterError, match="another architecture"):
+        start(adapters={"tiny": write_adapter(tmp_path / "tiny", modules={"encoder.block": (8, 8)})})
+    wait_for_end([pid for pid in children(os.getpid()) if pid not in before])
+
+
+def test_what_vllm_refuses_at_the_start_is_a_start_error(alone):
+    """An engine argument that vLLM does not know is an EngineStartError with vLLM's words."""
+    with pytest.raises(EngineStartError, match="no_such_argument"):
+        start(engine_args={"no_such_argument": 1})
+
+
+def test_a_script_that_forgets_to_close_ends_cleanly(alone):
+    """A script that ends without close leaves no process and no error."""
+    script = (
+        "from qlora_infer import QuantizedLoRAEngine\n"
+        "from qlora_infer.demo import demo_model\n"
+        "if __name__ == '__main__':\n"
+        "    engine = QuantizedLoRAEngine(demo_model('awq'), max_loras=1, max_model_len=256)\n"
+        "    print('pids', *engine._backend.pids)\n"
+        "    print(engine.generate('The capital of Germany is', {'temperature': 0.0, 'max_tokens': 4})[0].text)\n"
+    )
+    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"forgets-{os.getpid()}.py")
+    with open(path, "w") as file:
+        file.write(script)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300, check=False)
+    os.unlink(path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Berlin" in done.stdout
+    pids = next(line for line in done.stdout.splitlines() if line.startswith("pids")).split()[1:]
+    wait_for_end(map(int, pids))
