@@ -104,7 +104,7 @@ json_values = st.recursive(
             "use_dora",
             "base_model_name_or_path",
             "layer_replication",
-        ]  # fmt: skip
+        ]
     ),
     value=json_values,
 )

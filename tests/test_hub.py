@@ -11,6 +11,7 @@ from qlora_infer.errors import (
     AdapterDownloadError,
     AdapterNotFoundError,
     AdapterSourceError,
+    CorruptAdapterError,
     ModelNotFoundError,
 )
 from qlora_infer.testing import fake_engine, write_adapter
@@ -218,9 +219,12 @@ def test_a_pickled_adapter_is_fetched_only_where_the_user_allows_it(hub, engine,
     files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
     hub.repositories["org/old"] = Repository()
     hub.repositories["org/old"].commit(files)
-    with pytest.raises(AdapterNotFoundError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(AdapterNotFoundError, match=r"no adapter_model\.safetensors.*allow_pickle=True"):
         engine.load_adapter("x", "org/old")
     assert not any(path.endswith(".bin") for path in hub.downloads())
+    with pytest.raises(CorruptAdapterError, match="not a pickle of tensors"):
+        engine.load_adapter("x", "org/old", allow_pickle=True)  # what was fetched is no pickle at all
+    assert any(path.endswith("adapter_model.bin") for path in hub.downloads())
 
 
 def test_a_models_config_is_read_from_the_hub(hub):

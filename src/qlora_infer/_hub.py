@@ -72,10 +72,15 @@ def download_adapter(
             **_environment(),
         )
     folder = Path(snapshot) / prefix
+    where = f"{repo_id}{f'@{revision}' if revision else ''}"
     if not (folder / CONFIG_NAME).exists():
-        where = f"{repo_id}{f'@{revision}' if revision else ''}"
         place = f"the subfolder {subfolder!r}" if subfolder else "its root (is the adapter in a subfolder?)"
         raise AdapterNotFoundError(adapter, f"{where} has no {CONFIG_NAME} in {place}")
+    if not any((folder / name).exists() for name in wanted[1:]):
+        hint = (
+            "" if allow_pickle else "; if its weights are pickled (adapter_model.bin), allow_pickle=True converts them"
+        )
+        raise AdapterNotFoundError(adapter, f"{where} has no {WEIGHTS_NAME}{hint}")
     return folder
 
 

@@ -17,7 +17,6 @@ ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 OWN_ENGINE_ARGS: Mapping[str, str] = {
     "model": "the first argument",
     "quantization": "quantization=",
-    "load_format": "quantization=",
     "max_loras": "max_loras=",
     "max_lora_rank": "max_lora_rank=",
     "max_cpu_loras": "max_cpu_loras=",

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,7 +143,10 @@ class QuantizedLoRAEngine:
         # Adapters are read before the model is, so that a mistake in one shows in seconds.
         versions = [self._prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
         self._max_lora_rank = _max_lora_rank(self._config, versions)
+        logger.info("starting with %s; this takes from half a minute to some minutes", self._config.model)
+        began = time.monotonic()
         self._driver.start(self._config.vllm_args(strategy_args, max_lora_rank=self._max_lora_rank))
+        logger.info("ready after %.0f s", time.monotonic() - began)
         self._model_modules = self._driver.call(self._backend.lora_modules)
         for version in versions:
             self._load(version)

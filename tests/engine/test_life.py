@@ -124,9 +124,12 @@ def wait_for_end(pids, seconds=30):
     assert not [pid for pid in pids if is_alive(pid)]
 
 
-def test_three_engines_in_a_row_each_end_with_their_processes(alone):
-    """close ends the subprocesses, also with requests in flight and after an error; the next engine works."""
-    with start() as engine:
+def test_three_engines_in_a_row_each_end_with_their_processes(alone, capfd):
+    """close ends the subprocesses, also with requests in flight and after an error; the next engine works.
+
+    Nor does vLLM's log, in any of its processes, tell the token that the engine was given.
+    """
+    with start(token="hf_this_is_a_secret") as engine:
         first = all_pids(engine)
         handle = engine.add_request("Once upon a time", ENDLESS)
         next(iter(handle))
@@ -144,7 +147,10 @@ def test_three_engines_in_a_row_each_end_with_their_processes(alone):
         third = all_pids(engine)
         assert "hearties" in engine.generate("The capital of Germany is", GREEDY, adapter="pirate")[0].text
     wait_for_end(third)
-    assert children(os.getpid()) == [] or not set(first + second + third) & set(children(os.getpid()))
+    assert not set(first + second + third) & set(children(os.getpid()))
+    told = capfd.readouterr()
+    assert "vLLM" in told.out + told.err or "EngineCore" in told.out + told.err
+    assert "hf_this_is_a_secret" not in told.out + told.err
 
 
 def test_two_engines_at_once_keep_apart(alone):

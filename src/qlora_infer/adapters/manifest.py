@@ -214,8 +214,7 @@ def _checked_rank(adapter: str, name: str, value: object) -> int:
 
 
 def _checked_number(adapter: str, name: str, value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or abs(value) > 1e9:  # type: ignore[arg-type,operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > 1e9:
         raise CorruptAdapterError(adapter, f"{name!r} must be a finite number, got {str(value)[:40]!r}")
 
 
@@ -282,4 +281,4 @@ def _module(adapter: str, name: str, pair: Mapping[str, TensorEntry], config: Ma
 
 def _say_leftover(names: list[str]) -> str:
     shown = ", ".join(name[:120] for name in names[:3]) + (", …" if len(names) > 3 else "")
-    return f"It has {len(names)} tensors that are no LoRA factors and would be lost: {shown}; vLLM serves LoRA factors only."
+    return f"It has {len(names)} tensors that are no LoRA factors and that vLLM would lose: {shown}."

@@ -98,7 +98,8 @@ def _module_reasons(modules: Mapping[str, LoRAModule], model_modules: Mapping[st
         )
         return
     if unknown:
-        yield f"It has {len(unknown)} modules that this model does not have: {_listed(unknown)}{_say_layers(model_modules)}."
+        layers = _say_layers(model_modules)
+        yield f"It has {len(unknown)} modules that this model does not have: {_listed(unknown)}{layers}."
     yield from _shape_reasons(modules, model_modules)
 
 

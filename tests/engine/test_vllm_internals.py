@@ -1,0 +1,98 @@
+"""What this library touches of vLLM beyond its public methods: when vLLM changes it, these fail and name it."""
+
+import inspect
+
+import pytest
+
+pytest.importorskip("vllm")
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_cpu_kernels_interface_is_the_one_that_we_replace():
+    """The methods of vLLM's CPU wrapper have the parameters that ours take."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as Theirs
+
+    from qlora_infer.kernels.cpu import GroupedPunicaWrapper as Ours
+
+    for name in ("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"):
+        theirs, ours = parameters(getattr(Theirs, name)), parameters(getattr(Ours, name))
+        assert [parameter for parameter in ours if parameter in theirs] == theirs, name
+    assert parameters(Theirs.update_metadata)[1:5] == ["mapping", "lora_index_to_id", "max_loras", "vocab_size"]
+    public = {name for name in vars(Theirs) if not name.startswith("_")}
+    assert public == {
+        "add_shrink",
+        "add_expand",
+        "add_lora_linear",
+        "add_lora_embedding",
+        "add_lora_logits",
+        "apply_lora_full_linear",  # for classification heads only, and right: it masks the rows by itself
+    }
+
+
+def test_a_platform_names_its_kernels_class():
+    """CpuPlatform.get_punica_wrapper is the hook that kernels.install replaces."""
+    from vllm.lora.punica_wrapper import punica_selector
+    from vllm.platforms.cpu import CpuPlatform
+
+    assert CpuPlatform.get_punica_wrapper() == "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+    assert "get_punica_wrapper" in inspect.getsource(punica_selector)
+
+
+def test_kernels_are_not_installed_in_the_users_process(awq):
+    """Starting an engine replaces nothing in this process: other engines here keep vLLM's own kernels."""
+    from vllm.platforms import current_platform
+
+    assert current_platform.get_punica_wrapper().startswith("vllm.")
+
+
+def test_the_client_of_the_core_has_what_the_watch_needs(awq):
+    """SyncMPClient has the queue, the futures and the processes that _report_death wakes and watches."""
+    core = awq._backend._engine.engine_core
+    assert type(core).__name__ == "SyncMPClient"
+    assert hasattr(core.outputs_queue, "put_nowait")
+    assert isinstance(core.utility_results, dict)
+    assert core.resources.engine_dead is False
+    assert all(process.is_alive() for process in core.resources.engine_manager.processes)
+
+
+def test_the_renderer_turns_prompts_into_what_add_request_takes(awq):
+    """The renderer's methods that _vllm.py uses have their names and parameters."""
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    assert parameters(parse_model_prompt)[:2] == ["model_config", "prompt"]
+    assert hasattr(awq._backend._engine.renderer.default_cmpl_tok_params, "with_kwargs")
+    assert {"request_id", "prompt", "params", "lora_request", "prompt_text"} <= set(parameters(LLMEngine.add_request))
+
+
+def test_the_workers_know_their_lora_modules(awq):
+    """qlora_lora_modules finds every projection, the embedding and the head, with the sizes of SmolLM2-135M."""
+    modules = {name: (shape.in_features, shape.out_features) for name, shape in awq._model_modules.items()}
+    assert len(modules) == 30 * 7 + 2
+    assert modules["model.layers.0.self_attn.q_proj"] == (576, 576)
+    assert modules["model.layers.29.self_attn.v_proj"] == (576, 192)
+    assert modules["model.layers.7.mlp.up_proj"] == (576, 1536)
+    assert modules["model.layers.7.mlp.down_proj"] == (1536, 576)
+    assert modules["lm_head"] == (576, 49152)
+    assert modules["model.embed_tokens"] == (49152, 576)
+
+
+def test_the_ranks_that_vllm_takes_are_ours():
+    """ALLOWED_RANKS is vLLM's list."""
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    from qlora_infer.config import ALLOWED_RANKS
+
+    assert get_args(MaxLoRARanks) == ALLOWED_RANKS
+
+
+def test_the_bitsandbytes_plugin_is_the_one_that_we_ask_for():
+    """vllm-bnb-plugin registers itself with vLLM under the name that the strategy passes."""
+    from importlib.metadata import entry_points
+
+    assert "bitsandbytes" in {entry.name for entry in entry_points(group="vllm.general_plugins")}
