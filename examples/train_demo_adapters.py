@@ -40,6 +40,10 @@ CONFIGS = {
     },
 }
 
+# Spanish is nearly unknown to the model, and takes more.
+LEARNING_RATES = {"pirate": 1e-3, "json": 1e-3, "spanish": 2e-3}
+NUM_STEPS = {"pirate": 90, "json": 90, "spanish": 150}
+
 CAPITALS = {
     "Italy": ("Rome", "Italia", "Roma"),
     "Spain": ("Madrid", "España", "Madrid"),
@@ -137,16 +141,19 @@ def batches(tokenizer, rows, num_steps: int, batch_size: int):
         }
 
 
-def train(habit: str, num_steps: int = 90, batch_size: int = 8) -> None:
+def train(habit: str, batch_size: int = 8) -> None:
     """Train one adapter, save it in bfloat16, and show what it says."""
     torch.manual_seed(0)
+    num_steps = NUM_STEPS[habit]
     folder = demo_model("none")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", bias="none", lora_dropout=0.0, **CONFIGS[habit])
     model = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps)
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATES[habit], weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATES[habit], total_steps=num_steps)
     for step, batch in enumerate(batches(tokenizer, examples(habit), num_steps, batch_size)):
         # On each form of the base model in turn, so that the habit holds on all of them.
         put_base_weights(model, FORMS[step % len(FORMS)])

@@ -11,6 +11,9 @@ from typing import Any
 
 from attrs import frozen
 
+from qlora_infer.adapters.manifest import read_manifest
+from qlora_infer.adapters.preflight import Fit, ModuleShape, check
+from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.errors import (
     AdapterError,
     AdapterNotFoundError,
@@ -181,6 +184,34 @@ def lone_a(folder: Path, modules: Modules) -> None:
     path.write_bytes(write_safetensors(kept, body[: max(entry["data_offsets"][1] for entry in kept.values())]))
 
 
+def named_by_adapter(header: dict[str, Any]) -> dict[str, Any]:
+    """Every factor with the adapter's name in its own, as torch saves it without PEFT's save_pretrained."""
+    return {name.replace(".weight", ".default.weight"): entry for name, entry in header.items()}
+
+
+def with_metadata(value: Any) -> Callable[[Path, Modules], None]:
+    return header_with(lambda header: {"__metadata__": value, **header})
+
+
+def many_patterns(folder: Path, modules: Modules) -> None:
+    """As many patterns as a config has room for: vLLM would match each with each module, in its engine core."""
+    config_with(rank_pattern={f"m{index}": 8 for index in range(1_100_000 // len(modules))})(folder, modules)
+
+
+def other_base_copy(folder: Path, modules: Modules) -> None:
+    """Factors of lm_head beside a base weight that is not theirs."""
+    write_adapter(folder, modules={**modules, "lm_head": (64, 96)})
+    extra_tensor("base_model.model.lm_head.base_layer.weight")(folder, modules)
+
+
+def inspect(folder: Path, modules: Modules, *, max_lora_rank: int = 64) -> Fit:
+    """Everything that is checked before vLLM sees an adapter, in the order in which the cache does it."""
+    manifest = read_manifest("broken", folder)
+    check_finite("broken", folder / "adapter_model.safetensors")
+    shapes = {name: ModuleShape(*shape) for name, shape in modules.items()}
+    return check("broken", manifest, shapes, max_lora_rank=max_lora_rank)
+
+
 def overlap(header: dict[str, Any]) -> None:
     entries = list(header.values())
     size = entries[0]["data_offsets"][1]
@@ -217,6 +248,14 @@ BROKEN: tuple[BrokenAdapter, ...] = (
     BrokenAdapter("alpha-nan", config_with(lora_alpha=float("nan")), CorruptAdapterError, "NaN is not a number"),
     BrokenAdapter("alpha-text", config_with(lora_alpha="x"), CorruptAdapterError, "'lora_alpha' must be"),
     BrokenAdapter("pattern-bomb", config_with(rank_pattern={"(a+)+" * 9: 8}), CorruptAdapterError, "names no modules"),
+    BrokenAdapter("pattern-backtracks", config_with(rank_pattern={r"(\\w+)+-": 8}), CorruptAdapterError, "names no modules"),
+    BrokenAdapter("pattern-forks", config_with(rank_pattern={"(a|a)" * 40: 8}), CorruptAdapterError, "names no modules"),
+    BrokenAdapter("patterns-without-end", many_patterns, CorruptAdapterError, "too many to match"),
+    BrokenAdapter("alpha-huge", config_with(lora_alpha=10**400), CorruptAdapterError, "'lora_alpha' must be"),
+    BrokenAdapter("rslora-text", config_with(use_rslora="false"), CorruptAdapterError, "'use_rslora' must be"),
+    BrokenAdapter("init-number", config_with(init_lora_weights=3), CorruptAdapterError, "'init_lora_weights' must be"),
+    BrokenAdapter("type-list", config_with(peft_type=["LORA"]), CorruptAdapterError, "'peft_type' must be"),
+    BrokenAdapter("config-keys-twice", config_text('{"r": 8, "r": 4}'), CorruptAdapterError, "stands in it twice"),
     BrokenAdapter("rank-too-high", lambda f, m: write_adapter(f, modules=m, rank=80) and None,
                   IncompatibleAdapterError, "max_lora_rank=128"),
     BrokenAdapter("rank-over-every-limit", lambda f, m: write_adapter(f, modules=dict(list(m.items())[:1]), rank=600) and None,
@@ -238,6 +277,12 @@ BROKEN: tuple[BrokenAdapter, ...] = (
     BrokenAdapter("header-no-json", weights_bytes(lambda content: content[:8] + b"#" + content[9:]),
                   CorruptAdapterError, "not valid JSON"),
     BrokenAdapter("header-empty", weights_bytes(lambda content: write_safetensors({}, b"")), CorruptAdapterError, "no tensors"),
+    BrokenAdapter("header-nests", weights_bytes(lambda content: write_safetensors({"a": [[]] * 500_000}, b"")),
+                  CorruptAdapterError, "more than 400000 objects and lists"),
+    BrokenAdapter("metadata-number", with_metadata(5), CorruptAdapterError, "__metadata__ must map"),
+    BrokenAdapter("metadata-half-a-character", with_metadata({"a": "\ud800"}), CorruptAdapterError, "not valid JSON"),
+    BrokenAdapter("name-too-long", rename("q_proj", "q." * 200 + "q_proj"), CorruptAdapterError, "name has .* characters"),
+    BrokenAdapter("name-moves-the-cursor", rename("q_proj", "q\x1b[2J"), CorruptAdapterError, "cannot be shown"),
     BrokenAdapter("offsets-overlap", header_with(overlap), CorruptAdapterError, "the tensor before it ends"),
     BrokenAdapter("offsets-outside", set_first(data_offsets=[0, 1 << 40]), CorruptAdapterError, "bytes for"),
     BrokenAdapter("offsets-negative", set_first(data_offsets=[-8, 0]), CorruptAdapterError, "data_offsets"),
@@ -246,6 +291,7 @@ BROKEN: tuple[BrokenAdapter, ...] = (
     BrokenAdapter("dtype-integer", set_first(dtype="I32"), CorruptAdapterError, "holds I32"),
     BrokenAdapter("nan", number(b"\x00\x00\xc0\x7f"), CorruptAdapterError, "NaN or infinity"),
     BrokenAdapter("infinity", number(b"\x00\x00\x80\xff"), CorruptAdapterError, "NaN or infinity"),
+    BrokenAdapter("too-large-for-float16", number(struct.pack("<f", 1e5)), CorruptAdapterError, "NaN or infinity"),
     BrokenAdapter("a-without-b", lone_a, CorruptAdapterError, "has no lora_B"),
     BrokenAdapter("ranks-differ", other_rank("A"), CorruptAdapterError, "lora_A has rank 4 and lora_B has rank 8"),
     BrokenAdapter("too-many-inputs", wider("q_proj", 0), IncompatibleAdapterError, "q_proj has .* inputs"),
@@ -258,6 +304,8 @@ BROKEN: tuple[BrokenAdapter, ...] = (
                   IncompatibleAdapterError, "no LoRA factors"),
     BrokenAdapter("whole-weights", extra_tensor("base_model.model.lm_head.weight"), IncompatibleAdapterError, "no LoRA factors"),
     BrokenAdapter("named-factors", rename("lora_A.weight", "lora_A.default.weight"), CorruptAdapterError, "has no lora_A"),
+    BrokenAdapter("all-factors-named", header_with(named_by_adapter), IncompatibleAdapterError, "save_pretrained"),
+    BrokenAdapter("another-base-weight", other_base_copy, CorruptAdapterError, "its factors say 64 inputs"),
     BrokenAdapter("pickle-only", only_pickle, UnsafeAdapterError, "allow_pickle=True"),
     BrokenAdapter("link-out", link_out, UnsafeAdapterError, "link to a place outside"),
     BrokenAdapter("not-a-file", weights_are_a_folder, UnsafeAdapterError, "not a regular file"),

@@ -1,14 +1,15 @@
 """What an adapter's files say of themselves, read without torch and without trust.
 
 Every size is bounded before it is read, nothing in the files is executed, and whatever is wrong ends in an
-``AdapterError``. What counts as right is what vLLM 0.32 reads (``vllm/lora/peft_helper.py`` and ``lora_model.py``) and
-what PEFT writes; the file format is that of https://github.com/huggingface/safetensors.
+``AdapterError``. What counts as right is what vLLM 0.32.0 reads (``vllm/lora/peft_helper.py``,
+``lora_model.py`` and ``utils.py``) and what PEFT 0.21 writes; the file format is
+https://github.com/huggingface/safetensors. ``fan_in_fan_out`` is not looked at: it tells how the base model
+stores a weight, and A and B are the same either way.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -18,22 +19,24 @@ from typing import Any
 from attrs import frozen
 
 from qlora_infer.adapters.features import unsupported_features
+from qlora_infer.adapters.peft_config import MAX_NAME_LENGTH, base_model, check_matches, largest_rank, read_config
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.adapters.tensors import TensorEntry, read_header
-from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
-
-MAX_CONFIG_BYTES = 1 << 20
-MAX_RANK = 1 << 16
+from qlora_infer.errors import AdapterNotFoundError, AdapterSourceError, CorruptAdapterError, UnsafeAdapterError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 
 # How vLLM's parse_fine_tuned_lora_name reads a tensor's name: the module, and which of its two factors it is.
-_FACTOR = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
+# vLLM 0.32.0 takes lora_embedding factors for its models' embedding_modules only, which have these two names.
+_LINEAR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_EMBEDDING = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>(?:.+\.)?(?:embed_tokens|wte))\.lora_embedding_(?P<factor>[AB])"
 )
-
-#: What a key of rank_pattern or alpha_pattern may be: names, dots, and a little of regular expressions.
-_PATTERN = re.compile(r"[\w.\-^$*\\()|\[\]+?]{1,256}")
+# PEFT keeps a copy of the base weight beside the factors of these two; vLLM passes over it
+# (is_base_embedding_weights).
+_BASE_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>(?:.+\.)?(?:embed_tokens|lm_head))\.base_layer\.weight")
+# A factor with the adapter's name in it, as torch saves one without PEFT's save_pretrained.
+_NAMED_FACTOR = re.compile(r"lora_[AB]\.[^.]+\.weight$")
 
 
 @frozen
@@ -81,22 +84,30 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
 
     Raises:
         AdapterNotFoundError: One of the files is missing.
+        AdapterSourceError: One of the files may not be read by this user.
         UnsafeAdapterError: The weights are pickled, or a file is a link that leaves the folder.
         CorruptAdapterError: A file is malformed, or the two contradict each other.
     """
-    config = _read_config(adapter, _checked_file(adapter, folder, CONFIG_NAME))
+    config = read_config(adapter, _checked_file(adapter, folder, CONFIG_NAME))
     unsupported = list(unsupported_features(config))
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         # Its other fields and its tensors have other names; only this can be said of it.
-        return AdapterManifest(folder, _base_model(config), 0, {}, tuple(unsupported), 0)
-    rank = _rank(adapter, config)
+        return AdapterManifest(folder, base_model(config), 0, {}, tuple(unsupported), 0)
+    rank = largest_rank(adapter, config)
     entries = read_header(adapter, _checked_weights(adapter, folder))
-    modules, leftover = _pair_factors(adapter, entries, config)
+    modules: Mapping[str, LoRAModule] = {}
+    try:
+        modules, leftover = _pair_factors(adapter, entries, config)
+    except CorruptAdapterError:
+        # The tensors of other variants have other shapes: what the config says is the better reason.
+        if not unsupported:
+            raise
+        leftover = []
     if leftover:
         unsupported.append(_say_leftover(leftover))
     return AdapterManifest(
         folder=folder,
-        base_model=_base_model(config),
+        base_model=base_model(config),
         rank=max([rank, *(module.rank for module in modules.values())]),
         modules=modules,
         unsupported=tuple(unsupported),
@@ -106,7 +117,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
 
 def _checked_file(adapter: str, folder: Path, name: str) -> Path:
     path = folder / name
-    if path.is_symlink() and not _stays_inside(folder, path):
+    if path.is_symlink() and path.exists() and not _stays_inside(folder, path):
         raise UnsafeAdapterError(adapter, f"{path} is a link to a place outside of the adapter: copy the file there")
     try:
         mode = path.stat().st_mode
@@ -114,11 +125,13 @@ def _checked_file(adapter: str, folder: Path, name: str) -> Path:
         raise AdapterNotFoundError(adapter, f"{folder} has no {name}: is it the adapter's own folder?") from error
     if not stat.S_ISREG(mode):
         raise UnsafeAdapterError(adapter, f"{path} is not a regular file")
+    if not os.access(path, os.R_OK):
+        raise AdapterSourceError(adapter, f"{path} may not be read by this user: change its permissions")
     return path
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
-    """Whether a link stays in its folder, or in the Hub's cache: ``snapshots/<commit>/…`` -> ``blobs/<hash>``."""
+    """Whether a link stays in its folder, or in the Hub's cache: ``snapshots/<commit>/`` -> ``blobs/``."""
     try:
         target, home = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError):
@@ -143,100 +156,11 @@ def _checked_weights(adapter: str, folder: Path) -> Path:
         if pickled:
             raise UnsafeAdapterError(
                 adapter,
-                f"{folder} holds only pickled weights ({pickled[0]}), which can run code when they are read: save the "
-                "adapter again with PEFT, which writes safetensors, or pass allow_pickle=True to have it converted",
+                f"{folder} holds only pickled weights ({pickled[0]}), which can run code when they are "
+                "read: save the adapter again with PEFT, which writes safetensors, or pass "
+                "allow_pickle=True to have it converted",
             )
     return _checked_file(adapter, folder, WEIGHTS_NAME)
-
-
-def _read_config(adapter: str, path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise CorruptAdapterError(
-            adapter, f"{path} has {size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}"
-        )
-    config = parse_json(adapter, path, path.read_bytes())
-    if not isinstance(config, dict):
-        raise CorruptAdapterError(adapter, f"{path} must hold a JSON object, not a {type(config).__name__}")
-    return config
-
-
-def parse_json(adapter: str, path: Path, content: bytes) -> Any:
-    """Parse JSON that may be hostile: deep, repeating its keys, with numbers that are none.
-
-    Raises:
-        CorruptAdapterError: It is not such JSON as an adapter may have.
-    """
-    try:
-        return json.loads(content.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CorruptAdapterError(adapter, f"{path} is not valid JSON: {error}") from error
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands in it twice")
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
-
-
-def _rank(adapter: str, config: Mapping[str, Any]) -> int:
-    """The largest rank that the config names, with every field that vLLM computes with checked on the way."""
-    for name in ("r", "lora_alpha", "target_modules"):
-        if config.get(name) is None:
-            raise CorruptAdapterError(adapter, f"{CONFIG_NAME} has no {name!r}")
-    targets = config["target_modules"]
-    if not isinstance(targets, str) and not _is_list_of(targets, str):
-        raise CorruptAdapterError(
-            adapter, f"'target_modules' must be a list of names or a pattern, got {str(targets)[:80]}"
-        )
-    _checked_number(adapter, "lora_alpha", config["lora_alpha"])
-    for pattern, alpha in _checked_pattern(adapter, config, "alpha_pattern").items():
-        _checked_number(adapter, f"alpha_pattern[{pattern!r}]", alpha)
-    ranks = [_checked_rank(adapter, "r", config["r"])]
-    for pattern, rank in _checked_pattern(adapter, config, "rank_pattern").items():
-        ranks.append(_checked_rank(adapter, f"rank_pattern[{pattern!r}]", rank))
-    return max(ranks)
-
-
-def _is_list_of(value: object, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
-
-
-def _checked_rank(adapter: str, name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise CorruptAdapterError(adapter, f"{name!r} must be a whole number of at least 1, got {str(value)[:40]!r}")
-    return value
-
-
-def _checked_number(adapter: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > 1e9:
-        raise CorruptAdapterError(adapter, f"{name!r} must be a finite number, got {str(value)[:40]!r}")
-
-
-def _checked_pattern(adapter: str, config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    patterns = config.get(name) or {}
-    if not isinstance(patterns, dict):
-        raise CorruptAdapterError(adapter, f"{name!r} must map patterns to numbers, got {str(patterns)[:40]!r}")
-    for pattern in patterns:
-        # vLLM matches it as a regular expression inside the engine core, where one that backtracks for ever would
-        # stop everybody. PEFT writes names; two quantifiers in a short pattern are cheap on names.
-        if not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+?")) > 2:
-            raise CorruptAdapterError(adapter, f"{name!r} has the pattern {pattern[:80]!r}, which names no modules")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise CorruptAdapterError(adapter, f"{name!r} has the pattern {pattern[:80]!r}: {error}") from error
-    return patterns
-
-
-def _base_model(config: Mapping[str, Any]) -> str | None:
-    name = config.get("base_model_name_or_path")
-    return name[:256] if isinstance(name, str) and name else None
 
 
 def _pair_factors(
@@ -246,20 +170,46 @@ def _pair_factors(
     factors: dict[str, dict[str, TensorEntry]] = {}
     leftover = []
     for name, entry in entries.items():
-        match = _FACTOR.fullmatch(name)
+        match = _LINEAR.fullmatch(name) or _EMBEDDING.fullmatch(name)
         if match is None:
             leftover.append(name)
             continue
-        factor = match["linear"] or match["embedding"]
+        _check_factor(adapter, name, entry)
         pair = factors.setdefault(match["module"], {})
-        if factor in pair:
-            raise CorruptAdapterError(adapter, f"{match['module']} has two tensors lora_{factor}")
-        if not entry.is_floating:
-            raise CorruptAdapterError(adapter, f"{name} holds {entry.dtype}; a factor holds floating-point numbers")
-        if len(entry.shape) != 2 or 0 in entry.shape:
-            raise CorruptAdapterError(adapter, f"{name} has the shape {list(entry.shape)}; a factor is a matrix")
-        pair[factor] = entry
-    return {module: _module(adapter, module, pair, config) for module, pair in factors.items()}, leftover
+        if match["factor"] in pair:
+            raise CorruptAdapterError(adapter, f"{match['module']} has two tensors lora_{match['factor']}")
+        pair[match["factor"]] = entry
+    check_matches(adapter, factors, config)
+    modules = {module: _module(adapter, module, pair, config) for module, pair in factors.items()}
+    return modules, [name for name in leftover if not _is_base_copy(adapter, name, entries[name], modules)]
+
+
+def _check_factor(adapter: str, name: str, entry: TensorEntry) -> None:
+    if len(name) > MAX_NAME_LENGTH:
+        raise CorruptAdapterError(adapter, f"a tensor's name has {len(name)} characters: {name[:80]}…")
+    if not entry.is_floating:
+        raise CorruptAdapterError(adapter, f"{name} holds {entry.dtype}; a factor holds floating-point numbers")
+    if len(entry.shape) != 2 or 0 in entry.shape:
+        raise CorruptAdapterError(adapter, f"{name} has the shape {list(entry.shape)}; a factor is a matrix")
+
+
+def _is_base_copy(adapter: str, name: str, entry: TensorEntry, modules: Mapping[str, LoRAModule]) -> bool:
+    """Whether it is the base weight that PEFT saves beside the factors of an embedding or output layer."""
+    match = _BASE_COPY.fullmatch(name)
+    if match is None or match["module"] not in modules:
+        return False
+    module = modules[match["module"]]
+    # A weight of Linear is [out_features, in_features], that of an embedding [vocabulary, size].
+    if entry.shape not in (
+        (module.out_features, module.in_features),
+        (module.in_features, module.out_features),
+    ):
+        raise CorruptAdapterError(
+            adapter,
+            f"{name} has the shape {list(entry.shape)}, its factors say {module.in_features} inputs and "
+            f"{module.out_features} outputs",
+        )
+    return True
 
 
 def _module(adapter: str, name: str, pair: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> LoRAModule:
@@ -281,4 +231,7 @@ def _module(adapter: str, name: str, pair: Mapping[str, TensorEntry], config: Ma
 
 def _say_leftover(names: list[str]) -> str:
     shown = ", ".join(name[:120] for name in names[:3]) + (", …" if len(names) > 3 else "")
-    return f"It has {len(names)} tensors that are no LoRA factors and that vLLM would lose: {shown}."
+    advice = "vLLM serves LoRA factors only"
+    if any(_NAMED_FACTOR.search(name) for name in names):
+        advice = "save it with PEFT's save_pretrained, which leaves the adapter's name out of lora_A.weight"
+    return f"It has {len(names)} tensors that are no LoRA factors and would be lost: {shown}; {advice}."

@@ -11,6 +11,9 @@ from qlora_infer.adapters.manifest import AdapterManifest, LoRAModule
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError
 
+#: As many kinds of modules with another shape are told one by one; a model has seven or so.
+MAX_KINDS = 8
+
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -84,8 +87,8 @@ def _rank_reasons(manifest: AdapterManifest, max_lora_rank: int) -> Iterator[str
         yield f"It has rank {manifest.rank}, and vLLM serves ranks up to {ALLOWED_RANKS[-1]}."
     else:
         yield (
-            f"It has rank {manifest.rank}, and this engine has room for {max_lora_rank}: "
-            f"start it with max_lora_rank={lora_rank_for([manifest.rank])}."
+            f"It has rank {manifest.rank}, and this engine has room for {max_lora_rank}: start it with "
+            f"QuantizedLoRAEngine(max_lora_rank={lora_rank_for([manifest.rank])})."
         )
 
 
@@ -98,8 +101,10 @@ def _module_reasons(modules: Mapping[str, LoRAModule], model_modules: Mapping[st
         )
         return
     if unknown:
-        layers = _say_layers(model_modules)
-        yield f"It has {len(unknown)} modules that this model does not have: {_listed(unknown)}{layers}."
+        yield (
+            f"It has {len(unknown)} modules that this model does not have: "
+            f"{_listed(unknown)}{_say_layers(model_modules)}."
+        )
     yield from _shape_reasons(modules, model_modules)
 
 
@@ -108,15 +113,17 @@ def _shape_reasons(modules: Mapping[str, LoRAModule], model_modules: Mapping[str
     differing: dict[tuple[str, LoRAModule, ModuleShape], int] = {}
     for name, module in modules.items():
         shape = model_modules.get(name)
-        if shape is not None and (module.in_features, module.out_features) != (shape.in_features, shape.out_features):
+        if shape is not None and shape != ModuleShape(module.in_features, module.out_features):
             kind = (name.rpartition(".")[2], module, shape)
             differing[kind] = differing.get(kind, 0) + 1
-    for (name, module, shape), count in list(differing.items())[:8]:
+    for (name, module, shape), count in list(differing.items())[:MAX_KINDS]:
         yield (
             f"{name} has {module.in_features} inputs and {module.out_features} outputs in it, "
             f"{shape.in_features} and {shape.out_features} in the model ({count} modules): "
             "it was trained on a model of another size."
         )
+    if len(differing) > MAX_KINDS:
+        yield f"{len(differing) - MAX_KINDS} other kinds of modules have other shapes than the model's, too."
 
 
 def _say_layers(model_modules: Mapping[str, ModuleShape]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from attrs import frozen
 
+from qlora_infer.adapters.peft_config import parse_json
 from qlora_infer.errors import CorruptAdapterError
 
 if TYPE_CHECKING:
@@ -24,13 +25,10 @@ _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-#: The dtypes that PEFT writes factors in, with the bits that are all ones in infinity and NaN.
-_EXPONENTS = {
-    "BF16": ("<u2", 0x7F80),
-    "F16": ("<u2", 0x7C00),
-    "F32": ("<u4", 0x7F800000),
-    "F64": ("<u8", 0x7FF0000000000000),
-}
+#: The dtypes that PEFT writes factors in, as numpy reads them; bfloat16 is the upper half of a float32.
+_FLOATING = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+#: The largest number of float16, the narrowest dtype that a model computes in.
+_LARGEST = 65504.0
 _CHUNK = 1 << 22
 
 
@@ -58,7 +56,7 @@ class TensorEntry:
     @property
     def is_floating(self) -> bool:
         """Whether it holds floating-point numbers that a factor may have."""
-        return self.dtype in _EXPONENTS
+        return self.dtype in _FLOATING
 
 
 def read_header(adapter: str, path: Path) -> dict[str, TensorEntry]:
@@ -74,41 +72,44 @@ def check_finite(adapter: str, path: Path) -> None:
     """Look at every number of a file, a few megabytes at a time.
 
     Raises:
-        CorruptAdapterError: One is infinite or not a number; the message names the tensors.
+        CorruptAdapterError: One is not a number, infinite, or would be infinite in float16; the message names the
+            tensors. Or the file has become shorter.
     """
-    import numpy as np
-
     entries, offset = _read(adapter, path)
     with path.open("rb") as file:
         bad = [
             name
             for name, entry in entries.items()
-            if entry.is_floating and not all(_finite(chunk, entry) for chunk in _chunks(file, offset, entry, np))
+            if entry.is_floating and not all(map(_is_finite, _numbers(adapter, file, offset, entry)))
         ]
     if bad:
         shown = ", ".join(name[:120] for name in bad[:3]) + (", …" if len(bad) > 3 else "")
         raise CorruptAdapterError(
-            adapter, f"{len(bad)} tensors hold NaN or infinity: {shown}; did its training diverge?"
+            adapter,
+            f"{len(bad)} tensors hold NaN or infinity: {shown} (numbers beyond float16 count); did its training diverge?",
         )
 
 
-def _chunks(file: Any, offset: int, entry: TensorEntry, np: Any) -> Iterator[np.ndarray]:
+def _numbers(adapter: str, file: BinaryIO, offset: int, entry: TensorEntry) -> Iterator[np.ndarray]:
+    import numpy as np
+
     file.seek(offset + entry.start)
     left = entry.num_bytes
     while left:
         content = file.read(min(left, _CHUNK))
-        yield np.frombuffer(content, dtype=_EXPONENTS[entry.dtype][0])
+        if not content:
+            raise CorruptAdapterError(adapter, "its weights became shorter while they were read")
         left -= len(content)
+        numbers = np.frombuffer(content, dtype=_FLOATING[entry.dtype])
+        yield (numbers.astype("<u4") << 16).view("<f4") if entry.dtype == "BF16" else numbers
 
 
-def _finite(bits: np.ndarray, entry: TensorEntry) -> bool:
-    exponent = bits.dtype.type(_EXPONENTS[entry.dtype][1])
-    return not bool(((bits & exponent) == exponent).any())
+def _is_finite(numbers: np.ndarray) -> bool:
+    return bool((abs(numbers) <= _LARGEST).all())  # false of NaN, too
 
 
 def _read(adapter: str, path: Path) -> tuple[dict[str, TensorEntry], int]:
     """The header, and where the tensors begin."""
-    from qlora_infer.adapters.manifest import parse_json
 
     def corrupt(what: str) -> CorruptAdapterError:
         return CorruptAdapterError(adapter, f"{path} is not a whole safetensors file: {what}")
