@@ -86,7 +86,7 @@ def check_finite(adapter: str, path: Path) -> None:
         shown = ", ".join(name[:120] for name in bad[:3]) + (", …" if len(bad) > 3 else "")
         raise CorruptAdapterError(
             adapter,
-            f"{len(bad)} tensors hold NaN or infinity: {shown} (or what float16 cannot hold); did its training diverge?",
+            f"{len(bad)} tensors hold NaN or infinity: {shown} (or more than float16 holds); did its training diverge?",
         )
 
 
