@@ -44,6 +44,9 @@ class VLLMBackend:
 
     def __init__(self) -> None:
         self._engine: Any = None
+        # These two outlive the engine, so that a call after its end fails for that reason and no other.
+        self._tokenizer: Any = None
+        self._default_sampling_params: Mapping[str, Any] = {}
         self._processes: Sequence[Any] = ()
         self._requests: dict[str, GenerationRequest] = {}
 
@@ -91,6 +94,8 @@ class VLLMBackend:
         # LLMEngine.logger_manager writes to vLLM's log and to Prometheus' global registry; our own numbers do not
         # come from it. Without it the statistics of each request stay, and time_to_first_token comes from them.
         self._engine.logger_manager = None
+        self._tokenizer = self._engine.get_tokenizer()
+        self._default_sampling_params = self._engine.model_config.get_diff_sampling_param()
         self._processes = self._engine.engine_core.resources.engine_manager.processes
         threading.Thread(
             target=_report_death,
@@ -106,7 +111,7 @@ class VLLMBackend:
         if isinstance(params, SamplingParams):
             return params
         if params is None:
-            return SamplingParams(**self._engine.model_config.get_diff_sampling_param())
+            return SamplingParams(**self._default_sampling_params)
         if not isinstance(params, Mapping):
             raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
         unknown = sorted(set(params) - set(SamplingParams.__struct_fields__))
@@ -119,9 +124,8 @@ class VLLMBackend:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The conversation as text, ending where the assistant's answer begins."""
-        tokenizer = self._engine.get_tokenizer()
         try:
-            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
         except Exception as error:
             raise ValueError(f"the model's chat template cannot write these messages: {error}") from error
 

@@ -135,6 +135,9 @@ def test_three_engines_in_a_row_each_end_with_their_processes(alone, capfd):
         next(iter(handle))
     with pytest.raises(EngineClosedError):
         handle.result(timeout=1)
+    for call in (lambda: engine.generate("a"), lambda: engine.chat([{"role": "user", "content": "Hi"}])):
+        with pytest.raises(EngineClosedError):
+            call()
     wait_for_end(first)
 
     with pytest.raises(ZeroDivisionError), start() as engine:
