@@ -1,10 +1,14 @@
 """The real vLLM, started once for each quantization and shared; the order of the tests keeps one engine at a time."""
 
+import json
 import os
 
 import pytest
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+#: What a machine needs beside, as JSON; on a GPU, say, {"gpu_memory_utilization": 0.3}.
+ENGINE_ARGS = json.loads(os.environ.get("QLORA_INFER_TEST_ENGINE_ARGS", "{}"))
 
 QUANTIZATIONS = ("awq", "gptq", "bitsandbytes")
 
@@ -28,6 +32,7 @@ class Engines:
                 max_loras=4,
                 max_lora_rank=64,
                 max_model_len=512,
+                engine_args=ENGINE_ARGS,
             )
             self._name = quantization
         return self._engine

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from engine.conftest import ENGINE_ARGS
 from qlora_infer import (
     EngineClosedError,
     EngineDeadError,
@@ -50,8 +51,10 @@ def alone(engines):
     engines.close()
 
 
-def start(**arguments):
-    return QuantizedLoRAEngine(demo_model("awq"), max_loras=2, max_model_len=512, **arguments)
+def start(*, quantization="awq", engine_args=None, **arguments):
+    engine_args = {**ENGINE_ARGS, **(engine_args or {})}
+    folder = demo_model(quantization)
+    return QuantizedLoRAEngine(folder, max_loras=2, max_model_len=512, engine_args=engine_args, **arguments)
 
 
 def test_ctrl_c_leaves_the_engine_running(awq):
@@ -161,9 +164,7 @@ def test_two_engines_at_once_keep_apart(alone):
     folders = demo_adapters()
     with (
         start(adapters={"habit": folders["pirate"]}) as one,
-        QuantizedLoRAEngine(
-            demo_model("gptq"), adapters={"habit": folders["spanish"]}, max_loras=2, max_model_len=512
-        ) as two,
+        start(adapters={"habit": folders["spanish"]}, quantization="gptq") as two,
     ):
         handles = [engine.add_request("The capital of France is", GREEDY, adapter="habit") for engine in (one, two)]
         texts = [handle.result(timeout=120).text for handle in handles]
@@ -193,7 +194,8 @@ def test_a_script_that_forgets_to_close_ends_cleanly(alone):
         "from qlora_infer import QuantizedLoRAEngine\n"
         "from qlora_infer.demo import demo_model\n"
         "if __name__ == '__main__':\n"
-        "    engine = QuantizedLoRAEngine(demo_model('awq'), max_loras=1, max_model_len=256)\n"
+        f"    args = {ENGINE_ARGS}\n"
+        "    engine = QuantizedLoRAEngine(demo_model('awq'), max_loras=1, max_model_len=256, engine_args=args)\n"
         "    print('pids', *engine._backend.pids)\n"
         "    print(engine.generate('The capital of Germany is', {'temperature': 0.0, 'max_tokens': 4})[0].text)\n"
     )
