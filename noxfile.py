@@ -1,6 +1,8 @@
 """Everything that is run on this project, each in an environment of its own: ``nox -l`` lists it."""
 
 import os
+import urllib.error
+import urllib.request
 
 import nox
 
@@ -13,9 +15,20 @@ nox.options.reuse_existing_virtualenvs = True
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
+def is_reachable(url: str) -> bool:
+    """Whether a server answers; pip passes over an index that does not, uv ends there."""
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def install_cpu(session: nox.Session, *requirements: str) -> None:
     """Install this package with vLLM's CPU build and everything that the demo model needs."""
-    options = ["--extra-index-url", TORCH_CPU_INDEX]
+    options = ["--extra-index-url", TORCH_CPU_INDEX] if is_reachable(TORCH_CPU_INDEX) else []
     if session.venv_backend == "uv":
         # uv takes the first index that knows a package; torch is known to both.
         options += ["--index-strategy", "unsafe-best-match"]

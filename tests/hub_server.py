@@ -1,6 +1,7 @@
 """A Hub on loopback, for tests: it speaks as much of the Hub's HTTP API as huggingface_hub asks of it.
 
-Paths and headers are those of https://huggingface.co/docs/hub/api and of huggingface_hub 1.x and 2.x.
+Paths, headers and error codes are those of https://huggingface.co/docs/hub/api and of huggingface_hub 1.x and 2.x.
+Point a process at it with ``HF_ENDPOINT``, which ``qlora_infer`` reads at each call. It has no Xet storage.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,197 +19,183 @@ from attrs import define, field
 
 @define
 class Repository:
-    """Commits by hash, each with its files; branches that point to commits."""
+    """Commits by hash, each with its files; branches and tags that point to commits.
+
+    With a ``token`` it is private; ``gated`` as well, everybody sees that it is there and the token opens its files.
+    """
 
     commits: dict[str, dict[str, bytes]] = field(factory=dict)
     branches: dict[str, str] = field(factory=dict)
     token: str | None = None
     gated: bool = False
 
-    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
+    def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
         """Put files on a branch; returns the commit's hash."""
         content = json.dumps(sorted((name, hashlib.sha1(data).hexdigest()) for name, data in files.items()))
         commit = hashlib.sha1(f"{content}{len(self.commits)}".encode()).hexdigest()
-        self.commits[commit] = files
+        self.commits[commit] = dict(files)
         self.branches[branch] = commit
         return commit
 
+    def files_at(self, revision: str) -> tuple[str, dict[str, bytes] | None]:
+        commit = self.branches.get(revision, revision)
+        return commit, self.commits.get(commit)
+
 
 class HubServer:
-    """Serves ``repositories`` on 127.0.0.1 until its block ends; ``requests`` lists what was asked.
+    """Serves ``repositories`` on 127.0.0.1 until its block ends.
 
-    ``broken_downloads`` counts down: while it is positive, each file is cut off in the middle. ``failing`` answers
-    everything with that status.
+    Attributes:
+        requests: Every request, as ``(method, path)``.
+        tokens: Every token that was sent.
+        invalid_tokens: Tokens that have expired: 401 for everything.
+        break_at: Connections break at this byte of a file; a download that resumes there gets nothing more.
+        breaks: How many more times; after that files come whole.
+        truncating: Files are half as long as their HEAD says, in a well-formed answer.
+        failing: Answer everything with this status.
+        failing_downloads: Answer requests for files with this status, and others as usual.
+        silent: Accept requests and answer none until the block ends.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
-        self.broken_downloads = 0
+        self.tokens: list[str] = []
+        self.invalid_tokens: set[str] = set()
+        self.break_at: int | None = None
+        self.breaks = 1_000_000
+        self.truncating = False
         self.failing: int | None = None
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._answering())
+        self.failing_downloads: int | None = None
+        self.silent = False
+        self.closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (_Answer,), {"hub": self}))
         self._server.daemon_threads = True
+        self._server.block_on_close = False
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def downloads(self) -> list[str]:
-        """The files whose content was fetched."""
-        return [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        """The files whose content was fetched, by their paths in their repositories."""
+        asked = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        return [path.split("/resolve/")[1].partition("/")[2] for path in asked]
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
-    def _answering(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
-        class Answer(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:
-                self.answer()
+class _Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
 
-            def do_HEAD(self) -> None:
-                self.answer()
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append((self.command, path))
+        if token := self.token():
+            self.hub.tokens.append(token)
+        if self.hub.silent:
+            self.hub.closing.wait(60)
+        elif self.hub.failing:
+            self.fail(self.hub.failing)
+        elif token in self.hub.invalid_tokens:
+            self.fail(401, message="Invalid credentials in Authorization header")
+        else:
+            self.answer(path)
 
-            def log_message(self, *_: Any) -> None:
-                pass
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
-            def answer(self) -> None:
-                path = unquote(urlsplit(self.path).path)
-                hub.requests.append((self.command, path))
-                if hub.failing:
-                    self.fail(hub.failing, None)
-                    return
-                api = path.startswith("/api/models/")
-                parts = path.removeprefix("/api/models").strip("/").split("/")
-                repository = hub.repositories.get("/".join(parts[:2]))
-                if repository is None:
-                    # As the Hub does: who has no token is not told whether a repository is private or missing.
-                    self.fail(404 if "Authorization" in self.headers else 401, "RepoNotFound")
-                elif not self.may_read(repository):
-                    pass
-                elif api:
-                    self.answer_api(repository, "/".join(parts[:2]), parts[2:])
-                else:
-                    self.answer_file(repository, parts[2:])
+    def log_message(self, *_: Any) -> None:
+        pass
 
-            def may_read(self, repository: Repository) -> bool:
-                given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-                if repository.gated and given != repository.token:
-                    self.fail(403 if given else 401, "GatedRepo")
-                    return False
-                if repository.token and given != repository.token:
-                    self.fail(403 if given else 401, None if given else "RepoNotFound")
-                    return False
-                return True
+    def token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
-            def answer_api(self, repository: Repository, name: str, rest: list[str]) -> None:
-                revision = rest[1] if len(rest) > 1 and rest[0] in ("revision", "tree") else "main"
-                commit = repository.branches.get(revision, revision)
-                files = repository.commits.get(commit)
-                if files is None:
-                    self.fail(404, "RevisionNotFound")
-                elif rest and rest[0] == "tree":
-                    self.send_json([self.entry(path, data) for path, data in files.items()])
-                else:
-                    siblings = [{"rfilename": path} for path in files]
-                    self.send_json(
-                        {
-                            "_id": name,
-                            "id": name,
-                            "modelId": name,
-                            "sha": commit,
-                            "private": bool(repository.token),
-                            "gated": repository.gated,
-                            "disabled": False,
-                            "tags": [],
-                            "downloads": 0,
-                            "likes": 0,
-                            "siblings": siblings,
-                        }
-                    )
+    def answer(self, path: str) -> None:
+        is_api = path.startswith("/api/models/")
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        name, rest = "/".join(parts[:2]), parts[2:]
+        repository = self.hub.repositories.get(name)
+        if repository is None:
+            # As the Hub does: who has no token is not told whether a repository is private or missing.
+            self.fail(404 if self.token() else 401, "RepoNotFound")
+        elif repository.gated and self.token() != repository.token:
+            # A gated repository is listed for everybody.
+            self.answer_api(repository, name, rest) if is_api else self.fail(403 if self.token() else 401, "GatedRepo")
+        elif repository.token and self.token() != repository.token:
+            self.fail(403) if self.token() else self.fail(401, "RepoNotFound")
+        elif is_api:
+            self.answer_api(repository, name, rest)
+        elif self.hub.failing_downloads:
+            self.fail(self.hub.failing_downloads)
+        else:
+            self.answer_file(repository, rest)
 
-            def entry(self, path: str, data: bytes) -> dict[str, Any]:
-                entry: dict[str, Any] = {
-                    "type": "file",
-                    "path": path,
-                    "size": len(data),
-                    "oid": blob_id(data),
-                }
-                if path.endswith(".safetensors"):
-                    entry["lfs"] = {
-                        "oid": hashlib.sha256(data).hexdigest(),
-                        "size": len(data),
-                        "pointerSize": 134,
-                    }
-                return entry
+    def answer_api(self, repository: Repository, name: str, rest: list[str]) -> None:
+        # A revision may have slashes in it, which come quoted.
+        commit, files = repository.files_at("/".join(rest[1:]) or "main")
+        if files is None:
+            self.fail(404, "RevisionNotFound")
+            return
+        listing = {"id": name, "sha": commit, "private": bool(repository.token), "gated": repository.gated}
+        listing |= {"downloads": 0, "likes": 0, "tags": [], "siblings": [{"rfilename": path} for path in files]}
+        self.send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
 
-            def answer_file(self, repository: Repository, rest: list[str]) -> None:
-                if len(rest) < 3 or rest[0] != "resolve":
-                    self.fail(404, "EntryNotFound")
-                    return
-                commit = repository.branches.get(rest[1], rest[1])
-                files = repository.commits.get(commit)
-                path = "/".join(rest[2:])
-                if files is None:
-                    self.fail(404, "RevisionNotFound")
-                elif path not in files:
-                    self.fail(404, "EntryNotFound", commit)
-                else:
-                    self.send_file(files[path], path, commit)
+    def answer_file(self, repository: Repository, rest: list[str]) -> None:
+        revision = next(
+            (name for name in repository.branches if rest[1:][: name.count("/") + 1] == name.split("/")), ""
+        )
+        revision = revision or rest[1]
+        path = "/".join(rest[2 + revision.count("/") :])
+        commit, files = repository.files_at(revision)
+        if files is None:
+            self.fail(404, "RevisionNotFound")
+        elif path not in files:
+            self.fail(404, "EntryNotFound", commit=commit)
+        else:
+            self.send_file(files[path], path, commit)
 
-            def send_file(self, data: bytes, path: str, commit: str) -> None:
-                start = 0
-                if (asked := self.headers.get("Range", "")).startswith("bytes="):
-                    start = int(asked.removeprefix("bytes=").split("-")[0] or 0)
-                body = data[start:]
-                self.send_response(206 if start else 200)
-                is_lfs = path.endswith(".safetensors")
-                etag = hashlib.sha256(data).hexdigest() if is_lfs else blob_id(data)
-                self.send_header("ETag", f'"{etag}"')
-                self.send_header("X-Repo-Commit", commit)
-                self.send_header("Accept-Ranges", "bytes")
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command == "HEAD":
-                    return
-                if hub.broken_downloads > 0:
-                    hub.broken_downloads -= 1
-                    self.wfile.write(body[: len(body) // 2])
-                    self.close_connection = True
-                    self.connection.close()
-                    return
-                self.wfile.write(body)
+    def send_file(self, content: bytes, path: str, commit: str) -> None:
+        headers = {"ETag": f'"{etag(path, content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        if self.command == "GET" and self.hub.truncating:
+            body = body[: len(body) // 2]
+        break_at = self.hub.break_at
+        breaks = self.command == "GET" and break_at is not None and len(content) > break_at and self.hub.breaks > 0
+        if breaks and break_at is not None:
+            self.hub.breaks -= 1
+            self.send(206 if start else 200, body, headers, sent=body[: max(break_at - start, 0)])
+            self.close_connection = True
+            return
+        self.send(206 if start else 200, body, headers)
 
-            def send_json(self, value: Any) -> None:
-                body = json.dumps(value).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
+    def fail(self, status: int, code: str = "", message: str = "", commit: str = "") -> None:
+        named = {"X-Error-Code": code, "X-Error-Message": message or code, "X-Repo-Commit": commit}
+        self.send(status, b"", {name: value for name, value in named.items() if value})
 
-            def fail(self, status: int, code: str | None, commit: str | None = None) -> None:
-                self.send_response(status)
-                if code:
-                    self.send_header("X-Error-Code", code)
-                    self.send_header("X-Error-Message", code)
-                if commit:
-                    self.send_header("X-Repo-Commit", commit)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-        return Answer
+    def send(self, status: int, body: bytes, headers: Mapping[str, str], sent: bytes | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body if sent is None else sent)
 
 
-def blob_id(data: bytes) -> str:
-    """Git's own hash of a file, which the Hub gives as the ETag of small ones."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+def etag(path: str, content: bytes) -> str:
+    """SHA-256 of what the Hub keeps in LFS, and Git's own hash of other files."""
+    if path.endswith((".safetensors", ".bin")):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,22 +1,29 @@
-"""Adapters from the Hub: a real HTTP server on loopback that speaks the Hub's API."""
+"""Adapters and models from the Hub: a real HTTP server on loopback that speaks the Hub's API."""
 
+import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 from hub_server import HubServer, Repository
 
-from qlora_infer import _hub
+from qlora_infer import AdapterSource, _hub
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
     AdapterNotFoundError,
     AdapterSourceError,
-    CorruptAdapterError,
     ModelNotFoundError,
+    UnsafeAdapterError,
 )
 from qlora_infer.testing import fake_engine, write_adapter
 
 TOKEN = "hf_this_is_a_secret"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FILES = {CONFIG: b"{}", WEIGHTS: bytes(range(256)) * 40}
 
 
 def adapter_files(folder, prefix="", **arguments):
@@ -24,230 +31,471 @@ def adapter_files(folder, prefix="", **arguments):
     return {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
+def resolve(source, *, allow_pickle=False, **arguments):
+    return AdapterSource.parse(source, **arguments).resolve("x", allow_pickle=allow_pickle)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def everything_told(error):
+    """The texts of an error, its causes and its contexts, with what hangs on them."""
+    seen, waiting = [], [error]
+    while waiting:
+        error = waiting.pop()
+        request = vars(error).get("_request") or getattr(vars(error).get("response"), "request", None)
+        seen += [str(error), repr(error), repr(vars(error)), repr(getattr(request, "headers", None))]
+        waiting += [other for other in (error.__cause__, error.__context__) if other is not None]
+    return " ".join(seen)
+
+
+@pytest.fixture(autouse=True)
 def hub(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     with HubServer() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         yield hub
 
 
 @pytest.fixture
-def repository(hub, tmp_path):
+def repository(hub):
     repository = hub.repositories["org/repo"] = Repository()
-    files = adapter_files(tmp_path / "v1", seed=1)
-    repository.commit({**files, "model-00001.safetensors": b"x" * 1000, "README.md": b"hello"})
+    repository.commit({**FILES, "model-00001.safetensors": b"x" * 1000, "README.md": b"hello"})
     return repository
 
 
 @pytest.fixture
-def engine():
-    with fake_engine() as engine:
-        yield engine
+def nobody_answers(monkeypatch):
+    return lambda: monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
 
-def test_an_adapter_is_downloaded_with_its_files_and_no_others(hub, repository, engine):
-    """Only the config and the weights of the adapter are fetched, once each."""
-    loaded = engine.load_adapter("pirate", "org/repo")
-    assert loaded.source == "org/repo"
-    assert sorted(path.rpartition("/")[2] for path in hub.downloads()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    assert engine.generate("ahoy", adapter="pirate")[0].text == "pirate says: ahoy"
+# What is downloaded -------------------------------------------------------------------------------------------------
 
 
-def test_a_second_load_downloads_nothing(hub, repository, engine):
+def test_an_adapter_is_downloaded_with_its_files_and_no_others(hub):
+    """The config, the weights and the small files that adapters carry are fetched, once each; nothing beside them."""
+    extras = {
+        name: name.encode()
+        for name in (
+            *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+            *("chat_template.jinja", "generation_config.json"),
+        )
+    }
+    others = dict.fromkeys(
+        (
+            *("model-00001.safetensors", "README.md", "training_args.bin", PICKLE),
+            *("old/tokenizer.json", f"old/{WEIGHTS}", "tokenizer/old.json"),
+        ),
+        b"other",
+    )
+    hub.repositories["org/repo"] = Repository()
+    hub.repositories["org/repo"].commit({**others, **FILES, **extras})
+    assert contents(resolve("org/repo", allow_pickle=True)) == {**FILES, **extras}
+    assert sorted(hub.downloads()) == sorted([*FILES, *extras])
+
+
+def test_an_adapter_goes_into_the_hubs_own_cache(repository, tmp_path):
+    """Other programs find the files where huggingface_hub would have put them."""
+    folder = resolve("org/repo")
+    assert folder == tmp_path / "home/hub/models--org--repo/snapshots" / repository.branches["main"]
+
+
+def test_a_second_load_downloads_nothing(hub, repository):
     """A branch that has not moved costs one question; a commit that is cached costs none."""
-    first = engine.load_adapter("one", "org/repo")
+    first = resolve("org/repo")
     hub.requests.clear()
-    second = engine.load_adapter("two", "org/repo")
-    assert first.digest == second.digest
+    assert resolve("org/repo") == first
     assert hub.downloads() == []
-    assert len(hub.requests) <= 1
+    assert len(hub.requests) == 1
     hub.requests.clear()
-    engine.load_adapter("three", "org/repo", revision=repository.branches["main"])
+    assert resolve("org/repo", revision=repository.branches["main"]) == first
     assert hub.requests == []
 
 
-def test_a_revision_is_pinned(hub, repository, engine, tmp_path):
-    """revision= takes a commit or a branch, and @ in the source says the same."""
+def test_an_engine_loads_from_the_hub(hub, tmp_path):
+    """load_adapter takes a Hub id, and a branch that moved is a new version under a new integer id."""
+    repository = hub.repositories["org/repo"] = Repository()
+    repository.commit(adapter_files(tmp_path / "v1", seed=1))
+    with fake_engine() as engine:
+        before = engine.load_adapter("pirate", "org/repo")
+        assert before.source == "org/repo"
+        assert engine.generate("ahoy", adapter="pirate")[0].text == "pirate says: ahoy"
+        repository.commit(adapter_files(tmp_path / "v2", seed=2))
+        after = engine.load_adapter("pirate", "org/repo")
+        assert after.digest != before.digest
+        assert after.int_id > before.int_id
+
+
+# Revisions and subfolders -------------------------------------------------------------------------------------------
+
+
+def test_a_revision_is_pinned(hub, repository):
+    """revision= takes a commit, a branch or a tag, and @ in the source says the same."""
     old = repository.branches["main"]
-    repository.commit(adapter_files(tmp_path / "v2", seed=2))
-    repository.commit(adapter_files(tmp_path / "v3", seed=3), branch="dev")
-    digests = {
-        "main": engine.load_adapter("a", "org/repo").digest,
-        "old": engine.load_adapter("b", "org/repo", revision=old).digest,
-        "dev": engine.load_adapter("c", "org/repo@dev").digest,
-    }
-    assert len(set(digests.values())) == 3
-    assert engine.load_adapter("d", f"org/repo@{old}").digest == digests["old"]
+    repository.commit({**FILES, WEIGHTS: b"new"})
+    repository.commit({**FILES, WEIGHTS: b"dev"}, branch="feature/dev")
+    found = {source: contents(resolve(source))[WEIGHTS] for source in ("org/repo", f"org/repo@{old}")}
+    assert found == {"org/repo": b"new", f"org/repo@{old}": FILES[WEIGHTS]}
+    assert contents(resolve("org/repo@feature/dev"))[WEIGHTS] == b"dev"
+    assert contents(resolve("org/repo", revision="feature/dev"))[WEIGHTS] == b"dev"
+    assert contents(resolve("org/repo", revision=old))[WEIGHTS] == FILES[WEIGHTS]
 
 
-def test_a_branch_that_moved_is_a_new_version(hub, repository, engine, tmp_path):
-    """Loading the same name again after a push serves the new content, under a new integer id."""
-    before = engine.load_adapter("pirate", "org/repo")
-    repository.commit(adapter_files(tmp_path / "v2", seed=2))
-    after = engine.load_adapter("pirate", "org/repo")
-    assert after.digest != before.digest
-    assert after.int_id > before.int_id
+def test_a_subfolder_is_an_adapter_of_its_own(hub, repository):
+    """subfolder= finds an adapter inside a repository, fetches nothing beside it, and takes its name literally."""
+    inside = {"adapters/[a]*/" + name: b"inside" for name in FILES}
+    repository.commit({**FILES, **inside, "adapters/a/tokenizer.json": b"other"})
+    folder = resolve("org/repo", subfolder="adapters/[a]*")
+    assert contents(folder) == dict.fromkeys(FILES, b"inside")
+    assert resolve("org/repo:adapters/[a]*") == folder
+    assert sorted(hub.downloads()) == sorted(inside)
 
 
-def test_a_subfolder_is_an_adapter_of_its_own(hub, repository, engine, tmp_path):
-    """subfolder= finds an adapter inside a repository and fetches nothing beside it."""
-    files = adapter_files(tmp_path / "v1") | adapter_files(tmp_path / "sub", prefix="adapters/pirate/", seed=5)
-    repository.commit(files)
-    loaded = engine.load_adapter("pirate", "org/repo", subfolder="adapters/pirate")
-    assert loaded.source == "org/repo:adapters/pirate"
-    assert all("/adapters/pirate/" in path for path in hub.downloads())
-    with pytest.raises(AdapterNotFoundError, match="subfolder 'adapters/nobody'"):
-        engine.load_adapter("nobody", "org/repo:adapters/nobody")
+# What is not there --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("source", "match"),
     [
-        ("org/missing", "no repository org/missing"),
-        ("org/repo@nowhere", "no revision 'nowhere'"),
-        ("org/repo:sub", "no adapter_config.json in the subfolder 'sub'"),
+        ("org/missing", r"no repository org/missing on the Hub .*'\./org/missing'.* or it is private: pass token="),
+        ("org/repo@nowhere", "org/repo has no revision 'nowhere'"),
+        ("org/repo@" + "0" * 40, "org/repo has no revision '0{40}'"),
+        ("org/repo:sub", r"org/repo has no adapter_config\.json in the subfolder 'sub'; is it an adapter"),
+        ("org/many", r"org/many has no adapter_config\.json in its root; .* subfolders a, b/c: pass subfolder="),
+        ("org/many:a", r"org/many has no adapter_model\.safetensors in the subfolder 'a'"),
+        ("org/two--dashes", "'org/two--dashes' cannot be a repository's name"),
     ],
 )
-def test_what_is_not_there_is_named(hub, repository, engine, source, match):
-    """A missing repository, revision or subfolder is an error that says which of them it is."""
+def test_what_is_not_there_is_named(hub, repository, source, match):
+    """A missing repository, revision, subfolder or file is an error that says which of them it is."""
+    hub.repositories["org/many"] = Repository()
+    hub.repositories["org/many"].commit({f"a/{CONFIG}": b"{}", f"b/c/{CONFIG}": b"{}", "model.safetensors": b"x"})
     with pytest.raises(AdapterNotFoundError, match=match):
-        engine.load_adapter("x", source)
-    assert not engine.adapters
-
-
-def test_a_repository_without_an_adapter_is_named(hub, engine):
-    """A repository that holds a model and no adapter says what is missing."""
-    hub.repositories["org/model"] = Repository()
-    hub.repositories["org/model"].commit({"config.json": b"{}", "model.safetensors": b"x"})
-    with pytest.raises(AdapterNotFoundError, match=r"org/model has no adapter_config.json in its root"):
-        engine.load_adapter("x", "org/model")
+        resolve(source)
     assert hub.downloads() == []
 
 
-def test_a_private_repository_needs_its_token(hub, repository, engine):
-    """Without a token it looks missing and the message names the token; with a wrong one access is denied."""
+def test_a_pickled_adapter_is_fetched_only_where_the_user_allows_it(hub):
+    """adapter_model.bin is not even downloaded unless allow_pickle=True."""
+    hub.repositories["org/old"] = Repository()
+    commit = hub.repositories["org/old"].commit({CONFIG: b"{}", PICKLE: b"pickle"})
+    with pytest.raises(UnsafeAdapterError, match=r"only pickled weights .* allow_pickle=True"):
+        resolve("org/old")
+    assert hub.downloads() == []
+    assert contents(resolve("org/old", allow_pickle=True)) == {CONFIG: b"{}", PICKLE: b"pickle"}
+    hub.requests.clear()
+    resolve("org/old", allow_pickle=True, revision=commit)
+    assert hub.requests == []
+
+
+# Tokens -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_private_repository_needs_its_token(hub, repository):
+    """Without a token it looks missing, and the message names both; with a wrong one access is denied."""
     repository.token = TOKEN
-    with pytest.raises(AdapterNotFoundError, match="token="):
-        engine.load_adapter("x", "org/repo")
-    with pytest.raises(AdapterAccessError, match="the token does not open it"):
-        engine.load_adapter("x", "org/repo", token="hf_wrong")
-    assert engine.load_adapter("x", "org/repo", token=TOKEN).name == "x"
+    with pytest.raises(
+        AdapterNotFoundError, match=r"no repository org/repo on the Hub .* or it is private: pass token="
+    ):
+        resolve("org/repo")
+    with pytest.raises(AdapterAccessError, match="the token does not open it: pass another"):
+        resolve("org/repo", token="hf_wrong")
+    hub.invalid_tokens = {"hf_expired"}
+    with pytest.raises(AdapterAccessError, match="the token does not open it: pass another"):
+        resolve("org/repo", token="hf_expired")
+    assert contents(resolve("org/repo", token=f"{TOKEN}\n")) == FILES
 
 
-def test_the_engines_token_opens_adapters_too(hub, repository):
+def test_a_token_of_the_environment_is_used(hub, repository, monkeypatch):
+    """HF_TOKEN opens a repository for a source that has no token of its own."""
+    repository.token = TOKEN
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert contents(resolve("org/repo")) == FILES
+
+
+def test_the_engines_token_opens_adapters_too(hub, repository, tmp_path):
     """The token of the engine is used for adapters that have none of their own."""
+    repository.commit(adapter_files(tmp_path / "v1"))
     repository.token = TOKEN
     with fake_engine(token=TOKEN, adapters={"x": "org/repo"}) as engine:
         assert "x" in engine.adapters
 
 
-def test_a_gated_repository_says_what_to_do(hub, repository, engine):
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_a_gated_repository_says_what_to_do(repository, token):
     """A gated repository is an access error that says to ask for access."""
     repository.gated, repository.token = True, TOKEN
-    with pytest.raises(AdapterAccessError, match="gated: ask for access"):
-        engine.load_adapter("x", "org/repo", token="hf_wrong")
+    with pytest.raises(AdapterAccessError, match="org/repo is gated: ask for access"):
+        resolve("org/repo", token=token)
+    assert contents(resolve("org/repo", token=TOKEN)) == FILES
 
 
-@pytest.mark.parametrize("failure", ["denied", "missing", "broken", "server"])
-def test_a_token_is_never_told(hub, repository, failure, caplog):
-    """No message, cause, repr or log line has the token in it."""
-    if failure == "denied":
-        repository.token = "hf_another"
-    elif failure == "broken":
-        hub.broken_downloads = 1000
-    elif failure == "server":
-        hub.failing = 500
-    source = "org/none" if failure == "missing" else "org/repo"
-    with caplog.at_level(logging.DEBUG), fake_engine(token=TOKEN) as engine:
-        with pytest.raises(AdapterSourceError) as caught:
-            engine.load_adapter("x", source, token=TOKEN)
-        told = [repr(engine), caplog.text]
-    error = caught.value
-    while error is not None:
-        told += [str(error), repr(error), str(vars(error))]
-        error = error.__cause__
-    assert TOKEN not in " ".join(told)
+def test_a_cached_private_adapter_is_not_given_to_who_is_refused(repository):
+    """A refusal by the Hub is an answer: the cached copy does not stand in for it."""
+    repository.token = TOKEN
+    resolve("org/repo", token=TOKEN)
+    with pytest.raises(AdapterAccessError):
+        resolve("org/repo", token="hf_wrong")
 
 
-def test_a_connection_that_breaks_in_the_middle_is_an_error_and_a_retry_succeeds(hub, repository, engine):
-    """A download that breaks ends in an error, leaves no half a file, and the next try has the whole one."""
-    hub.broken_downloads = 1000
-    with pytest.raises(AdapterDownloadError, match="org/repo"):
-        engine.load_adapter("x", "org/repo")
-    assert not engine.adapters
-    hub.broken_downloads = 0
-    assert engine.load_adapter("x", "org/repo").num_modules == 14
+@pytest.mark.parametrize("token", [TOKEN, f"{TOKEN}\xe9", f"{TOKEN}\nX", f"{TOKEN}\x00"])
+@pytest.mark.parametrize("failure", ["denied", "missing", "revision", "truncated", "server", "silent", "gated"])
+def test_a_token_is_never_told(hub, repository, failure, token, caplog, monkeypatch):
+    """No message, cause, context, repr or log line has the token in it, also where no HTTP header can hold it."""
+    monkeypatch.setattr(_hub, "TIMEOUT", 0.2)
+    repository.token = {"denied": "hf_another", "gated": "hf_another"}.get(failure)
+    repository.gated = failure == "gated"
+    hub.truncating, hub.silent = failure == "truncated", failure == "silent"
+    hub.failing = 500 if failure == "server" else None
+    source = {"missing": "org/none", "revision": "org/repo@none"}.get(failure, "org/repo")
+    with caplog.at_level(logging.DEBUG), pytest.raises(AdapterSourceError) as caught:
+        resolve(source, token=token)
+    assert TOKEN not in everything_told(caught.value) + caplog.text
+    if token == TOKEN:
+        assert TOKEN in hub.tokens
+        assert caught.value.__cause__ is not None
 
 
-def test_a_server_that_fails_is_a_download_error(hub, repository, engine):
-    """A Hub that answers 500 is not taken for a missing adapter."""
-    hub.failing = 500
-    with pytest.raises(AdapterDownloadError, match="500"):
-        engine.load_adapter("x", "org/repo")
+def test_a_token_of_the_environment_is_never_told(repository, monkeypatch):
+    """A token that no header can hold is refused unsent and untold, too, when it comes from HF_TOKEN."""
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\xe9")
+    with pytest.raises(AdapterAccessError, match="holds a character that no token has") as caught:
+        resolve("org/repo")
+    assert TOKEN not in everything_told(caught.value)
 
 
-def test_offline_takes_the_cached_copy(hub, repository, engine, monkeypatch):
-    """With HF_HUB_OFFLINE=1 a cached adapter loads without a request, and one that is not cached says so."""
-    digest = engine.load_adapter("x", "org/repo").digest
-    hub.requests.clear()
+@pytest.mark.parametrize("kept", ["hf_another", None])
+def test_a_cause_that_shows_the_token_is_left_out(kept):
+    """Should an HTTP library show a header deep in its errors, the cause is dropped, and else it is kept."""
+    inner, outer = ValueError(f"Bearer {kept or TOKEN}"), OSError("it broke")
+    outer.__context__ = inner
+    assert _hub._without_secrets(outer, TOKEN) is (outer if kept else None)
+
+
+# Connections --------------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_that_breaks_once_is_resumed(hub, repository):
+    """A download that breaks in the middle goes on where it broke, and the file is whole."""
+    hub.break_at, hub.breaks = 5000, 1
+    assert contents(resolve("org/repo")) == FILES
+
+
+def test_a_connection_that_keeps_breaking_is_an_error_and_a_retry_succeeds(hub, repository, monkeypatch):
+    """It ends in an error, half a file is no copy, and the next try has the whole one."""
+    hub.break_at = 5000
+    with pytest.raises(AdapterDownloadError, match="org/repo is not whole in the Hub's cache, and the connection"):
+        resolve("org/repo")
+    with monkeypatch.context() as offline, pytest.raises(AdapterDownloadError, match="offline"):
+        offline.setenv("HF_HUB_OFFLINE", "1")
+        resolve("org/repo")
+    hub.break_at = None
+    assert contents(resolve("org/repo")) == FILES
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_truncated_file_is_an_error_and_a_retry_succeeds(hub, repository, pinned):
+    """An answer that is shorter than the file is not taken for it."""
+    source = f"org/repo@{repository.branches['main']}" if pinned else "org/repo"
+    repository.commits[repository.branches["main"]][CONFIG] = b""
+    hub.truncating = True
+    with pytest.raises(AdapterDownloadError, match="the download of org/repo"):
+        resolve(source)
+    hub.truncating = False
+    assert contents(resolve(source))[WEIGHTS] == FILES[WEIGHTS]
+
+
+def test_a_copy_with_weights_is_a_whole_copy(hub, repository, monkeypatch):
+    """The weights come last: when a file before them breaks, what is there is not served offline."""
+    commit = repository.commit({CONFIG: b"", WEIGHTS: b"", "tokenizer.json": b"tokens"})
+    hub.truncating = True
+    with pytest.raises(AdapterDownloadError):
+        resolve("org/repo")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert engine.load_adapter("y", "org/repo").digest == digest
-    with pytest.raises(AdapterDownloadError, match=r"org/other is not in the Hub's cache.*offline"):
-        engine.load_adapter("z", "org/other")
+    for source in ("org/repo", f"org/repo@{commit}"):
+        with pytest.raises(AdapterDownloadError, match="not whole"):
+            resolve(source)
+
+
+def test_a_hub_that_never_answers_is_given_up(hub, repository, monkeypatch):
+    """Every wait for the Hub has a bound."""
+    monkeypatch.setattr(_hub, "TIMEOUT", 0.2)
+    hub.silent = True
+    with pytest.raises(AdapterDownloadError, match=r"the connection to the Hub failed \(ReadTimeout\)"):
+        resolve("org/repo")
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_a_hub_that_is_down_is_a_download_error(hub, repository, status):
+    """A Hub in trouble is not taken for a missing adapter, and a cached copy stands in."""
+    hub.failing = status
+    with pytest.raises(AdapterDownloadError, match=f"the Hub answered {status}"):
+        resolve("org/repo")
+    hub.failing = None
+    folder = resolve("org/repo")
+    hub.failing = status
+    assert resolve("org/repo") == folder
+
+
+def test_a_cache_that_cannot_be_written_says_so(repository, tmp_path, monkeypatch):
+    """A fault of this machine's disk is not called the Hub's."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AdapterDownloadError, match="org/repo cannot be stored in the Hub's cache: "):
+        resolve("org/repo")
+
+
+# Offline ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_takes_the_cached_copy(hub, repository, monkeypatch, caplog, variable):
+    """A cached adapter loads without a request and the log says so; one that is not cached says why."""
+    folder = resolve("org/repo")
+    hub.requests.clear()
+    monkeypatch.setenv(variable, "1")
+    with caplog.at_level(logging.INFO, "qlora_infer"):
+        assert resolve("org/repo") == folder
+    assert "org/repo is taken from the Hub's cache: this process is offline" in caplog.text
+    with pytest.raises(AdapterDownloadError, match=r"org/other is not whole in the Hub's cache, and .* offline"):
+        resolve("org/other")
     assert hub.requests == []
 
 
-def test_without_a_connection_the_cached_copy_serves(hub, repository, engine, monkeypatch):
-    """When nobody answers at the Hub's address, a cached adapter loads all the same."""
-    digest = engine.load_adapter("x", "org/repo").digest
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert engine.load_adapter("y", "org/repo").digest == digest
-    with pytest.raises(AdapterDownloadError, match="cannot be reached"):
-        engine.load_adapter("z", "org/other")
+def test_without_a_connection_the_cached_copy_serves(repository, nobody_answers, caplog):
+    """When nobody answers at the Hub's address, a cached adapter loads all the same and the log warns."""
+    repository.commit({**FILES, WEIGHTS: b"dev"}, branch="dev")
+    folders = [resolve("org/repo"), resolve("org/repo@dev")]
+    nobody_answers()
+    assert [resolve("org/repo"), resolve("org/repo@dev")] == folders
+    assert [record.levelname for record in caplog.records if record.name == "qlora_infer"] == ["WARNING"] * 2
+    assert "org/repo@dev is taken from the Hub's cache: the connection to the Hub failed" in caplog.text
+    with pytest.raises(AdapterDownloadError, match="the connection to the Hub failed"):
+        resolve("org/other")
 
 
-def test_a_pickled_adapter_is_fetched_only_where_the_user_allows_it(hub, engine, tmp_path):
-    """adapter_model.bin is not even downloaded unless allow_pickle=True."""
-    files = adapter_files(tmp_path / "v1")
-    files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
-    hub.repositories["org/old"] = Repository()
-    hub.repositories["org/old"].commit(files)
-    with pytest.raises(AdapterNotFoundError, match=r"no adapter_model\.safetensors.*allow_pickle=True"):
-        engine.load_adapter("x", "org/old")
-    assert not any(path.endswith(".bin") for path in hub.downloads())
-    with pytest.raises(CorruptAdapterError, match="not a pickle of tensors"):
-        engine.load_adapter("x", "org/old", allow_pickle=True)  # what was fetched is no pickle at all
-    assert any(path.endswith("adapter_model.bin") for path in hub.downloads())
+def test_offline_follows_the_branch_as_it_was_last_seen(repository, nobody_answers):
+    """After a branch moved and was loaded, the copy that stands in is the newer one."""
+    resolve("org/repo")
+    repository.commit({**FILES, WEIGHTS: b"new"})
+    resolve("org/repo")
+    nobody_answers()
+    assert contents(resolve("org/repo"))[WEIGHTS] == b"new"
 
 
-def test_a_models_config_is_read_from_the_hub(hub):
-    """The base model's config.json is fetched, and nothing else of it."""
-    hub.repositories["org/model"] = Repository()
-    hub.repositories["org/model"].commit({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"})
-    assert _hub.read_model_config("org/model", revision=None, token=None) == {"model_type": "llama"}
-    assert [path.rpartition("/")[2] for path in hub.downloads()] == ["config.json"]
-    with pytest.raises(ModelNotFoundError, match="no repository org/none"):
-        _hub.read_model_config("org/none", revision=None, token=None)
+def test_half_a_cached_copy_is_no_copy(repository, nobody_answers):
+    """A snapshot without its weights is not served offline, and is completed online."""
+    folder = resolve("org/repo")
+    (folder / WEIGHTS).unlink()
+    with pytest.MonkeyPatch.context() as offline, pytest.raises(AdapterDownloadError, match="not whole"):
+        offline.setenv("HF_HUB_OFFLINE", "1")
+        resolve("org/repo", revision=repository.branches["main"])
+    assert contents(resolve("org/repo", revision=repository.branches["main"])) == FILES
+
+
+# Models -------------------------------------------------------------------------------------------------------------
+
+
+def read_model(model, revision=None, token=None):
+    return _hub.read_model_config(model, revision=revision, token=token)
+
+
+def test_a_models_config_is_read_from_the_hub(hub, monkeypatch):
+    """The base model's config.json is fetched at its revision, and nothing else of it; offline the copy serves."""
+    repository = hub.repositories["org/model"] = Repository()
+    pinned = repository.commit({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"})
+    repository.commit({"config.json": b'{"model_type": "qwen3"}'}, branch="next")
+    assert read_model("org/model") == {"model_type": "llama"}
+    assert hub.downloads() == ["config.json"]
+    assert read_model("org/model", revision="next") == {"model_type": "qwen3"}
+    hub.requests.clear()
+    assert read_model("org/model", revision=pinned) == {"model_type": "llama"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert read_model("org/model") == {"model_type": "llama"}
+    assert hub.requests == []
+
+
+def test_a_model_that_the_hub_does_not_give_is_named(hub, monkeypatch):
+    """What stands in the way of a model is said with the next step, and the token is not told."""
+    private = hub.repositories["org/private"] = Repository(token=TOKEN)
+    private.commit({"config.json": b"{}"})
+    hub.repositories["org/gated"] = Repository(private.commits, private.branches, TOKEN, gated=True)
+    hub.repositories["org/gguf"] = Repository()
+    hub.repositories["org/gguf"].commit({"model.gguf": b"GGUF"})
+    for model, arguments, match in [
+        ("org/none", {}, "no repository org/none on the Hub .* or it is private: pass token="),
+        ("org/private", {}, "or it is private: pass token="),
+        ("org/private", {"token": "hf_wrong"}, "the token does not open it: pass another as token="),
+        ("org/gated", {}, "org/gated is gated: ask for access"),
+        ("org/gguf", {}, r"org/gguf has no config\.json: .* GGUF files"),
+        ("org/gguf", {"revision": "v9"}, "org/gguf has no revision 'v9'"),
+        ("org/two--dashes", {}, "cannot be a repository's name"),
+    ]:
+        with pytest.raises(ModelNotFoundError, match=match):
+            read_model(model, **arguments)
+    hub.failing = 500
+    with pytest.raises(ModelNotFoundError, match="the Hub answered 500") as caught:
+        read_model("org/private", token=TOKEN)
+    assert TOKEN not in everything_told(caught.value)
 
 
 def test_a_models_folder_is_read_without_the_hub(hub, tmp_path):
     """A local model never leads to a request; what is wrong with its folder is named."""
     for model, match in [
         (tmp_path / "none", "no folder"),
-        (tmp_path, "has no config.json"),
-        (tmp_path / "model.gguf", "GGUF"),
+        (tmp_path, r"has no config\.json"),
+        (tmp_path / "model.gguf", "GGUF file: take the checkpoint"),
         ("just-a-name", "'org/model'"),
+        ("~no-such-user/model", "no folder ~no-such-user/model"),
     ]:
         with pytest.raises(ModelNotFoundError, match=match):
-            _hub.read_model_config(str(model), revision=None, token=None)
-    (tmp_path / "config.json").write_text("{")
+            read_model(str(model))
+    for content, match in [(b"{", "cannot be read"), (b"\xff", "cannot be read"), (b"[]", "no JSON object")]:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ModelNotFoundError, match=match):
+            read_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ModelNotFoundError, match="cannot be read"):
-        _hub.read_model_config(str(tmp_path), revision=None, token=None)
+        read_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert read_model(str(tmp_path)) == {"model_type": "llama"}
     assert hub.requests == []
+
+
+# In a process of its own --------------------------------------------------------------------------------------------
+
+
+def in_subprocess(code, **environment):
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return json.loads(outcome.stdout.splitlines()[-1])
+
+
+def test_offline_from_the_start_works_like_offline_later(hub, repository):
+    """HF_HUB_OFFLINE=1 before huggingface_hub is imported gives the cached copy, too."""
+    folder = resolve("org/repo")
+    hub.requests.clear()
+    code = (
+        "import json, huggingface_hub; from qlora_infer import AdapterSource\n"
+        "print(json.dumps(str(AdapterSource.parse('org/repo').resolve('x'))))"
+    )
+    assert in_subprocess(code, HF_HUB_OFFLINE="1") == str(folder)
+    assert hub.requests == []
+
+
+def test_importing_the_module_does_not_import_huggingface_hub():
+    """Who uses local adapters does not pay for the Hub's library."""
+    code = "import json, sys, qlora_infer._hub; print(json.dumps('huggingface_hub' in sys.modules))"
+    assert in_subprocess(code) is False
+
+
+def test_a_cache_that_was_cleared_is_filled_again(hub, repository, tmp_path):
+    """A snapshot whose blobs are gone is downloaded again, not served as a dangling link."""
+    folder = resolve("org/repo")
+    shutil.rmtree(folder.parent.parent / "blobs")
+    assert contents(resolve("org/repo")) == FILES

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import given
@@ -33,39 +33,83 @@ def test_a_hub_source_is_read_as_it_is_written(org, repo, revision, subfolder):
     assert AdapterSource.parse(f"{org}/{repo}", revision=revision, subfolder=folder) == source
 
 
-@given(st.text(max_size=60))
+texts = st.text(max_size=60) | st.text(alphabet="ab1/@:.~\\ -_*\0\n\u00e9\ud800", max_size=30)
+
+
+@given(texts)
 def test_any_text_is_a_source_or_a_value_error(text):
-    """No text makes parse fail in any other way."""
+    """No text makes parse fail in any other way, and what a source is written as is read as that source."""
     try:
         source = AdapterSource.parse(text)
     except ValueError:
         return
     assert source.is_local or source.location.count("/") == 1
+    assert AdapterSource.parse(str(source)) == source
 
 
-@pytest.mark.parametrize("text", ["/a/b", "./a", "../a", "~/a", ".", "a/b/c", "a/b/c/d"])
+@given(
+    source=texts | st.builds(PurePosixPath, texts) | st.just("org/repo") | st.none() | st.binary() | st.integers(),
+    revision=st.none() | names | texts | st.integers(),
+    subfolder=st.none() | names | texts | st.binary(),
+    token=st.none() | st.integers(),
+)
+def test_any_arguments_are_a_source_or_a_value_or_type_error(source, revision, subfolder, token):
+    """Whatever comes in, parse gives a source that is read again from its text, a ValueError or a TypeError."""
+    try:
+        parsed = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
+    except (ValueError, TypeError):
+        return
+    assert AdapterSource.parse(str(parsed)) == parsed
+    assert AdapterSource.parse(parsed) == parsed
+
+
+@given(texts)
+def test_a_path_object_is_always_a_path(text):
+    """A PathLike is never taken for a Hub id."""
+    assert AdapterSource.parse(PurePosixPath(text)).is_local
+    assert AdapterSource.parse(PurePosixPath("org/repo")) == AdapterSource.parse("./org/repo")
+
+
+@pytest.mark.parametrize(
+    "text", ["/a/b", "./a", "../a", "~/a", ".", "a/b/c", "a/b/c/d", "a/b/c@v1", "a\\b", "org/repo:a\\b", "org/repo/"]
+)
 def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(text):
     """A path that does not exist says so, and is not taken for a Hub id."""
     source = AdapterSource.parse(text)
     assert source.is_local
     with pytest.raises(AdapterNotFoundError):
-        source.resolve("x", default_token=None, allow_pickle=False)
+        source.resolve("x")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "name", "a b/c", "org/", "/".join(["..", ""])[:0], "org/repo:", "org/repo@", "s3:/x"]
-)
+@pytest.mark.parametrize("text", ["", "name", "a b/c", "org/", "org/repo:", "org/repo@", "s3:/x", "s3://a/b", "é/a"])
 def test_what_is_neither_is_refused(text):
     """Text that is no path and no Hub id is a ValueError that shows both forms."""
     with pytest.raises(ValueError, match="'org/repo'"):
         AdapterSource.parse(text)
 
 
-def test_an_existing_folder_is_a_path(tmp_path, monkeypatch):
-    """A folder called like a Hub id is taken for the folder."""
-    write_adapter(tmp_path / "org" / "repo")
+@pytest.mark.parametrize("source", [None, 1, b"org/repo", ["org/repo"]])
+def test_what_is_no_text_and_no_path_is_a_type_error(source):
+    """Neither bytes nor anything else is a source."""
+    with pytest.raises(TypeError):
+        AdapterSource.parse(source)
+
+
+def test_what_exists_is_a_path(tmp_path, monkeypatch):
+    """A folder or file called like a Hub id is taken for it, with and without a subfolder, and has no revision."""
+    write_adapter(tmp_path / "org" / "repo" / "sub")
+    (tmp_path / "org" / "file").touch()
     monkeypatch.chdir(tmp_path)
-    assert AdapterSource.parse("org/repo").is_local
+    assert AdapterSource.parse("org/repo") == AdapterSource.parse("./org/repo")
+    assert AdapterSource.parse("org/repo:sub").resolve("x") == Path("org/repo/sub")
+    assert AdapterSource.parse("org/repo", subfolder="sub") == AdapterSource.parse("org/repo:sub")
+    with pytest.raises(ValueError, match="no revisions"):
+        AdapterSource.parse("org/repo@v1")
+    with pytest.raises(AdapterNotFoundError, match="org/file is a file"):
+        AdapterSource.parse("org/file").resolve("x")
+    assert not AdapterSource("org/repo").is_local
+    (tmp_path / "org" / "repo:odd").mkdir()
+    assert AdapterSource.parse("org/repo:odd").location == "./org/repo:odd"
 
 
 @pytest.mark.parametrize(
@@ -74,10 +118,17 @@ def test_an_existing_folder_is_a_path(tmp_path, monkeypatch):
         ({"source": "org/repo@v1", "revision": "v2"}, "contradicts"),
         ({"source": "org/repo:a", "subfolder": "b"}, "contradicts"),
         ({"source": "/tmp", "revision": "v1"}, "no revisions"),
+        ({"source": Path("a"), "revision": "v1"}, "no revisions"),
+        ({"source": "org/repo", "revision": ""}, "branch or tag"),
+        ({"source": "org/repo", "revision": "a:b"}, "branch or tag"),
+        ({"source": "org/repo@../../refs"}, "branch or tag"),
         ({"source": "org/repo", "subfolder": "../up"}, "relative path"),
         ({"source": "org/repo", "subfolder": "/abs"}, "relative path"),
+        ({"source": "org/repo", "subfolder": "a//b"}, "relative path"),
+        ({"source": "org/repo", "subfolder": "a/"}, "relative path"),
         ({"source": "org/repo:a/../../b"}, "relative path"),
         ({"source": "org/repo", "subfolder": ""}, "relative path"),
+        ({"source": "/tmp", "subfolder": "../up"}, "relative path"),
     ],
 )
 def test_contradictions_and_escapes_are_refused(arguments, match):
@@ -86,10 +137,47 @@ def test_contradictions_and_escapes_are_refused(arguments, match):
         AdapterSource.parse(**arguments)
 
 
+def test_a_subfolder_of_a_path_is_the_paths_end():
+    """A path and its subfolder are one path, so that its text names the same folder again."""
+    assert AdapterSource.parse("/a", subfolder="b/c") == AdapterSource.parse("/a/b/c")
+    assert AdapterSource.parse("/", subfolder="b") == AdapterSource.parse("/b")
+
+
+def test_a_keyword_may_repeat_what_the_text_says():
+    """Only a different revision or subfolder contradicts."""
+    source = AdapterSource.parse("org/repo@v1:a")
+    assert AdapterSource.parse("org/repo@v1:a", revision="v1", subfolder="a") == source
+    assert AdapterSource.parse(source, revision="v1", subfolder="a") == source
+    assert AdapterSource.parse(source, token="hf_x").token == "hf_x"
+    with pytest.raises(ValueError, match="contradicts"):
+        AdapterSource.parse(source, revision="v2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"location": "name"}, ValueError),
+        ({"location": "org/repo@v1"}, ValueError),
+        ({"location": "\u00e9/a"}, ValueError),
+        ({"location": "org/repo", "subfolder": "../../etc"}, ValueError),
+        ({"location": "org/repo", "revision": "../../etc"}, ValueError),
+        ({"location": "./a", "revision": "v1"}, ValueError),
+        ({"location": Path("a")}, TypeError),
+        ({"location": "org/repo", "token": b"hf_x"}, TypeError),
+    ],
+)
+def test_a_source_that_is_made_directly_is_checked_too(arguments, error):
+    """There is no way to a source that leaves its folder."""
+    with pytest.raises(error):
+        AdapterSource(**arguments)
+
+
 def test_a_token_is_never_printed():
-    """Neither repr nor str of a source has its token."""
+    """Neither repr nor str of a source, nor an error about it, has its token."""
     source = AdapterSource.parse("org/repo", token="hf_secret")
-    assert "hf_secret" not in repr(source) + str(source)
+    with pytest.raises(ValueError, match="branch or tag") as caught:
+        AdapterSource.parse(source, revision="a b")
+    assert "hf_secret" not in repr(source) + str(source) + repr(caught.value)
 
 
 def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
@@ -101,6 +189,30 @@ def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
         assert engine.load_adapter("x", tmp_path / "all", subfolder="pirate").rank == 8
         with pytest.raises(AdapterNotFoundError, match="is a file"):
             engine.load_adapter("y", tmp_path / "all" / "pirate" / "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("/no/such/folder", "there is no folder /no/such/folder"),
+        ("~no-such-user/a", "'~no-such-user/a' cannot be opened as a folder: "),
+        ("/" + "a" * 5000, "cannot be opened as a folder: File name too long"),
+        ("/a\0b", "no folder|cannot be opened"),
+    ],
+)
+def test_a_path_that_cannot_be_opened_says_why(text, match):
+    """Every fault of a path is an AdapterNotFoundError, and none is an error of the operating system."""
+    with pytest.raises(AdapterNotFoundError, match=match):
+        AdapterSource.parse(text).resolve("x")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """~ is expanded when the source is resolved, and printed as it was written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = write_adapter(tmp_path / "adapters" / "pirate")
+    source = AdapterSource.parse("~/adapters", subfolder="pirate")
+    assert str(source) == "~/adapters/pirate"
+    assert source.resolve("x") == folder
 
 
 def test_links_inside_the_folder_are_followed(tmp_path):

@@ -1,7 +1,11 @@
 """The only file that imports huggingface_hub: it downloads adapters, reads models' configs, and translates errors.
 
-The environment (``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``) is read at each call, so that it may be set
-after this library is imported. Read in huggingface_hub 2.4.
+``snapshot_download`` is not used: it asks for the list of files without a timeout, and returns what a broken download
+left behind as if it were whole. Files are fetched one by one at one commit instead, the weights last, so that a copy
+with weights is a whole copy.
+
+The environment (``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HOME``, ``HF_HUB_OFFLINE``) is read at each call, so that it
+may be set after huggingface_hub is imported.
 """
 
 from __future__ import annotations
@@ -9,24 +13,41 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from attrs import field, frozen
+
+from qlora_infer.adapters.pickles import PICKLE_NAMES
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
+from qlora_infer.adapters.source import where_else
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
     AdapterNotFoundError,
     AdapterSourceError,
     ModelNotFoundError,
+    QLoRAInferError,
+    UnsafeAdapterError,
 )
 
 logger = logging.getLogger("qlora_infer")
 
-#: Seconds in which the Hub must answer with something, again and again while a file comes in.
+#: Seconds that the Hub may be silent. Within a file huggingface_hub waits ``HF_HUB_DOWNLOAD_TIMEOUT`` (10 s), and
+#: tries again five times when nothing more comes.
 TIMEOUT = 10.0
+
+PICKLE_NAME = PICKLE_NAMES[0]
+
+# What an adapter may bring beside its weights; small, and fetched before them.
+EXTRA_NAMES = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
 
 
 def download_adapter(
@@ -40,163 +61,293 @@ def download_adapter(
 ) -> Path:
     """Fetch an adapter's files, and no others, into the Hub's cache; what is there already is not fetched again.
 
-    Without a connection, or with ``HF_HUB_OFFLINE=1``, the copy in the cache is used.
+    A commit that is in the cache is used without asking the Hub; for a branch the Hub is asked once where it points.
+    When the Hub cannot be reached, or with ``HF_HUB_OFFLINE=1``, the copy in the cache is used and the log says so.
+    Every wait for the Hub has a bound, but the whole download has none: a slow connection may take its time.
 
     Args:
         adapter: The adapter's name, for messages.
         repo_id: The repository, ``"org/repo"``.
         revision: A branch, tag or commit; ``None`` for the default branch.
         subfolder: Where in the repository the adapter is.
-        token: The access token; ``None`` for the one that ``hf auth login`` left.
-        allow_pickle: Whether to fetch ``adapter_model.bin`` too.
+        token: The access token; ``None`` for the one that ``HF_TOKEN`` or ``hf auth login`` left.
+        allow_pickle: Whether to fetch ``adapter_model.bin`` where there is no safetensors file.
 
     Returns:
-        The folder with the adapter's files.
+        The folder with the adapter's files: a snapshot in the Hub's cache, or a folder inside it.
 
     Raises:
         AdapterNotFoundError: There is no such repository, revision, subfolder or file.
         AdapterAccessError: The repository asks for a token, or for another one.
         AdapterDownloadError: The connection failed or broke, or there is none and no copy.
+        UnsafeAdapterError: The weights are a pickle only, and ``allow_pickle`` is false.
     """
-    from huggingface_hub import snapshot_download
-
+    repository = _Repository(repo_id, revision, token and token.strip())
     prefix = f"{subfolder}/" if subfolder else ""
-    wanted = [CONFIG_NAME, WEIGHTS_NAME, *(["adapter_model.bin"] if allow_pickle else [])]
-    with _translated(adapter, repo_id, revision, token):
-        snapshot = snapshot_download(
-            repo_id,
-            revision=revision,
-            token=token,
-            allow_patterns=[prefix + name for name in wanted],
-            etag_timeout=TIMEOUT,
-            **_environment(),
-        )
-    folder = Path(snapshot) / prefix
-    where = f"{repo_id}{f'@{revision}' if revision else ''}"
-    if not (folder / CONFIG_NAME).exists():
-        place = f"the subfolder {subfolder!r}" if subfolder else "its root (is the adapter in a subfolder?)"
-        raise AdapterNotFoundError(adapter, f"{where} has no {CONFIG_NAME} in {place}")
-    if not any((folder / name).exists() for name in wanted[1:]):
-        hint = (
-            "" if allow_pickle else "; if its weights are pickled (adapter_model.bin), allow_pickle=True converts them"
-        )
-        raise AdapterNotFoundError(adapter, f"{where} has no {WEIGHTS_NAME}{hint}")
-    return folder
+    weights = _fetch(
+        repository,
+        cached=partial(_cached_weights, repository, prefix, allow_pickle),
+        choose=partial(_adapter_files, adapter, repository, prefix, allow_pickle),
+        fail=lambda error_class, message: error_class(adapter, message),
+    )
+    return weights.parent
 
 
 def read_model_config(model: str, *, revision: str | None, token: str | None) -> dict[str, Any]:
     """Read a model's ``config.json``, from its folder or the Hub.
 
+    Args:
+        model: A folder, or ``"org/model"``.
+        revision: A branch, tag or commit on the Hub; a folder has none, and it is not looked at.
+        token: The Hub's access token; ``None`` for the one that ``HF_TOKEN`` or ``hf auth login`` left.
+
     Raises:
         ModelNotFoundError: There is no such model, it has no readable ``config.json``, or the token does not open it.
     """
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
+    folder = Path(os.path.expanduser(model))  # noqa: PTH111  # Path's own raises where there is no such user
+    if folder.suffix == ".gguf" and not folder.is_dir():
         raise ModelNotFoundError(f"{model} is a GGUF file: take the checkpoint that it was made from")
-    if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
+    if not folder.is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") != 1):
         raise ModelNotFoundError(f"there is no folder {model}, and a Hub id is written 'org/model'")
-    config_path = path / "config.json" if path.is_dir() else _download_config(model, revision, token)
+    path = folder / "config.json" if folder.is_dir() else _download_config(model, revision, token)
     try:
-        config = json.loads(config_path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"{model} has no config.json: is it a model's folder?") from error
-    except (ValueError, OSError) as error:
-        raise ModelNotFoundError(f"{config_path} cannot be read: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ModelNotFoundError(f"{config_path} holds no JSON object")
+        raise ModelNotFoundError(f"{path} holds no JSON object")
     return config
 
 
 def _download_config(model: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    repository = _Repository(model, revision, token and token.strip())
 
-    try:
-        with _translated(model, model, revision, token):
-            return Path(
-                hf_hub_download(
-                    model,
-                    "config.json",
-                    revision=revision,
-                    token=token,
-                    etag_timeout=TIMEOUT,
-                    **_environment(),
-                )
-            )
-    except AdapterSourceError as error:
-        raise ModelNotFoundError(f"model {model}: {error}") from error.__cause__
+    def choose(paths: list[str]) -> list[str]:
+        if "config.json" not in paths:
+            raise ModelNotFoundError(f"{repository} has no config.json: is it an adapter, or GGUF files, and no model?")
+        return ["config.json"]
 
-
-def _environment() -> dict[str, Any]:
-    offline = any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return _fetch(
+        repository,
+        cached=partial(repository.cached, "config.json"),
+        choose=choose,
+        fail=lambda _, message: ModelNotFoundError(f"model {model}: {message}"),
     )
-    return {
-        "endpoint": os.environ.get("HF_ENDPOINT") or None,
-        "cache_dir": os.environ.get("HF_HUB_CACHE") or None,
-        "local_files_only": offline,
-    }
 
 
-@contextmanager
-def _translated(adapter: str, repo_id: str, revision: str | None, token: str | None) -> Iterator[None]:
-    """Raise the Hub's errors as ours."""
+@frozen
+class _Repository:
+    """One repository at one revision, asked with one token."""
+
+    repo_id: str
+    revision: str | None
+    token: str | None = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.repo_id + (f"@{self.revision}" if self.revision else "")
+
+    def has_sendable_token(self) -> bool:
+        """Whether a header can hold the token; else the HTTP library would show it in an error and in its log."""
+        from huggingface_hub import get_token
+
+        return bool(re.fullmatch("[!-~]*", self.token or get_token() or ""))
+
+    def is_pinned(self) -> bool:
+        return bool(re.fullmatch("[0-9a-f]{40}", self.revision or ""))
+
+    def cached(self, path: str) -> Path | None:
+        """The copy of a file, as the revision was when it was last asked for."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo_id, path, cache_dir=_cache_dir(), revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def list_files(self) -> tuple[str | None, list[str]]:
+        """The commit that the revision stands for now, and the paths of its files: one request."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        if _is_offline():
+            raise OfflineModeIsEnabled("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set")
+        found = HfApi(endpoint=_endpoint(), token=self.token).model_info(
+            self.repo_id, revision=self.revision, timeout=TIMEOUT
+        )
+        return found.sha or self.revision, [sibling.rfilename for sibling in found.siblings or []]
+
+    def download(self, path: str, revision: str | None) -> Path:
+        """Fetch one file; of a commit nothing is asked when the file is in the cache."""
+        from huggingface_hub import hf_hub_download
+
+        return Path(
+            hf_hub_download(
+                self.repo_id,
+                path,
+                revision=revision,
+                token=self.token,
+                endpoint=_endpoint(),
+                cache_dir=_cache_dir(),
+                etag_timeout=TIMEOUT,
+            )
+        )
+
+
+def _fetch(
+    repository: _Repository,
+    *,
+    cached: Callable[[], Path | None],
+    choose: Callable[[list[str]], list[str]],
+    fail: Callable[[type[AdapterSourceError], str], Exception],
+) -> Path:
+    """The last of the files that ``choose`` picks from the repository's list, with the others beside it."""
+    if not repository.has_sendable_token():
+        raise fail(AdapterAccessError, "the token holds a character that no token has: copy it again")
     try:
-        yield
+        return _cached_or_downloaded(repository, cached(), choose)
+    except QLoRAInferError:
+        raise
     except Exception as error:  # connections fail in the words of several libraries
-        error_class, message = _explain(_told_by_the_hub(error), repo_id, revision, token)
-        raise error_class(adapter, message) from _without_secrets(error, token)
+        failure = error
+    # Outside of the except block, where Python would keep the failure, and a token in it, as the context.
+    raise fail(*_explain(failure, repository)) from _without_secrets(failure, repository.token)
 
 
-def _explain(
-    error: BaseException, repo_id: str, revision: str | None, token: str | None
-) -> tuple[type[AdapterSourceError], str]:
+def _cached_or_downloaded(
+    repository: _Repository, cached: Path | None, choose: Callable[[list[str]], list[str]]
+) -> Path:
+    if cached and repository.is_pinned():
+        return cached
+    try:
+        commit, paths = repository.list_files()
+    except Exception as error:
+        if cached is None or not _is_unreachable(error):
+            raise
+        level = logging.INFO if _is_offline() else logging.WARNING
+        logger.log(level, "%s is taken from the Hub's cache: %s", repository, _why_unreachable(error))
+        return cached
+    chosen = choose(paths)
+    first = repository.cached(chosen[0])
+    if not repository.is_pinned() and (first is None or commit not in first.parts):
+        # By its own name, so that the cache knows where the branch points when the Hub is out of reach.
+        repository.download(chosen[0], repository.revision)
+    return [repository.download(path, commit) for path in chosen][-1]
+
+
+def _cached_weights(repository: _Repository, prefix: str, allow_pickle: bool) -> Path | None:
+    names = (WEIGHTS_NAME, PICKLE_NAME) if allow_pickle else (WEIGHTS_NAME,)
+    found = [repository.cached(prefix + name) for name in names] if repository.cached(prefix + CONFIG_NAME) else []
+    return next((path for path in found if path), None)
+
+
+def _adapter_files(
+    adapter: str, repository: _Repository, prefix: str, allow_pickle: bool, paths: list[str]
+) -> list[str]:
+    """The paths of an adapter's files in the repository: the config first, the weights last."""
+    names = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    place = f"the subfolder {prefix[:-1]!r}" if prefix else "its root"
+    if CONFIG_NAME not in names:
+        inside = sorted(path.removesuffix(f"/{CONFIG_NAME}") for path in paths if path.endswith(f"/{CONFIG_NAME}"))
+        raise AdapterNotFoundError(adapter, f"{repository} has no {CONFIG_NAME} in {place}; {where_else(inside)}")
+    weights = WEIGHTS_NAME if WEIGHTS_NAME in names else PICKLE_NAME
+    if weights not in names:
+        raise AdapterNotFoundError(adapter, f"{repository} has no {WEIGHTS_NAME} in {place}")
+    if weights == PICKLE_NAME and not allow_pickle:
+        raise UnsafeAdapterError(
+            adapter,
+            f"{repository} has only pickled weights ({PICKLE_NAME}) in {place}, which can run code when they are read: "
+            "take a revision with safetensors, or pass allow_pickle=True to have them converted",
+        )
+    extras = [name for name in names if "/" not in name and any(fnmatchcase(name, extra) for extra in EXTRA_NAMES)]
+    return [prefix + name for name in (CONFIG_NAME, *extras, weights)]
+
+
+def _explain(error: BaseException, repository: _Repository) -> tuple[type[AdapterSourceError], str]:
     """Which of our errors it is, and what to say."""
+    from huggingface_hub import errors, get_token
+
+    error = _told_by_the_hub(error)
+    status, repo_id = _status(error), repository.repo_id
+    has_token = repository.token or get_token()
+    no_access = "the token does not open it: pass another as token=" if has_token else "it is private: pass token="
+    if isinstance(error, errors.HFValidationError):
+        return AdapterNotFoundError, f"{repo_id!r} cannot be a repository's name: {error}"
+    if isinstance(error, errors.GatedRepoError):
+        return AdapterAccessError, f"{repository} is gated: ask for access on the Hub, then pass your token as token="
+    if isinstance(error, errors.RevisionNotFoundError):
+        return AdapterNotFoundError, f"{repo_id} has no revision {repository.revision!r}"
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return AdapterNotFoundError, f"{repository} lists a file that it does not have"
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        folder = f"(a folder is written './{repo_id}')"
+        return AdapterNotFoundError, f"there is no repository {repo_id} on the Hub {folder}, or {no_access}"
+    if status in (401, 403):
+        return AdapterAccessError, f"{repository} cannot be read: {no_access}"
+    if _is_unreachable(error):
+        return AdapterDownloadError, f"{repository} is not whole in the Hub's cache, and {_why_unreachable(error)}"
+    if isinstance(error, OSError) and error.errno:
+        return AdapterDownloadError, f"{repository} cannot be stored in the Hub's cache: {error.strerror}"
+    return AdapterDownloadError, f"the download of {repository} failed ({type(error).__name__}): try again"
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether the cached copy may stand in: the Hub did not answer, or could not. A refusal is an answer."""
     from huggingface_hub import errors
 
-    where = f"{repo_id}{f'@{revision}' if revision else ''}"
-    with_token = "the token does not open it" if token else "it is private: pass a token with token="
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.HFValidationError):
-        return AdapterNotFoundError, f"{repo_id!r} is no repository's name: {error}"
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            AdapterAccessError,
-            f"{where} is gated: ask for access on the Hub, then pass the token of that account as token=",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return AdapterNotFoundError, f"{repo_id} has no revision {revision!r}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return AdapterNotFoundError, f"there is no repository {repo_id} on the Hub, or {with_token}"
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return AdapterNotFoundError, f"{where} lacks a file that was asked for"
-    if status in (401, 403):
-        return AdapterAccessError, f"{where} cannot be read: {with_token}"
-    if status is not None:
-        return AdapterDownloadError, f"the Hub answered {status} for {where}: try again"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            AdapterDownloadError,
-            f"{where} is not in the Hub's cache, and the Hub cannot be reached (offline?)",
-        )
-    return AdapterDownloadError, f"the download of {where} failed ({type(error).__name__}): try again"
+    if (status := _status(error)) is not None:
+        return status >= 500 or status in (408, 429)
+    # The HTTP library's own base class, whichever library this huggingface_hub uses.
+    return isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError))
+
+
+def _why_unreachable(error: BaseException) -> str:
+    if _is_offline():
+        return "this process is offline (HF_HUB_OFFLINE is set)"
+    if (status := _status(error)) is not None:
+        return f"the Hub answered {status}: try again later"
+    return f"the connection to the Hub failed ({type(error).__name__}): try again"
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _told_by_the_hub(error: BaseException) -> BaseException:
-    """The Hub's own answer, where huggingface_hub has put "and there is no cached copy" around it."""
+    """What happened, where huggingface_hub has put "and there is no cached copy" around it."""
     from huggingface_hub import errors
 
-    told: BaseException | None = error
-    while told is not None and not isinstance(told, errors.HfHubHTTPError):
-        told = told.__cause__
-    return told or error
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _without_secrets(error: BaseException, token: str | None) -> BaseException | None:
-    """The error as a cause, unless it or what caused it spells the token out."""
-    cause: BaseException | None = error
-    while token and cause is not None:
-        if token in f"{cause!s} {cause!r}":
+    """The error as a cause, unless it or what led to it spells a token out (an HTTP library may show a header)."""
+    from huggingface_hub import get_token
+
+    secrets = [secret for secret in (token, get_token()) if secret]
+    chain, seen = [error], set[int]()
+    while chain:
+        link = chain.pop()
+        if any(secret in f"{link} {link!r}" for secret in secrets):
             return None
-        cause = cause.__cause__ or cause.__context__
+        seen.add(id(link))
+        chain += [e for e in (link.__cause__, link.__context__) if e is not None and id(e) not in seen]
     return error
+
+
+def _is_offline() -> bool:
+    setting = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return setting.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+def _cache_dir() -> str | None:
+    """Where the environment says that the Hub's cache is; ``None`` leaves it to huggingface_hub."""
+    home = os.environ.get("HF_HOME")
+    folders = (os.environ.get("HF_HUB_CACHE"), os.environ.get("HUGGINGFACE_HUB_CACHE"), home and f"{home}/hub")
+    folder = next(filter(None, folders), None)
+    return os.path.expandvars(Path(folder).expanduser()) if folder else None

@@ -131,7 +131,11 @@ def _checked_file(adapter: str, folder: Path, name: str) -> Path:
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
-    """Whether a link stays in its folder, or in the Hub's cache: ``snapshots/<commit>/`` -> ``blobs/``."""
+    """Whether a link stays in its folder, or in the Hub's cache.
+
+    There, ``models--org--name/snapshots/<commit>/<file>`` leads to ``models--org--name/blobs/<etag>``, and that one,
+    in huggingface_hub 2.4, may lead on to a store that repositories share, ``blobs/<ab>/<hash>``.
+    """
     try:
         target, home = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError):
@@ -142,7 +146,9 @@ def _stays_inside(folder: Path, path: Path) -> bool:
     if "snapshots" not in parts:
         return False
     repository = Path(*parts[: len(parts) - 1 - parts[::-1].index("snapshots")])
-    return repository.name.startswith("models--") and target.parent == repository / "blobs"
+    if not repository.name.startswith("models--"):
+        return False
+    return target.parent == repository / "blobs" or target.parent.parent == repository.parent / "blobs"
 
 
 def _checked_weights(adapter: str, folder: Path) -> Path:
