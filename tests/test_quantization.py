@@ -106,6 +106,13 @@ def test_a_gpu_that_is_too_old_is_refused(method, minimum):
         strategy.check(CONFIG, CHECKPOINTS[method], evolve(EVERYTHING, capability=minimum - 1))
 
 
+def test_what_is_no_strategy_is_refused():
+    """quantization= takes a name or an object with the four members, and nothing else."""
+    for wrong in (7, None, object()):
+        with pytest.raises(TypeError, match="a name or a strategy"):
+            quantization.choose(evolve(CONFIG, quantization=wrong), UNQUANTIZED)
+
+
 class HQQ:
     """A strategy in a user's own code."""
 

@@ -23,8 +23,7 @@ from typing import Any
 from attrs import field, frozen
 
 from qlora_infer.adapters.pickles import PICKLE_NAMES
-from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
-from qlora_infer.adapters.source import where_else
+from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,

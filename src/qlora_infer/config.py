@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, validators
-
-if TYPE_CHECKING:
-    from qlora_infer.quantization import QuantizationStrategy
 
 #: The ranks that vLLM takes for ``max_lora_rank`` (read in vLLM 0.32, ``vllm/config/lora.py``).
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -77,7 +74,7 @@ class EngineConfig:
     """
 
     model: str = field(validator=validators.and_(validators.instance_of(str), validators.min_len(1)))
-    quantization: str | QuantizationStrategy
+    quantization: object
     max_loras: int = field(validator=_positive)
     max_lora_rank: int | Literal["auto"] = field(validator=_known_rank)
     max_cpu_loras: int | Literal["auto"] = field(validator=_positive_or_auto)

@@ -61,3 +61,11 @@ def _stamps(adapter: str, source: Path) -> list[tuple[int, int, int]]:
     except FileNotFoundError as error:
         raise AdapterNotFoundError(adapter, f"{error.filename} is gone: load the adapter again") from error
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def where_else(subfolders: list[str]) -> str:
+    """The next step for somebody who named the folder above these adapters."""
+    if not subfolders:
+        return "is it an adapter?"
+    more = f" and {len(subfolders) - 5} more" if len(subfolders) > 5 else ""
+    return f"there are adapters in its subfolders {', '.join(subfolders[:5])}{more}: pass subfolder="

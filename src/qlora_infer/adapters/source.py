@@ -10,7 +10,7 @@ from typing import Any
 from attrs import evolve, field, frozen
 from attrs.validators import optional
 
-from qlora_infer.adapters.snapshot import CONFIG_NAME
+from qlora_infer.adapters.snapshot import CONFIG_NAME, where_else
 from qlora_infer.errors import AdapterNotFoundError
 
 _REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
@@ -206,11 +206,3 @@ def _checked_folder(adapter: str, folder: Path) -> Path:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
         raise AdapterNotFoundError(adapter, f"{folder} has no {CONFIG_NAME}; {where_else(inside)}")
     return folder
-
-
-def where_else(subfolders: list[str]) -> str:
-    """The next step for somebody who named the folder above these adapters."""
-    if not subfolders:
-        return "is it an adapter?"
-    more = f" and {len(subfolders) - 5} more" if len(subfolders) > 5 else ""
-    return f"there are adapters in its subfolders {', '.join(subfolders[:5])}{more}: pass subfolder="

@@ -12,7 +12,7 @@ from pathlib import Path
 __all__ = ["demo_adapters", "demo_model"]
 
 #: Raised whenever the recipe changes, so that nobody keeps a model built by an old one.
-_RECIPE = 2
+_RECIPE = 3
 
 _FORMS = {"none": "none", "bitsandbytes": "none", "awq": "awq", "gptq": "gptq"}
 

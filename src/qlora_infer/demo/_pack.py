@@ -80,13 +80,11 @@ def _round(groups: torch.Tensor, ratio: float, symmetric: bool) -> tuple[torch.T
 
 
 def pack_awq(matrix: Quantized) -> dict[str, torch.Tensor]:
-    """The three tensors of an AWQ layer, by the last part of their names."""
-    import torch
-
+    """The three tensors of an AWQ layer, by the last part of their names; scales in the dtype of the model."""
     return {
         "qweight": _pack_columns(matrix.steps, _AWQ_ORDER),
         "qzeros": _pack_columns(matrix.zeros, _AWQ_ORDER),
-        "scales": matrix.scales.to(torch.float16),
+        "scales": matrix.scales.bfloat16(),
     }
 
 
@@ -106,7 +104,7 @@ def pack_gptq(matrix: Quantized) -> dict[str, torch.Tensor]:
     return {
         "qweight": _pack_columns(matrix.steps.T, _PLAIN_ORDER).T.contiguous(),
         "qzeros": _pack_columns(matrix.zeros - 1, _PLAIN_ORDER),
-        "scales": matrix.scales.to(torch.float16),
+        "scales": matrix.scales.bfloat16(),
         "g_idx": (torch.arange(matrix.steps.shape[0]) // GROUP_SIZE).int(),
     }
 

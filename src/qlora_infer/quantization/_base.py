@@ -136,8 +136,10 @@ def choose(config: EngineConfig, model_config: Mapping[str, Any]) -> Quantizatio
     method = quant_method(model_config)
     if config.quantization == "auto":
         return _detect(config.model, model_config, method)
-    if not isinstance(config.quantization, str):
+    if isinstance(config.quantization, QuantizationStrategy):
         return config.quantization
+    if not isinstance(config.quantization, str):
+        raise TypeError(f"quantization must be a name or a strategy, got {config.quantization!r}")
     strategy = _named(config.quantization)
     if not strategy.matches(model_config):
         says = f"is quantized with {method!r}" if method else "is not quantized"
