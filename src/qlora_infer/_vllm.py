@@ -81,7 +81,7 @@ class VLLMBackend:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        # A forked core hangs for ever once its parent has used torch's threads; see docs/vllm.md.
+        # A forked core hangs for ever once its parent has used torch's threads; see docs/architecture.md.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
         try:
