@@ -405,11 +405,12 @@ def test_close_ends_what_is_unfinished_with_an_error():
 
 
 def test_loading_into_a_closed_engine_is_an_error(tmp_path):
-    """load_adapter after close raises instead of waiting."""
+    """load_adapter after close raises instead of waiting, and leaves no copy behind."""
     engine = fake_engine()
     engine.close()
     with pytest.raises(EngineClosedError):
         engine.load_adapter("a", write_adapter(tmp_path / "a"))
+    assert not engine._cache._store.exists()
 
 
 def test_an_engine_that_nobody_holds_is_closed(tmp_path):
@@ -497,6 +498,19 @@ def test_importing_the_package_loads_nothing_heavy():
     heavy = ("torch", "vllm", "transformers", "numpy", "huggingface_hub")
     code = f"import sys, qlora_infer; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_without_vllm_the_engine_says_which_extra_to_install():
+    """The package imports without vLLM; making an engine names both extras."""
+    code = (
+        "import sys; sys.modules['vllm'] = None\n"
+        "from qlora_infer import MissingDependencyError, QuantizedLoRAEngine\n"
+        "try: QuantizedLoRAEngine('org/model')\n"
+        "except MissingDependencyError as error: print(error)"
+    )
+    told = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert "pip install 'qlora-infer[cuda]'" in told
+    assert "'qlora-infer[cpu]'" in told
 
 
 def test_all_lists_what_there_is():

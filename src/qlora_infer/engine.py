@@ -197,6 +197,7 @@ class QuantizedLoRAEngine:
             EngineDeadError: The engine core died.
         """
         parsed = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
+        self._driver.require_open()
         with self._cache.loading(_checked_name(name)):
             return self._load(self._prepare(name, parsed, allow_pickle=allow_pickle))
 

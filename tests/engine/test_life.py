@@ -51,10 +51,10 @@ def alone(engines):
     engines.close()
 
 
-def start(*, quantization="awq", engine_args=None, **arguments):
+def start(*, model=None, quantization="awq", engine_args=None, **arguments):
+    model = model or demo_model(quantization)
     engine_args = {**ENGINE_ARGS, **(engine_args or {})}
-    folder = demo_model(quantization)
-    return QuantizedLoRAEngine(folder, max_loras=2, max_model_len=512, engine_args=engine_args, **arguments)
+    return QuantizedLoRAEngine(model, max_loras=2, max_model_len=512, engine_args=engine_args, **arguments)
 
 
 def test_ctrl_c_leaves_the_engine_running(awq):
@@ -170,6 +170,28 @@ def test_two_engines_at_once_keep_apart(alone):
         texts = [handle.result(timeout=120).text for handle in handles]
     assert "hearties" in texts[0]
     assert "La capital de" in texts[1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_that_bitsandbytes_quantized_before_is_served(alone, bits, tmp_path, caplog):
+    """Pre-quantized 4- and 8-bit checkpoints, as transformers saves them, are found by "auto" and serve adapters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    where = demo_model("none")
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(where).save_pretrained(tmp_path)
+    with caplog.at_level("INFO", logger="qlora_infer"):
+        engine = start(model=tmp_path, adapters={"pirate": demo_adapters()["pirate"]})
+    with engine:
+        assert "quantization='bitsandbytes'" in caplog.text
+        base, pirate = engine.generate(["The capital of Germany is"] * 2, GREEDY, adapter=[None, "pirate"])
+        assert "Berlin" in base.text
+        assert "hearties" in pirate.text
 
 
 def test_an_adapter_that_does_not_fit_ends_the_start_and_the_process(alone, tmp_path):

@@ -71,7 +71,7 @@ class Driver:
         """Queue a request; raises ``EngineClosedError`` or ``EngineDeadError``."""
         handle = RequestHandle(request, self._cancel)
         with self._wakeup:
-            self._require_open()
+            self.require_open()
             self._queue.append(handle)
             self._wakeup.notify()
         return handle
@@ -86,7 +86,7 @@ class Driver:
         """Run a function on the driving thread, between two steps, without waiting for it."""
         future: Future[T] = Future()
         with self._wakeup:
-            self._require_open()
+            self.require_open()
             self._calls.append((future, partial(function, *args)))
             self._wakeup.notify()
         return future
@@ -105,7 +105,8 @@ class Driver:
             self._thread.join(CLOSE_TIMEOUT)
         self._end(lambda: EngineClosedError("the engine was closed"))
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raise ``EngineClosedError`` or ``EngineDeadError`` when nothing more is accepted."""
         if self._ended is not None:
             raise self._ended()
         if self._closing:
