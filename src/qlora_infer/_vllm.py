@@ -276,7 +276,8 @@ def _report_death(core: Any, processes: Sequence[Any]) -> None:
     """Wake whoever waits for a core that has died without a word.
 
     After a kill -9, vLLM's ``SyncMPClient`` closes its sockets, and nothing in it wakes ``get_output`` or the futures
-    of utility calls (read in its source). ``outputs_queue``, ``utility_results`` and ``resources.engine_dead`` are its own.
+    of utility calls (read in its source). ``outputs_queue``, ``utility_results`` and ``resources.engine_dead`` are
+    its own.
     """
     connection.wait([process.sentinel for process in processes])
     exit_codes = ", ".join(str(process.exitcode) for process in processes if process.exitcode is not None)
