@@ -402,6 +402,25 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
     assert len(read_manifest("cached", cached).modules) == len(TINY_MODEL)
 
 
+def test_the_links_of_the_hubs_shared_store_are_followed(tmp_path):
+    """A blob may itself be a link into the store that the cache's repositories share, as with Xet, and nowhere else."""
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs, store = repository / "snapshots" / "c0ffee", repository / "blobs", tmp_path / "blobs" / "ab"
+    write_adapter(snapshot)
+    blobs.mkdir()
+    store.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS):
+        (snapshot / name).rename(store / name)
+        (blobs / name).symlink_to(store / name)
+        (snapshot / name).symlink_to(blobs / name)
+    assert read_manifest("xet", snapshot).rank == 8
+    (store / WEIGHTS).rename(tmp_path / "elsewhere")
+    (blobs / WEIGHTS).unlink()
+    (blobs / WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeAdapterError, match="link to a place outside"):
+        read_manifest("xet", snapshot)
+
+
 def test_a_link_to_another_repositorys_blobs_is_unsafe(tmp_path):
     """A snapshot may not borrow another repository's files."""
     cached, other = hub_cache(tmp_path), hub_cache(tmp_path, "models--org--private")
