@@ -15,6 +15,9 @@ VALID = {
     "revision": None,
     "token": None,
     "engine_args": {},
+    "policy": "fair",
+    "max_waiting": None,
+    "restart": "never",
 }
 
 
@@ -27,6 +30,10 @@ VALID = {
         ("max_loras", True, TypeError),
         ("max_loras", "8", TypeError),
         ("max_lora_rank", 24, ValueError),
+        ("policy", "random", ValueError),
+        ("max_waiting", 0, ValueError),
+        ("max_waiting", "many", TypeError),
+        ("restart", "always", ValueError),
         ("max_cpu_loras", 4, ValueError),
         ("max_cpu_loras", "many", ValueError),
         ("max_model_len", -1, ValueError),

@@ -14,7 +14,7 @@ MODULES = (
     "qlora_infer.demo",
     "qlora_infer.engine",
     "qlora_infer.quantization._base",
-    "qlora_infer.requests.request",
+    "qlora_infer.requests.handle",
     "qlora_infer.testing._engine",
 )
 PAGES = ("README.md", "docs/testing.md", "docs/quantization.md")

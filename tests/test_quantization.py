@@ -21,6 +21,9 @@ CONFIG = EngineConfig(
     revision=None,
     token=None,
     engine_args={},
+    policy="fair",
+    max_waiting=None,
+    restart="never",
 )
 CHECKPOINTS = {
     "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},

@@ -1,7 +1,5 @@
 """Which adapters stay in host memory."""
 
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +13,7 @@ class Memory:
 
     def __init__(self):
         self.inside = set()
+        self.being_read = set()
         self.loads = 0
         self.refused = set()
 
@@ -22,28 +21,32 @@ class Memory:
         if version in self.refused:
             raise AdapterLoadError(str(version), "refused")
         assert version not in self.inside
+        self.being_read.discard(version)
         self.inside.add(version)
         self.loads += 1
 
+    def prefetch_adapter(self, version):
+        assert version not in self.inside
+        self.being_read.add(version)
+
     def remove_adapter(self, version):
-        self.inside.remove(version)
-
-
-def handle_for(version):
-    return SimpleNamespace(request=SimpleNamespace(adapter=version))
+        self.inside.discard(version)
+        self.being_read.discard(version)
 
 
 @given(
     max_cpu_loras=st.integers(1, 4),
-    actions=st.lists(st.tuples(st.sampled_from(["enter", "leave", "load", "drop"]), st.integers(0, 6)), max_size=80),
+    actions=st.lists(
+        st.tuples(st.sampled_from(["enter", "leave", "load", "prefetch", "drop"]), st.integers(0, 6)), max_size=80
+    ),
 )
 def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_loras, actions):
-    """An adapter with running requests is never evicted, and at most max_cpu_loras adapters are resident."""
+    """An adapter with running requests is never evicted, and at most max_cpu_loras adapters are resident or read."""
     memory = Memory()
-    residency = Residency(memory, max_cpu_loras)
+    residency = Residency(memory, max_cpu_loras, max_cpu_loras)
     running = []
     for action, version in actions:
-        if action == "enter" and residency.has_room_for(handle_for(version)):
+        if action == "enter" and len({*running, version}) <= max_cpu_loras:
             residency.enter(version)
             running.append(version)
         elif action == "leave" and version in running:
@@ -51,24 +54,53 @@ def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_lora
             running.remove(version)
         elif action == "load" and version not in memory.inside:
             residency.load(version)
+        elif action == "prefetch":
+            residency.prefetch(version)
         elif action == "drop" and version not in running:
             residency.drop(version)
         assert set(running) <= memory.inside
-        assert len(memory.inside) <= max_cpu_loras
+        assert len(memory.inside | memory.being_read) <= max_cpu_loras
+        assert all(residency.is_resident(other) for other in memory.inside | memory.being_read)
 
 
-def test_the_base_model_always_has_room():
-    """Requests without an adapter need no place in memory."""
-    residency = Residency(Memory(), 1)
-    residency.enter("only")
-    assert residency.has_room_for(handle_for(None))
-    assert not residency.has_room_for(handle_for("other"))
+def test_a_prefetched_adapter_is_finished_when_it_is_needed():
+    """prefetch begins a load once, and the first request of the adapter ends it; the base model needs none."""
+    memory = Memory()
+    residency = Residency(memory, 2, 1)
+    for _ in range(2):
+        residency.prefetch("a")
+    assert (memory.being_read, memory.loads) == ({"a"}, 0)
+    assert residency.enter("a")
+    assert (memory.being_read, memory.loads) == (set(), 1)
+    assert not residency.enter("a")
+    assert not residency.enter(None)
+    residency.leave(None)
+
+
+def test_slots_are_counted_as_vllm_keeps_them():
+    """An adapter is moved in when it is not among those used last, as many as there are slots."""
+    residency = Residency(Memory(), 4, 2)
+    swaps = []
+    for version in "abacba":
+        swaps.append(residency.enter(version))
+        residency.leave(version)
+    assert swaps == [True, True, False, True, True, True]
+
+
+def test_prefetching_evicts_nobody_who_runs():
+    """With every place in use, prefetch does nothing."""
+    memory = Memory()
+    residency = Residency(memory, 1, 1)
+    residency.enter("a")
+    residency.prefetch("b")
+    assert memory.inside == {"a"}
+    assert not memory.being_read
 
 
 def test_the_least_recently_used_adapter_leaves_first():
     """Using an adapter keeps it in memory longer than one that was loaded later and not used."""
     memory = Memory()
-    residency = Residency(memory, 2)
+    residency = Residency(memory, 2, 2)
     residency.load("a")
     residency.load("b")
     residency.enter("a")
@@ -80,11 +112,11 @@ def test_the_least_recently_used_adapter_leaves_first():
 def test_an_adapter_that_does_not_load_evicts_nobody():
     """A load that fails leaves what was resident where it was, and counts no request."""
     memory = Memory()
-    residency = Residency(memory, 1)
+    residency = Residency(memory, 1, 1)
     residency.load("good")
     memory.refused.add("bad")
     with pytest.raises(AdapterLoadError):
         residency.enter("bad")
     residency.leave("bad")
     assert memory.inside == {"good"}
-    assert residency.has_room_for(handle_for("another"))
+    assert residency.enter("good")

@@ -20,13 +20,17 @@ from qlora_infer.errors import (
     ModelNotFoundError,
     QLoRAInferError,
     QuantizationError,
+    QueueFullError,
     RequestCancelledError,
     RequestError,
     RequestRejectedError,
+    RequestTimeoutError,
     UnknownQuantizationError,
     UnsafeAdapterError,
 )
-from qlora_infer.requests.request import Completion, GenerationOutput, RequestHandle, RequestTimes
+from qlora_infer.requests.handle import PartialOutputs, RequestHandle
+from qlora_infer.requests.request import Completion, GenerationOutput, RequestTimes
+from qlora_infer.requests.stats import AdapterStats, Durations, EngineStats
 
 __version__ = "0.1.0"
 
@@ -38,6 +42,10 @@ __all__ = [
     "Completion",
     "RequestTimes",
     "RequestHandle",
+    "PartialOutputs",
+    "EngineStats",
+    "AdapterStats",
+    "Durations",
     "QLoRAInferError",
     "MissingDependencyError",
     "QuantizationError",
@@ -58,6 +66,8 @@ __all__ = [
     "AdapterLoadError",
     "RequestError",
     "RequestCancelledError",
+    "RequestTimeoutError",
     "RequestRejectedError",
+    "QueueFullError",
     "__version__",
 ]

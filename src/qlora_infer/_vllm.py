@@ -18,7 +18,10 @@ from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from typing import TYPE_CHECKING, Any
 
+from attrs import field, frozen
+
 from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterLoadError,
     EngineDeadError,
@@ -39,6 +42,28 @@ logger = logging.getLogger("qlora_infer")
 SHUTDOWN_TIMEOUT = 5.0
 
 
+@frozen
+class _Begun:
+    """A request that vLLM has, since when."""
+
+    request: GenerationRequest
+    admitted: float = field(factory=time.monotonic)
+
+
+class _SchedulerLog:
+    """Stands where vLLM keeps its loggers, and keeps the scheduler's numbers of the newest step."""
+
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+
+    def record(self, *, scheduler_stats: Any, **_: Any) -> None:
+        self.num_waiting = scheduler_stats.num_waiting_reqs
+        self.kv_cache_usage = scheduler_stats.kv_cache_usage
+
+    def log(self) -> None:
+        """Asked for every few seconds; what there is to tell, ``stats()`` tells."""
+
+
 class VLLMBackend:
     """vLLM's ``LLMEngine`` with its core in a process of its own."""
 
@@ -48,7 +73,11 @@ class VLLMBackend:
         self._tokenizer: Any = None
         self._default_sampling_params: Mapping[str, Any] = {}
         self._processes: Sequence[Any] = ()
-        self._requests: dict[str, GenerationRequest] = {}
+        self._requests: dict[str, _Begun] = {}
+        self._seen_to_load: set[int] = set()
+        self._being_read: set[int] = set()
+        self._scheduler = _SchedulerLog()
+        self.max_num_seqs = 0
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -79,6 +108,7 @@ class VLLMBackend:
     def start(self, engine_args: Mapping[str, Any]) -> None:
         """Start vLLM with our worker extension; the core is a child process."""
         from vllm import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         # A forked core hangs for ever once its parent has used torch's threads; see docs/architecture.md.
@@ -86,14 +116,16 @@ class VLLMBackend:
         own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
         try:
             with _shielded_from_ctrl_c():
+                # LLM_CLASS chooses the batch sizes that ``vllm.LLM`` has.
                 self._engine = LLMEngine.from_engine_args(
-                    EngineArgs(**{**engine_args, **own}), enable_multiprocessing=True
+                    EngineArgs(**{**engine_args, **own}), UsageContext.LLM_CLASS, enable_multiprocessing=True
                 )
         except Exception as error:
             raise EngineStartError(f"vLLM did not start with {engine_args['model']}: {_innermost(error)}") from error
-        # LLMEngine.logger_manager writes to vLLM's log and to Prometheus' global registry; our own numbers do not
-        # come from it. Without it the statistics of each request stay, and time_to_first_token comes from them.
-        self._engine.logger_manager = None
+        # LLMEngine.logger_manager writes to vLLM's log and to Prometheus' global registry; in its place stands what
+        # keeps the scheduler's numbers of the newest step.
+        self._engine.logger_manager = self._scheduler = _SchedulerLog()
+        self.max_num_seqs = self._engine.vllm_config.scheduler_config.max_num_seqs
         self._tokenizer = self._engine.get_tokenizer()
         self._default_sampling_params = self._engine.model_config.get_diff_sampling_param()
         self._processes = self._engine.engine_core.resources.engine_manager.processes
@@ -135,10 +167,19 @@ class VLLMBackend:
         return {name: ModuleShape(*shape) for table in tables for name, shape in table.items()}
 
     def load_adapter(self, version: AdapterVersion) -> None:
-        """Through ``add_lora``, whose failure leaves the engine alive; a request's own load would end it."""
+        """The first time through ``add_lora``, whose failure leaves the engine alive; a request's load would end it.
+
+        ``add_lora`` fills a slot too, which shows that the adapter fits, and may push another one out of its slot. So
+        afterwards the adapter is only read.
+        """
+        self._being_read.discard(version.int_id)
         with _translated_death():
             try:
-                self._engine.add_lora(_lora_request(version))
+                if version.int_id in self._seen_to_load:
+                    self._rpc("qlora_finish_load", version.vllm_name, version.int_id, str(version.path))
+                else:
+                    self._engine.add_lora(_lora_request(version))
+                    self._seen_to_load.add(version.int_id)
             except Exception as error:
                 if _is_death(error):
                     raise
@@ -146,12 +187,20 @@ class VLLMBackend:
                 self._engine.remove_lora(version.int_id)
                 raise AdapterLoadError(version.name, f"vLLM refused adapter {version.name!r}: {error}") from error
 
+    def prefetch_adapter(self, version: AdapterVersion) -> None:
+        """The workers read it on a thread of their own."""
+        self._being_read.add(version.int_id)
+        self._rpc("qlora_begin_load", version.vllm_name, version.int_id, str(version.path))
+
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Out of the slots and of host memory."""
+        if version.int_id in self._being_read:
+            self._being_read.remove(version.int_id)
+            self._rpc("qlora_drop_load", version.int_id)
         with _translated_death():
             self._engine.remove_lora(version.int_id)
 
-    def add_request(self, request: GenerationRequest) -> None:
+    def add_request(self, request: GenerationRequest) -> int:
         """Tokenize, check, and hand over to the core."""
         from vllm.sampling_params import RequestOutputKind
 
@@ -160,10 +209,12 @@ class VLLMBackend:
             params.output_kind = RequestOutputKind.CUMULATIVE if request.stream else RequestOutputKind.FINAL_ONLY
             adapter = request.adapter
             try:
+                rendered = self._render(request)
                 self._engine.add_request(
                     request.request_id,
-                    self._render(request),
+                    rendered,
                     params,
+                    priority=request.priority,
                     lora_request=_lora_request(adapter) if adapter else None,
                     prompt_text=request.prompt if isinstance(request.prompt, str) else None,
                 )
@@ -171,7 +222,8 @@ class VLLMBackend:
                 if _is_death(error):
                     raise
                 raise RequestRejectedError(f"vLLM cannot run this request: {error}") from error
-        self._requests[request.request_id] = request
+        self._requests[request.request_id] = _Begun(request)
+        return len(rendered["prompt_token_ids"])
 
     def abort_request(self, request_id: str) -> None:
         """The core drops it before its next step."""
@@ -179,10 +231,16 @@ class VLLMBackend:
             with _translated_death():
                 self._engine.abort_request([request_id])
 
-    def step(self) -> list[GenerationOutput]:
+    def step(self) -> StepOutput:
         """Blocks until the core has made its next step."""
         with _translated_death():
-            return [self._output(output) for output in self._engine.step() if output.request_id in self._requests]
+            outputs = [self._output(output) for output in self._engine.step() if output.request_id in self._requests]
+        num_tokens = {output.request_id: output.num_tokens for output in outputs if output.finished}
+        # OutputProcessor.request_states has one state for each unfinished sequence.
+        for state in self._engine.output_processor.request_states.values():
+            name = state.external_req_id
+            num_tokens[name] = num_tokens.get(name, 0) + state.stats.num_generation_tokens
+        return StepOutput(outputs, num_tokens, self._scheduler.num_waiting, self._scheduler.kv_cache_usage)
 
     def kill(self) -> None:
         """SIGKILL; ``step`` then raises."""
@@ -194,6 +252,8 @@ class VLLMBackend:
         engine, self._engine = self._engine, None
         if engine is None:
             return
+        self._requests.clear()
+        self._being_read.clear()
         engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT)
         for process in self._processes:
             process.join(SHUTDOWN_TIMEOUT)
@@ -215,7 +275,8 @@ class VLLMBackend:
         return rendered
 
     def _output(self, output: Any) -> GenerationOutput:
-        request = self._requests[output.request_id]
+        begun = self._requests[output.request_id]
+        request = begun.request
         if output.finished:
             del self._requests[output.request_id]
         return GenerationOutput(
@@ -223,12 +284,13 @@ class VLLMBackend:
             prompt=request.prompt if isinstance(request.prompt, str) else None,
             prompt_token_ids=tuple(output.prompt_token_ids or ()),
             completions=tuple(_completion(completion) for completion in output.outputs),
-            adapter=request.adapter.name if request.adapter else None,
+            adapter=request.adapter_name,
             adapter_id=request.adapter.int_id if request.adapter else 0,
             prompt_logprobs=output.prompt_logprobs,
             finished=output.finished,
             times=RequestTimes(
                 queued=request.queued,
+                admitted=begun.admitted,
                 # The core's clock is CLOCK_MONOTONIC, as time.monotonic() is, and the same in every process.
                 first_token=output.metrics.first_token_ts if output.metrics else None,
                 finished=time.monotonic() if output.finished else None,

@@ -7,6 +7,7 @@ that this library starts. Read in vLLM 0.32.0, ``vllm/v1/worker/worker_base.py``
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from qlora_infer import kernels
@@ -18,6 +19,8 @@ class WorkerExtension:
     """Methods that the driving process calls by name through ``collective_rpc``."""
 
     model_runner: Any
+    _qlora_reader: ThreadPoolExecutor | None = None
+    _qlora_reads: dict[int, Future[Any]]
 
     def qlora_lora_modules(self) -> dict[str, tuple[int, int]]:
         """The input and output sizes of each module that an adapter may change, by its name in a checkpoint.
@@ -34,6 +37,37 @@ class WorkerExtension:
                 continue  # a kind of module that this version does not know: its adapters are refused, not misread
             shapes.update((part, (in_features, size)) for part, size in zip(parts, out_features, strict=True))
         return shapes
+
+    def qlora_begin_load(self, name: str, int_id: int, path: str) -> None:
+        """Begin to read an adapter into host memory on another thread, while steps go on.
+
+        ``_load_adapter`` is what ``LRUCacheWorkerLoRAManager.add_adapter`` calls in the middle of a step, for an
+        adapter that it does not have. It reads, casts and pins, and changes nothing of the manager.
+        """
+        from vllm.lora.request import LoRARequest
+
+        if self._qlora_reader is None:
+            self._qlora_reader = ThreadPoolExecutor(1, thread_name_prefix="qlora-infer-read")
+            self._qlora_reads = {}
+        if int_id not in self._qlora_reads:
+            read = self.model_runner.lora_manager._load_adapter
+            self._qlora_reads[int_id] = self._qlora_reader.submit(read, LoRARequest(name, int_id, path))
+
+    def qlora_finish_load(self, name: str, int_id: int, path: str) -> None:
+        """Have an adapter in host memory, waiting for its reading where need be; unlike vLLM's, without a slot.
+
+        vLLM's ``add_lora`` would move it into a slot too, out of which it might push an adapter that runs.
+        """
+        self.qlora_begin_load(name, int_id, path)
+        adapter = self._qlora_reads.pop(int_id).result()
+        self.model_runner.lora_manager._adapter_manager.add_adapter(adapter)
+
+    def qlora_drop_load(self, int_id: int) -> None:
+        """Forget a reading that was begun and is not wanted any more."""
+        if self._qlora_reader is not None:
+            read = self._qlora_reads.pop(int_id, None)
+            if read is not None:
+                read.cancel()
 
 
 def _sizes(module: Any) -> tuple[int, list[int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from attrs import field, frozen
+
 if TYPE_CHECKING:
     from qlora_infer.adapters.cache import AdapterVersion
     from qlora_infer.adapters.preflight import ModuleShape
@@ -13,13 +15,35 @@ if TYPE_CHECKING:
     from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 
 
+@frozen
+class StepOutput:
+    """What one step of an engine gave.
+
+    Attributes:
+        outputs: The outputs that it has for callers.
+        num_tokens: How many tokens each of the unfinished requests has been given so far.
+        num_waiting: Requests that the engine has taken and not begun.
+        kv_cache_usage: The share of the KV cache's blocks that requests hold, 0 to 1.
+    """
+
+    outputs: Sequence[GenerationOutput] = ()
+    num_tokens: Mapping[str, int] = field(factory=dict)
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+
+
 class Backend(Protocol):
     """What ``QuantizedLoRAEngine`` needs of an engine.
 
     ``platform``, ``read_model_config``, ``sampling_params`` and ``render_chat`` may be called by any thread, the
     first two before ``start``. Everything else is called by the one thread that drives the engine, except ``kill``,
-    which comes from another when that one does not return.
+    which comes from another when that one does not return. After ``close`` it may be started again.
     """
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The sequences that one batch holds, once it is started."""
+        ...
 
     def platform(self) -> Platform:
         """The machine and what is installed on it."""
@@ -46,23 +70,27 @@ class Backend(Protocol):
         ...
 
     def load_adapter(self, version: AdapterVersion) -> None:
-        """Read a version into host memory; raises ``AdapterLoadError`` and leaves no trace then."""
+        """Have a version in host memory; raises ``AdapterLoadError`` and leaves no trace then."""
+        ...
+
+    def prefetch_adapter(self, version: AdapterVersion) -> None:
+        """Begin to read a version into host memory, so that ``load_adapter`` finds it read."""
         ...
 
     def remove_adapter(self, version: AdapterVersion) -> None:
-        """Forget a version's tensors."""
+        """Forget a version's tensors, also while they are being read."""
         ...
 
-    def add_request(self, request: GenerationRequest) -> None:
-        """Begin a request, whose adapter is loaded; raises ``RequestRejectedError``."""
+    def add_request(self, request: GenerationRequest) -> int:
+        """Begin a request, whose adapter is loaded, and tell its prompt's tokens; raises ``RequestRejectedError``."""
         ...
 
     def abort_request(self, request_id: str) -> None:
         """Stop a request and free what it holds."""
         ...
 
-    def step(self) -> list[GenerationOutput]:
-        """Wait for the next outputs of the running requests."""
+    def step(self) -> StepOutput:
+        """Wait for the next step of the running requests."""
         ...
 
     def kill(self) -> None:

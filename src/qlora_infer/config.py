@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, validators
@@ -48,6 +48,14 @@ def _known_rank(_: Any, attribute: Attribute[Any], value: Any) -> None:
         raise ValueError(f'{attribute.name} must be "auto" or one of {ALLOWED_RANKS}, got {value!r}')
 
 
+def _one_of(*choices: str) -> Callable[[Any, Attribute[Any], Any], None]:
+    def check(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if value not in choices:
+            raise ValueError(f"{attribute.name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+    return check
+
+
 def _no_own_args(_: Any, attribute: Attribute[Any], value: Any) -> None:
     for key in value:
         if key in OWN_ENGINE_ARGS:
@@ -71,6 +79,9 @@ class EngineConfig:
         revision: The model's branch, tag or commit on the Hub.
         token: The Hub's access token; never printed.
         engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
+        policy: Whether adapters share the engine fairly or requests are served as they come.
+        max_waiting: Requests that may wait at a time; ``None`` for no limit.
+        restart: Whether an engine core that dies is started again.
     """
 
     model: str = field(validator=validators.and_(validators.instance_of(str), validators.min_len(1)))
@@ -83,6 +94,9 @@ class EngineConfig:
     revision: str | None
     token: str | None = field(repr=False)
     engine_args: Mapping[str, Any] = field(converter=dict, validator=_no_own_args)
+    policy: Literal["fair", "fcfs"] = field(validator=_one_of("fair", "fcfs"))
+    max_waiting: int | None = field(validator=validators.optional(_positive))
+    restart: Literal["never", "on-failure"] = field(validator=_one_of("never", "on-failure"))
 
     @max_cpu_loras.validator
     def _at_least_the_slots(self, _: Attribute[Any], value: int | Literal["auto"]) -> None:

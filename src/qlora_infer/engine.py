@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -17,9 +18,10 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
 from qlora_infer.adapters import preflight
@@ -29,10 +31,22 @@ from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig
 from qlora_infer.errors import EngineClosedError, EngineDeadError
-from qlora_infer.requests.arguments import checked_prompt, conversation_list, one_per_prompt, prompt_list
+from qlora_infer.requests.arguments import (
+    along,
+    checked_priority,
+    checked_prompt,
+    checked_timeout,
+    conversation_list,
+    one_per_prompt,
+    prompt_list,
+)
 from qlora_infer.requests.driver import Driver
-from qlora_infer.requests.queue import RequestQueue
-from qlora_infer.requests.request import GenerationOutput, GenerationRequest, Prompt, RequestHandle
+from qlora_infer.requests.handle import PartialOutputs, RequestHandle
+from qlora_infer.requests.progress import with_progress
+from qlora_infer.requests.queue import Policy, RequestQueue
+from qlora_infer.requests.request import GenerationOutput, GenerationRequest, Prompt
+from qlora_infer.requests.stats import EngineStats
+from qlora_infer.requests.window import answered
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -72,6 +86,11 @@ class QuantizedLoRAEngine:
         revision: The model's branch, tag or commit on the Hub.
         token: The Hub's access token, for the model and for adapters without one of their own. Never printed.
         engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
+        policy: ``"fair"`` shares the engine among adapters, so that none starves behind a busy one; see
+            docs/scheduling.md. ``"fcfs"`` serves requests strictly in the order in which they came.
+        max_waiting: Requests that may wait at a time; ``add_request`` then blocks or raises. ``None`` for no limit.
+        restart: ``"on-failure"`` starts a new engine core when one dies, loads the same adapters, and runs again what
+            had not produced a token; what had fails with ``EngineDeadError``. With ``"never"``, everything fails.
         backend: What runs the model; ``None`` for vLLM. Tests pass ``qlora_infer.testing.FakeEngine()``.
 
     Raises:
@@ -105,6 +124,9 @@ class QuantizedLoRAEngine:
         revision: str | None = None,
         token: str | None = None,
         engine_args: Mapping[str, Any] | None = None,
+        policy: Policy = "fair",
+        max_waiting: int | None = None,
+        restart: Literal["never", "on-failure"] = "never",
         backend: Backend | None = None,
     ) -> None:
         config = EngineConfig(
@@ -118,6 +140,9 @@ class QuantizedLoRAEngine:
             revision=revision,
             token=token,
             engine_args=engine_args or {},
+            policy=policy,
+            max_waiting=max_waiting,
+            restart=restart,
         )
         _require_main_guard()
         self._config = config
@@ -128,9 +153,17 @@ class QuantizedLoRAEngine:
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
         store = Path(tempfile.mkdtemp(prefix="qlora-infer-"))
-        residency = Residency(self._backend, config.num_cpu_loras)
-        cache = AdapterCache(store, on_freed=lambda version: _forget(driver, residency, version))
-        driver = Driver(self._backend, RequestQueue(), residency, release=cache.release)
+        residency = Residency(self._backend, config.num_cpu_loras, config.max_loras)
+        cache = AdapterCache(store, on_freed=lambda version: _forget(driver, version))
+        queue = RequestQueue(config.policy, max_loras=config.max_loras, is_resident=residency.is_resident)
+        driver = Driver(
+            self._backend,
+            queue,
+            residency,
+            release=cache.release,
+            max_waiting=config.max_waiting,
+            restarts=config.restart == "on-failure",
+        )
         self._residency, self._cache, self._driver = residency, cache, driver
         self._close = weakref.finalize(self, _close, driver, store)
         try:
@@ -166,6 +199,7 @@ class QuantizedLoRAEngine:
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
+        weight: float = 1.0,
         allow_pickle: bool = False,
     ) -> LoadedAdapter:
         """Load an adapter, or replace the one that has this name, while requests go on.
@@ -180,6 +214,8 @@ class QuantizedLoRAEngine:
             revision: A branch, tag or commit on the Hub.
             subfolder: Where in the repository or folder the adapter is.
             token: The Hub's access token for this adapter; by default the engine's. Never printed.
+            weight: Its share of the engine while others wait too; the base model, and an adapter of weight 1, have one
+                share each. Loading the same content again changes the weight only.
             allow_pickle: Convert an ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
 
         Returns:
@@ -198,8 +234,9 @@ class QuantizedLoRAEngine:
         """
         parsed = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
         self._driver.require_open()
+        _check_weight(weight)
         with self._cache.loading(_checked_name(name)):
-            return self._load(self._prepare(name, parsed, allow_pickle=allow_pickle))
+            return self._load(self._prepare(name, parsed, allow_pickle=allow_pickle), weight=weight)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that were added before finish on it.
@@ -212,10 +249,12 @@ class QuantizedLoRAEngine:
     def _prepare(self, name: str, source: AdapterSource, *, allow_pickle: bool = False) -> AdapterVersion:
         return self._cache.prepare(_checked_name(name), source, token=self._config.token, allow_pickle=allow_pickle)
 
-    def _load(self, version: AdapterVersion) -> LoadedAdapter:
+    def _load(self, version: AdapterVersion, *, weight: float = 1.0) -> LoadedAdapter:
+        version.weight = weight
         current = self._cache.current(version.name)
         if current is not None and current.snapshot.digest == version.snapshot.digest:
             self._cache.discard(version)
+            current.weight = weight
             return current.loaded()
         try:
             version.fit = preflight.check(
@@ -237,6 +276,8 @@ class QuantizedLoRAEngine:
         sampling_params: Sampling | Sequence[Sampling] = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None = None,
         use_tqdm: bool = True,
     ) -> list[GenerationOutput]:
         """Answer prompts and wait for all of them.
@@ -246,6 +287,8 @@ class QuantizedLoRAEngine:
             sampling_params: vLLM's ``SamplingParams``, a mapping of its fields, or one of these per prompt. ``None``
                 takes the model's own defaults. Note vLLM's default of 16 for ``max_tokens``.
             adapter: The name of a loaded adapter, ``None`` for the base model, or one of these per prompt.
+            priority: Lower goes first, over all fairness; one for all, or one per prompt.
+            timeout: Seconds that each prompt may take from now, waiting included; ``None`` for no limit.
             use_tqdm: Whether to show progress on a terminal or in a notebook.
 
         Returns:
@@ -255,11 +298,12 @@ class QuantizedLoRAEngine:
             ValueError: The lengths differ, or a sampling parameter is out of range; nothing is queued.
             AdapterNotLoadedError: An adapter is not loaded; nothing is queued.
             RequestRejectedError: vLLM cannot run one of them, such as a prompt that is too long; the rest is cancelled.
+            RequestTimeoutError: One of them has not finished in time; the rest is cancelled.
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
-        checked = prompt_list(prompts)
-        return self._run_all(checked, sampling_params, adapter, use_tqdm=use_tqdm, add_special_tokens=True)
+        submits = self._submits(prompt_list(prompts), sampling_params, adapter, priority, timeout)
+        return self._answer_all(submits, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -267,14 +311,18 @@ class QuantizedLoRAEngine:
         sampling_params: Sampling | Sequence[Sampling] = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None = None,
         use_tqdm: bool = True,
     ) -> list[GenerationOutput]:
         """Answer conversations, written with the model's chat template, and wait for all of them.
 
         Args:
             messages: One conversation, a list of messages with ``role`` and ``content``, or a list of conversations.
-            sampling_params: As in ``generate``.
+            sampling_params: As in ``generate``, and so are the others.
             adapter: As in ``generate``.
+            priority: As in ``generate``.
+            timeout: As in ``generate``.
             use_tqdm: As in ``generate``.
 
         Returns:
@@ -284,71 +332,187 @@ class QuantizedLoRAEngine:
             ValueError: The template cannot write the messages; and everything that ``generate`` raises.
         """
         prompts = [self._backend.render_chat(conversation) for conversation in conversation_list(messages)]
-        return self._run_all(prompts, sampling_params, adapter, use_tqdm=use_tqdm, add_special_tokens=False)
+        submits = self._submits(prompts, sampling_params, adapter, priority, timeout, add_special_tokens=False)
+        return self._answer_all(submits, use_tqdm=use_tqdm)
+
+    def generate_iter(
+        self,
+        prompts: Iterable[Prompt],
+        sampling_params: Sampling | Iterable[Sampling] = None,
+        *,
+        adapter: str | Iterable[str | None] | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        in_order: bool = True,
+        max_pending: int | None = None,
+        use_tqdm: bool = True,
+    ) -> Iterator[GenerationOutput]:
+        """Answer any number of prompts, and yield outputs while later prompts have not been read yet.
+
+        Args:
+            prompts: Any iterable, endless ones too; it is read as outputs are taken.
+            sampling_params: As in ``generate``; one for all, or an iterable with one per prompt.
+            adapter: As in ``generate``; one for all, or an iterable with one per prompt.
+            priority: As in ``generate``, one for all.
+            timeout: As in ``generate``; a prompt's time begins when it is read.
+            in_order: Whether outputs come in the order of the prompts; otherwise as they finish.
+            max_pending: So many prompts are read ahead of the output that is yielded; ``None`` for four batches
+                (``4 * max_num_seqs``). The more they are, the better adapters can be kept together.
+            use_tqdm: As in ``generate``.
+
+        Yields:
+            One output per prompt. Leaving the loop early cancels what is on its way.
+
+        Raises:
+            What ``generate`` raises, when the prompt in question is read or its output due; the rest is cancelled.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine
+            >>> with fake_engine() as engine:
+            ...     prompts = (f"number {i}" for i in range(100_000))
+            ...     outputs = engine.generate_iter(prompts, {"max_tokens": 8})
+            ...     [next(outputs).text, next(outputs).text]
+            ['You said: number 0', 'You said: number 1']
+        """
+        if max_pending is not None and max_pending < 1:
+            raise ValueError(f"max_pending must be at least 1, got {max_pending}")
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be an iterable of prompts, got one string: add_request and generate take one")
+        rank, limit = checked_priority(priority), checked_timeout(timeout)
+        columns = zip(prompts, along("sampling_params", sampling_params), along("adapter", adapter))  # noqa: B905
+        handles = (
+            self._submit(checked_prompt(prompt), self._backend.sampling_params(params), name, rank, limit)
+            for prompt, params, name in columns
+        )
+        outputs = answered(handles, max_pending=max_pending or 4 * self._backend.max_num_seqs, in_order=in_order)
+        return self._shown(outputs, len(prompts) if isinstance(prompts, Sized) else None) if use_tqdm else outputs
 
     def stream(
-        self, prompt: Prompt, sampling_params: Sampling = None, *, adapter: str | None = None
-    ) -> Iterator[GenerationOutput]:
+        self,
+        prompt: Prompt,
+        sampling_params: Sampling = None,
+        *,
+        adapter: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> PartialOutputs:
         """Answer one prompt and yield partial outputs as the tokens come, each with all the text so far.
 
-        Leaving the loop early cancels the request.
+        Both ``for part in engine.stream(...)`` and ``async for part in engine.stream(...)``. Leaving the loop early
+        cancels the request.
+
+        Args:
+            prompt: A text, or a list of token ids.
+            sampling_params: As in ``generate``.
+            adapter: As in ``generate``.
+            priority: As in ``generate``.
+            timeout: As in ``generate``.
 
         Raises:
             What ``generate`` raises; what is wrong with the arguments, already when it is called.
         """
-        return _cancelling(self.add_request(prompt, sampling_params, adapter=adapter))
+        return iter(self.add_request(prompt, sampling_params, adapter=adapter, priority=priority, timeout=timeout))
 
     def add_request(
-        self, prompt: Prompt, sampling_params: Sampling = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: Sampling = None,
+        *,
+        adapter: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        block: bool = True,
     ) -> RequestHandle:
         """Queue one prompt and return at once.
 
+        Args:
+            prompt: A text, or a list of token ids.
+            sampling_params: As in ``generate``.
+            adapter: As in ``generate``.
+            priority: As in ``generate``.
+            timeout: As in ``generate``.
+            block: What happens while ``max_waiting`` requests wait already: wait for room, or raise. In a coroutine,
+                where nothing may block, pass ``False``.
+
         Returns:
-            A handle with ``result(timeout)``, ``cancel()`` and ``done()``, which yields partial outputs when iterated.
+            A handle: ``handle.result(timeout)``, ``await handle``, ``for`` and ``async for``, ``handle.cancel()``. A
+            handle that is thrown away cancels its request.
 
         Raises:
             ValueError: A sampling parameter is out of range.
             AdapterNotLoadedError: The adapter is not loaded.
+            QueueFullError: ``max_waiting`` requests wait, and ``block`` is false.
+            RequestTimeoutError: There was no room within ``timeout``.
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
         return self._submit(
-            checked_prompt(prompt), self._backend.sampling_params(sampling_params), adapter, stream=True
+            checked_prompt(prompt),
+            self._backend.sampling_params(sampling_params),
+            adapter,
+            checked_priority(priority),
+            checked_timeout(timeout),
+            stream=True,
+            block=block,
         )
 
-    def _run_all(
+    def stats(self) -> EngineStats:
+        """What the engine has done and is doing, in numbers; cheap enough to ask for every second."""
+        return self._driver.stats()
+
+    def _submits(
         self,
         prompts: Sequence[str | tuple[int, ...]],
         sampling_params: Any,
         adapter: str | Sequence[str | None] | None,
+        priority: int | Sequence[int],
+        timeout: float | None,
         *,
-        use_tqdm: bool,
-        add_special_tokens: bool,
-    ) -> list[GenerationOutput]:
-        """Queue all of them, or none when anything is wrong at the door, and wait."""
+        add_special_tokens: bool = True,
+    ) -> list[Callable[[], RequestHandle]]:
+        """What submits each prompt; raises what is wrong with any of them before the first is queued."""
         all_params = one_per_prompt("sampling_params", sampling_params, len(prompts))
-        names = cast("list[str | None]", one_per_prompt("adapter", adapter, len(prompts)))
+        names = one_per_prompt("adapter", adapter, len(prompts))
+        ranks = [checked_priority(rank) for rank in one_per_prompt("priority", priority, len(prompts))]
         params = {id(given): self._backend.sampling_params(given) for given in all_params}
         self._cache.require(name for name in names if name is not None)
-        handles: list[RequestHandle] = []
-        try:
-            for prompt, given, name in zip(prompts, all_params, names, strict=True):
-                handle = self._submit(prompt, params[id(given)], name, add_special_tokens=add_special_tokens)
-                handles.append(handle)
-            return [handle.result() for handle in _with_progress(handles, use_tqdm)]
-        except BaseException:  # Ctrl-C too: nothing of this call may show up in the next one
-            for handle in handles:
-                handle.cancel()
-            raise
+        submit = partial(self._submit, timeout=checked_timeout(timeout), add_special_tokens=add_special_tokens)
+        return [
+            partial(submit, prompt, params[id(given)], name, rank)
+            for prompt, given, name, rank in zip(prompts, all_params, names, ranks, strict=True)
+        ]
+
+    def _answer_all(self, submits: Sequence[Callable[[], RequestHandle]], *, use_tqdm: bool) -> list[GenerationOutput]:
+        ids: list[str] = []
+
+        def handles() -> Iterator[RequestHandle]:
+            for submit in submits:
+                handle = submit()
+                ids.append(handle.request_id)
+                yield handle
+
+        outputs = answered(handles(), max_pending=None, in_order=False)
+        if use_tqdm:
+            outputs = self._shown(outputs, len(submits))
+        by_id = {output.request_id: output for output in outputs}
+        return [by_id[request_id] for request_id in ids]
+
+    def _shown(self, outputs: Iterator[GenerationOutput], total: int | None) -> Iterator[GenerationOutput]:
+        return with_progress(
+            outputs, total=total, num_adapters_waiting=lambda: self._driver.stats().num_adapters_waiting
+        )
 
     def _submit(
         self,
         prompt: str | tuple[int, ...],
         params: Any,
         adapter: str | None,
+        priority: int,
+        timeout: float | None,
         *,
         stream: bool = False,
         add_special_tokens: bool = True,
+        block: bool = True,
     ) -> RequestHandle:
         version = self._cache.acquire(adapter)
         request = GenerationRequest(
@@ -358,9 +522,11 @@ class QuantizedLoRAEngine:
             adapter=version,
             stream=stream,
             add_special_tokens=add_special_tokens,
+            priority=priority,
+            timeout=timeout,
         )
         try:
-            return self._driver.submit(request)
+            return self._driver.submit(request, block=block)
         except BaseException:
             self._cache.release(version)
             raise
@@ -390,9 +556,9 @@ def _close(driver: Driver, store: Path) -> None:
     shutil.rmtree(store, ignore_errors=True)
 
 
-def _forget(driver: Driver, residency: Residency, version: AdapterVersion) -> None:
+def _forget(driver: Driver, version: AdapterVersion) -> None:
     with contextlib.suppress(EngineClosedError, EngineDeadError):  # its memory went with the engine
-        driver.post(residency.drop, version)
+        driver.forget(version)
 
 
 def _vllm_backend() -> Backend:
@@ -427,26 +593,16 @@ def _require_main_guard() -> None:
         )
 
 
+def _check_weight(weight: float) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise TypeError(f"weight must be a number, got {weight!r}")
+    if not 0 < weight < math.inf:
+        raise ValueError(f"weight must be more than 0, got {weight!r}")
+
+
 def _checked_name(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"an adapter's name must be a string, got {name!r}")
     if not name or not name.isprintable():
         raise ValueError(f"an adapter's name must be printable text, got {name!r}")
     return name
-
-
-def _with_progress(handles: Sequence[RequestHandle], use_tqdm: bool) -> Iterator[RequestHandle]:
-    if not use_tqdm:
-        yield from handles
-        return
-    from tqdm.auto import tqdm
-
-    # disable=None: quiet where the output is not a terminal.
-    yield from tqdm(handles, desc="Answered", unit="prompt", disable=None, dynamic_ncols=True)
-
-
-def _cancelling(handle: RequestHandle) -> Iterator[GenerationOutput]:
-    try:
-        yield from handle
-    finally:
-        handle.cancel()

@@ -19,7 +19,9 @@
     │   ├── IncompatibleAdapterError      (ValueError)    the files are sound but cannot run on this model
     │   └── AdapterLoadError              (RuntimeError)  vLLM refused an adapter that looked right
     └── RequestError                      never raised itself: everything about one request
-        ├── RequestCancelledError         somebody cancelled it
+        ├── RequestCancelledError         somebody cancelled it, or nobody holds its handle any more
+        ├── RequestTimeoutError           (TimeoutError)  it has not finished within its timeout
+        ├── QueueFullError                too many requests wait already
         └── RequestRejectedError          (ValueError)    vLLM cannot run it: too long, a parameter out of range
 
 Wrong argument values are plain ``ValueError`` and ``TypeError``, and waiting too long is the built-in ``TimeoutError``.
@@ -137,6 +139,14 @@ class RequestError(QLoRAInferError):
 
 class RequestCancelledError(RequestError):
     """The request was cancelled before it finished."""
+
+
+class RequestTimeoutError(RequestError, TimeoutError):
+    """The request has not finished within its ``timeout``; it was stopped."""
+
+
+class QueueFullError(RequestError):
+    """``max_waiting`` requests wait already; this one was not taken."""
 
 
 class RequestRejectedError(RequestError, ValueError):

@@ -33,6 +33,7 @@ class LoadedAdapter:
         num_model_modules: How many modules of the model an adapter may change.
         num_bytes: The size of its tensors.
         base_model: The model that it says it was trained on, if it says so.
+        weight: Its share of the engine beside other adapters.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LoadedAdapter:
     num_model_modules: int
     num_bytes: int
     base_model: str | None
+    weight: float = 1.0
 
 
 @define(eq=False)
@@ -59,6 +61,7 @@ class AdapterVersion:
         source: What the user named.
         snapshot: The private copy that vLLM reads.
         manifest: What the copy says of itself.
+        weight: Its share of the engine beside other adapters.
         fit: How it fits the model; set once that has been checked.
         num_uses: Requests that wait for it or run on it.
         retired: Whether the name has moved on, so that the version ends with its last request.
@@ -69,6 +72,7 @@ class AdapterVersion:
     source: AdapterSource
     snapshot: Snapshot
     manifest: AdapterManifest
+    weight: float = 1.0
     fit: Fit | None = None
     num_uses: int = 0
     retired: bool = False
@@ -96,6 +100,7 @@ class AdapterVersion:
             num_model_modules=self.fit.num_model_modules,
             num_bytes=self.manifest.num_bytes,
             base_model=self.manifest.base_model,
+            weight=self.weight,
         )
 
 

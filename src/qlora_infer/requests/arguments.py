@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -40,3 +41,33 @@ def one_per_prompt(argument: str, value: Any, num_prompts: int) -> list[Any]:
     if len(value) != num_prompts:
         raise ValueError(f"{argument} has {len(value)} entries for {num_prompts} prompts: give one, or one per prompt")
     return list(value)
+
+
+def along(argument: str, value: Any) -> Iterator[Any]:
+    """One value for each of a number of prompts that is not known: one for all, or from an iterable.
+
+    Raises:
+        ValueError: The iterable ends before the prompts do; raised when that is seen.
+    """
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        yield from itertools.repeat(value)
+    yield from value
+    raise ValueError(f"{argument} has fewer entries than there are prompts: give one, or one per prompt")
+
+
+def checked_priority(priority: Any) -> int:
+    """A request's priority; raises ``TypeError``."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise TypeError(f"priority must be a whole number, lower goes first, got {priority!r}")
+    return priority
+
+
+def checked_timeout(timeout: Any) -> float | None:
+    """A request's timeout in seconds; raises ``TypeError`` and ``ValueError``."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
+    if not timeout > 0:
+        raise ValueError(f"timeout must be more than 0 seconds, got {timeout!r}")
+    return float(timeout)

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_infer.backend import Backend
-from qlora_infer.errors import EngineClosedError, EngineDeadError, QLoRAInferError, RequestCancelledError
+from qlora_infer.backend import Backend, StepOutput
+from qlora_infer.errors import (
+    AdapterLoadError,
+    EngineClosedError,
+    EngineDeadError,
+    QLoRAInferError,
+    QueueFullError,
+    RequestCancelledError,
+    RequestTimeoutError,
+)
+from qlora_infer.requests.deadlines import Deadlines
+from qlora_infer.requests.handle import RequestHandle
+from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.queue import RequestQueue
-from qlora_infer.requests.request import GenerationRequest, RequestHandle
+from qlora_infer.requests.request import GenerationOutput, GenerationRequest
+from qlora_infer.requests.stats import EngineStats, StatsRecorder
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.cache import AdapterVersion
@@ -26,18 +39,28 @@ T = TypeVar("T")
 #: Seconds that a step or a load may still take when the engine is closed, before the engine is killed.
 CLOSE_TIMEOUT = 10.0
 
+#: The engine is given some requests more than its batch holds, so that no place stays empty from the step that frees
+#: it until we hear of it: one for so many places.
+PLACES_PER_SPARE = 8
+
+#: Adapters that are read into host memory before their turn.
+LOOK_AHEAD = 2
+
 
 class Driver:
     """Runs the backend in a thread of its own and is spoken to by all others.
 
-    A turn of its loop runs the calls that other threads sent, drops what was cancelled, admits what the queue
-    offers, and takes one step. Each request ends exactly once: with an output or with an error.
+    A turn of its loop runs the calls that other threads sent, lets go of requests that were cancelled or are too
+    late, admits what the queue offers, and takes one step. Each request ends exactly once: with an output or with an
+    error.
 
     Args:
         backend: The engine; only this object calls its driving methods.
         queue: Who runs next.
         residency: Which adapters are in host memory.
         release: Called with its adapter once for each request that has ended, whatever its end.
+        max_waiting: Requests that the queue holds at most; ``None`` for no limit.
+        restarts: Whether an engine that dies is started again.
     """
 
     def __init__(
@@ -46,20 +69,33 @@ class Driver:
         queue: RequestQueue,
         residency: Residency,
         release: Callable[[AdapterVersion | None], None],
+        *,
+        max_waiting: int | None = None,
+        restarts: bool = False,
     ) -> None:
         self._backend = backend
         self._queue = queue
         self._residency = residency
         self._release = release
-        self._running: dict[str, RequestHandle] = {}
+        self._max_waiting = max_waiting
+        self._restarts = restarts
+        self._stats = StatsRecorder()
+        self._deadlines = Deadlines(self._expire)
+        self._running: dict[str, PendingRequest] = {}
+        self._num_spare = 0
+        self._num_backlog = 0  # requests that the engine has taken and not begun
+        self._ended_early: deque[PendingRequest] = deque()  # may be appended to at any moment, without the lock
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._cancelled: deque[RequestHandle] = deque()
         self._closing = False
-        self._ended: Callable[[], QLoRAInferError] | None = None
-        self._wakeup = threading.Condition()  # guards the queue and every attribute from _calls on
+        self._end_error: Callable[[], QLoRAInferError] | None = None
+        self._lock = threading.RLock()  # guards the queue, and every attribute from _calls on
+        self._work = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="qlora-infer", daemon=True)
         self._engine_args: Mapping[str, Any] = {}
+
+    # For other threads ------------------------------------------------------------------------------------------
 
     def start(self, engine_args: Mapping[str, Any]) -> None:
         """Start the engine and wait until it is ready; raises what kept it from starting."""
@@ -67,14 +103,23 @@ class Driver:
         self._thread.start()
         self._started.result()
 
-    def submit(self, request: GenerationRequest) -> RequestHandle:
-        """Queue a request; raises ``EngineClosedError`` or ``EngineDeadError``."""
-        handle = RequestHandle(request, self._cancel)
-        with self._wakeup:
-            self.require_open()
-            self._queue.append(handle)
-            self._wakeup.notify()
-        return handle
+    def submit(self, request: GenerationRequest, *, block: bool = True) -> RequestHandle:
+        """Queue a request, once there is room for it.
+
+        Raises:
+            QueueFullError: There is none, and ``block`` is false.
+            RequestTimeoutError: There was none within the request's ``timeout``.
+            EngineClosedError: The engine was closed.
+            EngineDeadError: The engine core died.
+        """
+        pending = PendingRequest(request)
+        with self._lock:
+            self._wait_for_room(request, block=block)
+            self._queue.append(pending)
+            self._stats.queued(pending)
+            self._work.notify()
+        self._deadlines.add(pending)
+        return RequestHandle(pending, self._let_go)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Run a function on the driving thread, between two steps, and return what it returns."""
@@ -85,17 +130,34 @@ class Driver:
     def post(self, function: Callable[..., T], *args: Any) -> Future[T]:
         """Run a function on the driving thread, between two steps, without waiting for it."""
         future: Future[T] = Future()
-        with self._wakeup:
+        with self._lock:
             self.require_open()
             self._calls.append((future, partial(function, *args)))
-            self._wakeup.notify()
+            self._work.notify()
         return future
+
+    def forget(self, version: AdapterVersion) -> None:
+        """Drop an adapter that is gone from host memory, and what is remembered of it."""
+
+        def drop() -> None:
+            self._residency.drop(version)
+            with self._lock:
+                self._queue.forget(version.name)
+            self._stats.forget(version.name)
+
+        self.post(drop)
+
+    def stats(self) -> EngineStats:
+        """The numbers of this moment; also after the end."""
+        return self._stats.snapshot(num_adapters_waiting=self._queue.num_adapters_in_line)
 
     def close(self) -> None:
         """End what is unfinished with ``EngineClosedError``, then the engine; harmless a second time."""
-        with self._wakeup:
+        with self._lock:
             self._closing = True
-            self._wakeup.notify()
+            self._work.notify_all()
+            self._room.notify_all()
+        self._deadlines.close()
         if self._thread.ident is None or threading.current_thread() is self._thread:
             return
         self._thread.join(CLOSE_TIMEOUT)
@@ -107,24 +169,41 @@ class Driver:
 
     def require_open(self) -> None:
         """Raise ``EngineClosedError`` or ``EngineDeadError`` when nothing more is accepted."""
-        if self._ended is not None:
-            raise self._ended()
+        if self._end_error is not None:
+            raise self._end_error()
         if self._closing:
             raise EngineClosedError("the engine was closed: make a new QuantizedLoRAEngine")
 
-    def _cancel(self, handle: RequestHandle) -> None:
-        with self._wakeup:
-            was_waiting = self._queue.remove(handle)
-            if not was_waiting:
-                self._cancelled.append(handle)
-                self._wakeup.notify()
-        handle._fail(RequestCancelledError(f"request {handle.request_id} was cancelled"))
-        if was_waiting:
-            self._release(handle.request.adapter)
+    def _wait_for_room(self, request: GenerationRequest, *, block: bool) -> None:
+        self.require_open()
+        while self._max_waiting is not None and len(self._queue) >= self._max_waiting:
+            if not block:
+                raise QueueFullError(
+                    f"{len(self._queue)} requests wait already (max_waiting={self._max_waiting}): try again later"
+                )
+            remaining = None if request.timeout is None else request.queued + request.timeout - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                raise _too_late(request)
+            self._room.wait(remaining)
+            self.require_open()
+
+    def _let_go(self, pending: PendingRequest) -> None:
+        """Make the driving thread drop a request that has ended early, or that nobody waits for any more.
+
+        It neither locks nor waits, because a handle that is thrown away calls it from wherever that happens. The
+        driving thread need not be woken: while there are requests, it does not sleep.
+        """
+        self._ended_early.append(pending)
+
+    def _expire(self, pending: PendingRequest) -> None:
+        if pending.fail(_too_late(pending.request)):
+            self._let_go(pending)
+
+    # The driving thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            self._backend.start(self._engine_args)
+            self._start_backend()
         except BaseException as error:
             self._end(lambda: EngineClosedError("the engine did not start"))
             self._backend.close()
@@ -132,8 +211,8 @@ class Driver:
             return
         self._started.set_result(None)
         try:
-            while self._wait_for_work():
-                self._turn()
+            while self._drive():
+                pass
             self._end(lambda: EngineClosedError("the engine was closed: make a new QuantizedLoRAEngine"))
         except BaseException as error:
             cause = error
@@ -142,25 +221,38 @@ class Driver:
         finally:
             self._backend.close()
 
+    def _start_backend(self) -> None:
+        self._backend.start(self._engine_args)
+        self._num_spare = max(1, self._backend.max_num_seqs // PLACES_PER_SPARE)
+        with self._lock:
+            self._queue.resize(self._backend.max_num_seqs + self._num_spare)
+
+    def _drive(self) -> bool:
+        """Drive until the engine is closed, which gives ``False``, or has died and was started again."""
+        try:
+            while self._wait_for_work():
+                self._turn()
+        except EngineDeadError as death:
+            if not self._restarts or self._closing:
+                raise
+            self._restart(death)
+            return True
+        return False
+
     def _wait_for_work(self) -> bool:
-        with self._wakeup:
-            self._wakeup.wait_for(
-                lambda: self._closing or self._calls or self._cancelled or self._running or len(self._queue)
-            )
+        with self._work:
+            self._work.wait_for(lambda: self._closing or self._calls or self._running or len(self._queue))
             return not self._closing
 
     def _turn(self) -> None:
         self._run_calls()
-        self._drop_cancelled()
+        self._drop_ended()
         self._admit()
+        self._look_ahead()
         if self._running:
-            for output in self._backend.step():
-                handle = self._running.get(output.request_id)
-                if handle is None:
-                    continue  # it was cancelled while the step ran
-                if output.finished:
-                    self._leave(handle)
-                handle._advance(output)
+            began = time.monotonic()
+            step = self._backend.step()
+            self._take(step, time.monotonic() - began)
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -175,47 +267,132 @@ class Driver:
             except BaseException as error:
                 future.set_exception(error)
 
-    def _drop_cancelled(self) -> None:
-        while self._cancelled:
-            handle = self._cancelled.popleft()
-            if handle.request_id in self._running:
-                self._backend.abort_request(handle.request_id)
-                self._leave(handle)
+    def _drop_ended(self) -> None:
+        while self._ended_early:
+            pending = self._ended_early.popleft()
+            pending.fail(RequestCancelledError("nobody holds the request's handle any more"))
+            if self._running.get(pending.request.request_id) is pending:
+                self._backend.abort_request(pending.request.request_id)
+                self._leave(pending, None)
+                continue
+            with self._lock:
+                was_waiting = self._queue.remove(pending)
+                self._room.notify()
+            if was_waiting:
+                self._stats.ended(pending, None, was_running=False)
+                self._release(pending.request.adapter)
 
     def _admit(self) -> None:
-        while True:
-            with self._wakeup:
-                handle = self._queue.pop(self._residency.has_room_for)
-                if handle is None:
+        if not self._running:
+            self._num_backlog = 0
+        # When the engine has many that it has not begun, its KV cache is full: who waits there waits unfairly.
+        while self._num_backlog <= self._num_spare:
+            with self._lock:
+                pending = self._queue.admit()
+                if pending is None:
                     return
-                self._running[handle.request_id] = handle
-            try:
-                self._residency.enter(handle.request.adapter)
-                self._backend.add_request(handle.request)
-            except EngineDeadError:
-                raise
-            except Exception as error:
-                self._leave(handle)
-                handle._fail(error)
+                self._room.notify()
+                self._running[pending.request.request_id] = pending
+            self._hand_over(pending)
 
-    def _leave(self, handle: RequestHandle) -> None:
-        del self._running[handle.request_id]
-        self._residency.leave(handle.request.adapter)
-        self._release(handle.request.adapter)
+    def _hand_over(self, pending: PendingRequest) -> None:
+        self._stats.admitted(pending)
+        pending.num_starts += 1
+        try:
+            is_swap = self._residency.enter(pending.request.adapter)
+            num_tokens = self._backend.add_request(pending.request)
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            self._leave(pending, None)
+            pending.fail(error)
+            return
+        self._stats.begun(pending, num_tokens, is_swap=is_swap)
+        with self._lock:
+            self._queue.charge(pending, num_tokens)
+
+    def _look_ahead(self) -> None:
+        with self._lock:
+            upcoming = self._queue.upcoming(LOOK_AHEAD)
+        for version in upcoming:
+            self._residency.prefetch(version)
+
+    def _take(self, step: StepOutput, seconds: float) -> None:
+        """Pass on what a step gave, and count it."""
+        self._num_backlog = step.num_waiting
+        given: dict[str | None, int] = {}
+        with self._lock:
+            self._queue.count_step()
+            for request_id, num_tokens in step.num_tokens.items():
+                pending = self._running.get(request_id)
+                if pending is not None and num_tokens > pending.num_tokens:
+                    new = num_tokens - pending.num_tokens
+                    pending.num_tokens = num_tokens
+                    self._queue.charge(pending, new)
+                    name = pending.request.adapter_name
+                    given[name] = given.get(name, 0) + new
+        self._stats.stepped(seconds, step.kv_cache_usage, given)
+        for output in step.outputs:
+            pending = self._running.get(output.request_id)
+            if pending is None:
+                continue  # it was cancelled while the step ran
+            if output.finished:
+                self._leave(pending, None if pending.done else output)
+            pending.advance(output)
+
+    def _leave(self, pending: PendingRequest, output: GenerationOutput | None) -> None:
+        del self._running[pending.request.request_id]
+        with self._lock:
+            self._queue.leave(pending)
+        self._residency.leave(pending.request.adapter)
+        self._stats.ended(pending, output, was_running=True)
+        self._release(pending.request.adapter)
+
+    # The end ----------------------------------------------------------------------------------------------------
+
+    def _restart(self, death: EngineDeadError) -> None:
+        """Start a new engine, with the same adapters; run again what had not produced anything, and fail the rest."""
+        logger.warning("the engine core died (%s): starting another", death)
+        with self._lock:
+            lost = list(self._running.values())
+        for pending in lost:
+            if pending.num_tokens or pending.num_starts > 1 or pending.done:
+                self._leave(pending, None)
+                pending.fail(_lost(pending, death))
+                continue
+            del self._running[pending.request.request_id]
+            self._residency.leave(pending.request.adapter)
+            self._stats.requeued(pending)
+            with self._lock:
+                self._queue.leave(pending)
+                self._queue.append(pending)
+        resident = self._residency.clear()
+        self._num_backlog = 0
+        self._backend.close()
+        self._start_backend()
+        for version in resident:
+            try:
+                self._residency.load(version)
+            except AdapterLoadError as error:  # its requests will get the error
+                logger.warning("adapter %r was not loaded again: %s", version.name, error)
+        self._stats.restarted()
+        logger.warning("the engine runs again")
 
     def _end(self, make_error: Callable[[], QLoRAInferError]) -> None:
         """Accept nothing more, and fail whatever is unfinished; each with an error of its own."""
-        with self._wakeup:
-            if self._ended is not None:
+        with self._lock:
+            if self._end_error is not None:
                 return
-            self._ended = make_error
-            handles = [*self._running.values(), *self._queue.drain()]
+            self._end_error = make_error
+            running, waiting = list(self._running.values()), self._queue.drain()
             futures = [future for future, _ in self._calls]
             self._running.clear()
             self._calls.clear()
-        for handle in handles:
-            handle._fail(make_error())
-            self._release(handle.request.adapter)
+            self._room.notify_all()
+        for pending, was_running in [*((p, True) for p in running), *((p, False) for p in waiting)]:
+            pending.fail(make_error())
+            self._stats.ended(pending, None, was_running=was_running)
+            self._release(pending.request.adapter)
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(make_error())
@@ -225,3 +402,14 @@ def _dead(cause: BaseException) -> EngineDeadError:
     error = EngineDeadError(f"the engine core died ({cause or type(cause).__name__}): make a new QuantizedLoRAEngine")
     error.__cause__ = cause
     return error
+
+
+def _lost(pending: PendingRequest, death: EngineDeadError) -> EngineDeadError:
+    why = f"it had produced {pending.num_tokens} tokens" if pending.num_tokens else "it was run twice"
+    error = EngineDeadError(f"the engine core died ({death}) and was started again; this request is not, because {why}")
+    error.__cause__ = death
+    return error
+
+
+def _too_late(request: GenerationRequest) -> RequestTimeoutError:
+    return RequestTimeoutError(f"request {request.request_id} has not finished within {request.timeout} s")

@@ -1,43 +1,351 @@
-"""The requests that wait, and which of them runs next."""
+"""The requests that wait, and which of them runs next: batches that stay full, and nobody who starves.
+
+Two resources are shared out. *Places* in the engine's batch (``max_num_seqs``) go to whichever adapter has been given
+least. *Slots* on the device (``max_loras``) go round in turns, because an adapter cannot share one: it must be run
+empty before the next one moves in. A turn is long enough to pay for the change, and short enough to wait for.
+
+Tokens are counted as they come, prompt and generated alike, as in VTC (Sheng et al., "Fairness in Serving Large
+Language Models", OSDI 2024); turns and debts follow deficit round robin (Shreedhar and Varghese, SIGCOMM 1995). VTC's
+counters alone order adapters by what they have been given, and would change slots at every request; round robin keeps
+an adapter's requests together, and its bound holds also against an endless stream of new names.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
-from qlora_infer.requests.request import RequestHandle
+from attrs import define, field
+
+from qlora_infer.requests.heap import Heap
+from qlora_infer.requests.pending import PendingRequest
+
+if TYPE_CHECKING:
+    from qlora_infer.adapters.cache import AdapterVersion
+
+Policy = Literal["fair", "fcfs"]
+
+#: Steps of a slot's share of the batch that an adapter is given in a turn, and steps that the turn lasts at most.
+QUANTUM_STEPS = 64
+TURN_STEPS = 128
+
+#: Among so many adapters that wait for a slot, one that is in host memory goes first; each is overtaken so often at
+#: most.
+MAX_OVERTAKEN = 8
 
 
 class RequestQueue:
-    """First come, first served: the oldest request runs next, and while it cannot, nothing does.
+    """Waiting requests in lanes, one for each adapter and one for the base model.
+
+    Within a lane the lower ``priority`` goes first, then the older request. Between lanes:
+
+    - The lower ``priority`` goes first, always: over fairness, and over the rest of another adapter's turn.
+    - A free place goes to the lane that has most credit left. A lane's credit is what it has still to be given in
+      this round: ``QUANTUM_STEPS * max_num_seqs / max_loras`` tokens, times its adapter's weight. What it takes
+      beyond that, it owes to the rounds after.
+    - A slot that becomes free goes to the lane that has waited longest for one. While some wait, an adapter that has
+      used its credit, or has had its slot for ``TURN_STEPS`` steps times its weight, takes no further requests, and
+      leaves when those that run have finished. At most half the slots are emptied at a time; the other adapters keep
+      the batch full.
+    - The base model needs no slot.
+
+    So a request whose adapter owes nothing starts within ``ceil((n + 1) / h) * (TURN_STEPS * w + L) + 2 L`` steps,
+    whatever else comes in: ``n`` is the number of adapters that wait for a slot or hold one when it arrives, plus
+    ``MAX_OVERTAKEN``; ``h`` is half of ``max_loras``, at least one; ``w`` the largest weight, at least one; ``L`` the
+    steps of the longest request.
+
+    ``policy="fcfs"`` is one lane for all: the oldest request is next, and while it has no slot, nobody overtakes it.
 
     It is not locked; the driver is.
+
+    Args:
+        policy: ``"fair"`` or ``"fcfs"``.
+        max_loras: The slots.
+        max_num_seqs: The places; ``resize`` changes it.
+        is_resident: Whether an adapter is in host memory, so that giving it a slot is quick.
+
+    Attributes:
+        max_num_seqs: The places.
+        num_running: The places taken.
     """
 
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[str, RequestHandle] = OrderedDict()
+    def __init__(
+        self,
+        policy: Policy = "fair",
+        *,
+        max_loras: int,
+        max_num_seqs: int = 1,
+        is_resident: Callable[[AdapterVersion], bool] = lambda version: True,
+    ) -> None:
+        self._policy = policy
+        self._max_loras = max_loras
+        self._is_resident = is_resident
+        self._numbers = itertools.count()
+        self._lanes: dict[str | None, _Lane] = {}
+        self._in_turn: dict[str | None, _Lane] = {}  # those that are admitted from
+        self._line: Heap[_Lane] = Heap()  # those that wait for a slot
+        self._in_slots: dict[AdapterVersion, int] = {}  # how many requests run on each
+        self._num_waiting = 0
+        self._step = 0
+        self._round = 0
+        self.num_running = 0
+        self.resize(max_num_seqs)
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._num_waiting
 
-    def append(self, handle: RequestHandle) -> None:
-        """Add a request at the end."""
-        self._waiting[handle.request_id] = handle
+    @property
+    def num_adapters_in_line(self) -> int:
+        """Adapters that wait for a slot."""
+        return len(self._line)
 
-    def remove(self, handle: RequestHandle) -> bool:
+    def resize(self, max_num_seqs: int) -> None:
+        """Set the number of places."""
+        self.max_num_seqs = max_num_seqs
+        self._quantum = QUANTUM_STEPS * max(1.0, max_num_seqs / self._max_loras)
+
+    def append(self, pending: PendingRequest) -> None:
+        """Add a request; one that ran and is to run again goes back to where it was."""
+        if pending.number is None:
+            pending.number = next(self._numbers)
+        lane = self._lane_of(pending)
+        if lane.is_idle:
+            self._welcome_back(lane)
+        lane.weight = pending.request.weight
+        lane.waiting.push((pending.request.priority, pending.number), pending)
+        self._num_waiting += 1
+        self._line_up(lane, is_new=True)
+
+    def remove(self, pending: PendingRequest) -> bool:
         """Take a request out; whether it was waiting."""
-        return self._waiting.pop(handle.request_id, None) is not None
+        lane = self._lanes.get(self._key(pending))
+        if lane is None or not lane.waiting.remove(pending):
+            return False
+        self._num_waiting -= 1
+        self._settle(lane)
+        return True
 
-    def pop(self, admissible: Callable[[RequestHandle], bool]) -> RequestHandle | None:
-        """Take out the request that runs next; ``None`` when none waits or the next one is not admissible yet."""
-        head = next(iter(self._waiting.values()), None)
-        if head is None or not admissible(head):
+    def admit(self) -> PendingRequest | None:
+        """Take out the request that starts next, which takes a place and its adapter's slot until ``leave``.
+
+        ``None`` when every place is taken, or nothing that waits has a slot to run in.
+        """
+        if not self._num_waiting or self.num_running >= self.max_num_seqs:
             return None
-        del self._waiting[head.request_id]
-        return head
+        self._begin_turns()
+        ready = [lane for lane in self._in_turn.values() if self._fits(lane)]
+        if not ready:
+            return None
+        lane = min(ready, key=_Lane.rank)
+        if lane.credit <= 0:
+            self._forgive(lane)
+        pending = lane.waiting.pop()
+        version = pending.request.adapter
+        if version is not None:
+            self._in_slots[version] = self._in_slots.get(version, 0) + 1
+        lane.num_running += 1
+        self.num_running += pending.num_seqs
+        self._num_waiting -= 1
+        return pending
 
-    def drain(self) -> list[RequestHandle]:
-        """Take out all of them, the oldest first."""
-        handles = list(self._waiting.values())
-        self._waiting.clear()
-        return handles
+    def charge(self, pending: PendingRequest, num_tokens: int) -> None:
+        """Count tokens that a running request was given."""
+        lane = self._lane_of(pending)
+        lane.credit -= num_tokens / lane.weight
+
+    def leave(self, pending: PendingRequest) -> None:
+        """Give back the place of a request that runs no more, and the slot of the last one of its adapter."""
+        lane = self._lane_of(pending)
+        lane.num_running -= 1
+        self.num_running -= pending.num_seqs
+        version = pending.request.adapter
+        if version is not None:
+            self._in_slots[version] -= 1
+            if not self._in_slots[version]:
+                del self._in_slots[version]
+        self._settle(lane)
+
+    def count_step(self) -> None:
+        """Count a step of the engine."""
+        self._step += 1
+
+    def upcoming(self, number: int) -> list[AdapterVersion]:
+        """The adapters that get the next slots, the next one first."""
+        blocked = [lane for lane in self._in_turn.values() if lane.waiting and not self._fits(lane)]
+        lanes = [*blocked, *self._line.first(number)][:number]
+        return [lane.next_version for lane in lanes if lane.next_version is not None]
+
+    def forget(self, name: str) -> None:
+        """Drop what is remembered of an adapter that is gone, once it has no requests."""
+        lane = self._lanes.get(name)
+        if lane is not None and lane.is_idle:
+            del self._lanes[name]
+
+    def drain(self) -> list[PendingRequest]:
+        """Take out everything that waits, the oldest first."""
+        waiting = []
+        for lane in self._lanes.values():
+            waiting += list(lane.waiting)
+            lane.waiting = Heap()
+            self._settle(lane)
+        self._num_waiting = 0
+        return sorted(waiting, key=lambda pending: pending.number or 0)
+
+    # Turns ------------------------------------------------------------------------------------------------------
+
+    def _key(self, pending: PendingRequest) -> str | None:
+        return pending.request.adapter_name if self._policy == "fair" else None
+
+    def _lane_of(self, pending: PendingRequest) -> _Lane:
+        key = self._key(pending)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane(key)
+        return lane
+
+    def _line_up(self, lane: _Lane, *, is_new: bool = False) -> None:
+        """Put a lane with waiting requests where it gets what it needs: among those in turn, or in line for a slot."""
+        if lane.key in self._in_turn:
+            return
+        if lane.key is None:  # the base model, or everybody under "fcfs"
+            self._in_turn[None] = lane
+            return
+        if lane not in self._line:
+            # One that has work all along is due in its next round, even if others have got ahead; one that comes new
+            # is due after all that wait already.
+            lane.round = max(lane.round + 1, self._round + is_new)
+            lane.number_in_line = next(self._numbers)
+        self._line.push((lane.priority, lane.round, lane.number_in_line), lane)
+
+    def _settle(self, lane: _Lane) -> None:
+        """Let go of what a lane needs no longer, after a request has gone."""
+        if lane.waiting:
+            self._line_up(lane)
+            return
+        self._line.remove(lane)
+        if not lane.num_running:
+            self._in_turn.pop(lane.key, None)
+
+    def _begin_turns(self) -> None:
+        """Give free slots to the lanes that have waited longest for one, and see to it that slots become free."""
+        while self._line:
+            lane = self._line.head()
+            if self._num_slots_spoken_for() < self._max_loras:
+                lane = self._resident_one(lane)
+            elif lane.next_version not in self._in_slots:
+                if self._end_turns(lane.priority):
+                    continue
+                return
+            self._line.remove(lane)
+            self._reach_round(lane.round)
+            self._renew(lane)
+            if lane.credit > 0:
+                lane.turn_began, lane.num_overtaken = self._step, 0
+                self._in_turn[lane.key] = lane
+            else:
+                self._line_up(lane)  # it owes this round to the others
+
+    def _num_slots_spoken_for(self) -> int:
+        meant = {lane.next_version for lane in self._in_turn.values()} - {None}
+        return len(meant.union(self._in_slots))
+
+    def _resident_one(self, first: _Lane) -> _Lane:
+        """The first in line, or one soon after it whose adapter is in host memory while that of the first is not."""
+        if self._is_ready(first) or first.num_overtaken >= MAX_OVERTAKEN:
+            return first
+        for lane in self._line.first(MAX_OVERTAKEN)[1:]:
+            if lane.priority == first.priority and self._is_ready(lane):
+                first.num_overtaken += 1
+                return lane
+        return first
+
+    def _is_ready(self, lane: _Lane) -> bool:
+        return lane.next_version is None or self._is_resident(lane.next_version)
+
+    def _end_turns(self, priority: int) -> bool:
+        """Stop admitting to lanes that have had their turn, so that their slots become free; whether one is already."""
+        num_emptying = sum(version.name not in self._in_turn for version in self._in_slots)
+        num_wanted = min(max(1, self._max_loras // 2), len(self._line)) - num_emptying
+        done = [lane for lane in self._in_turn.values() if self._has_had_its_turn(lane, priority)]
+        # The quickest to empty first, as far as one can tell.
+        ending = sorted(done, key=lambda lane: (bool(lane.waiting), lane.num_running))[: max(0, num_wanted)]
+        for lane in ending:
+            del self._in_turn[lane.key]
+            self._settle(lane)
+        return any(not lane.num_running for lane in ending)
+
+    def _has_had_its_turn(self, lane: _Lane, priority: int) -> bool:
+        if lane.key is None:
+            return False
+        if lane.waiting and lane.priority != priority:
+            return lane.priority > priority
+        return lane.credit <= 0 or self._step - lane.turn_began >= TURN_STEPS * max(1.0, lane.weight)
+
+    def _fits(self, lane: _Lane) -> bool:
+        if not lane.waiting:
+            return False
+        version = lane.next_version
+        return version is None or version in self._in_slots or len(self._in_slots) < self._max_loras
+
+    # Credit -----------------------------------------------------------------------------------------------------
+
+    def _renew(self, lane: _Lane, rounds: int = 1) -> None:
+        """Give a lane what it is due in a round; what it did not use before is not saved up."""
+        lane.credit = min(self._quantum, lane.credit + self._quantum * rounds)
+
+    def _reach_round(self, round_: int) -> None:
+        """Count the rounds, for the base model too, which waits for no turn."""
+        base = self._lanes.get(None)
+        if base is not None and round_ > self._round:
+            self._renew(base, round_ - self._round)
+        self._round = max(self._round, round_)
+
+    def _forgive(self, lane: _Lane) -> None:
+        """Give a place to a lane without credit, because nobody who has some can use it."""
+        if not self._line:
+            for in_turn in self._in_turn.values():
+                self._renew(in_turn)
+        elif lane.key is None:
+            lane.credit = (
+                0.0  # those in line wait for a slot and not for this place, which the base model costs them not
+            )
+
+    def _welcome_back(self, lane: _Lane) -> None:
+        """Take from an old debt the rounds that have passed; and all of it while nobody is kept waiting."""
+        if not self._num_waiting:
+            lane.credit = self._quantum if lane.key is None else 0.0
+        elif lane.key is not None:
+            lane.credit = min(0.0, lane.credit + self._quantum * max(0, self._round - lane.round))
+
+
+@define(eq=False)
+class _Lane:
+    """The waiting requests of one adapter, and what it has been given."""
+
+    key: str | None
+    credit: float = 0.0
+    weight: float = 1.0
+    waiting: Heap[PendingRequest] = field(factory=Heap)
+    num_running: int = 0
+    turn_began: int = 0
+    round: int = 0
+    number_in_line: int = 0
+    num_overtaken: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.num_running
+
+    @property
+    def priority(self) -> int:
+        return self.waiting.head().request.priority
+
+    @property
+    def next_version(self) -> AdapterVersion | None:
+        return self.waiting.head().request.adapter if self.waiting else None
+
+    def rank(self) -> tuple[int, float, int]:
+        """What goes first among lanes in turn: urgency, then credit, then age."""
+        pending = self.waiting.head()
+        return pending.request.priority, -self.credit, pending.number or 0

@@ -1,10 +1,9 @@
-"""One request: what is asked, what comes back, and the handle that its caller holds."""
+"""One request: what is asked and what comes back."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
@@ -27,6 +26,8 @@ class GenerationRequest:
         adapter: The exact version that answers, ``None`` for the base model.
         stream: Whether somebody may read partial outputs; the engine need not make them otherwise.
         add_special_tokens: Whether the tokenizer adds its own; a chat template has written them already.
+        priority: Lower goes first.
+        timeout: Seconds from ``queued`` in which it must finish; ``None`` for no limit.
         queued: When the request was made, in seconds of ``time.monotonic()``.
     """
 
@@ -36,7 +37,19 @@ class GenerationRequest:
     adapter: AdapterVersion | None = None
     stream: bool = False
     add_special_tokens: bool = True
+    priority: int = 0
+    timeout: float | None = None
     queued: float = field(factory=time.monotonic)
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The adapter's name; ``None`` for the base model."""
+        return self.adapter.name if self.adapter is not None else None
+
+    @property
+    def weight(self) -> float:
+        """The adapter's share of the engine beside others; the base model has that of one adapter."""
+        return self.adapter.weight if self.adapter is not None else 1.0
 
 
 @frozen
@@ -45,13 +58,20 @@ class RequestTimes:
 
     Attributes:
         queued: The request was made.
+        admitted: It was handed to vLLM; ``None`` before that.
         first_token: Its first token came; ``None`` before that.
         finished: It finished; ``None`` before that.
     """
 
     queued: float
+    admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None
+
+    @property
+    def waiting(self) -> float | None:
+        """Seconds that it waited in the queue."""
+        return None if self.admitted is None else self.admitted - self.queued
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -127,6 +147,11 @@ class GenerationOutput:
         return self.completions[0].token_ids
 
     @property
+    def num_tokens(self) -> int:
+        """The generated tokens of all completions."""
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
     def finish_reason(self) -> str | None:
         """Why the first completion ended: ``"stop"`` or ``"length"``; ``None`` while it runs."""
         return self.completions[0].finish_reason
@@ -135,107 +160,3 @@ class GenerationOutput:
     def logprobs(self) -> Sequence[Any] | None:
         """The first completion's log-probabilities; ``None`` unless asked for."""
         return self.completions[0].logprobs
-
-
-class RequestHandle:
-    """The caller's end of a request; any thread may use it.
-
-    Iterating yields partial outputs as tokens come, each with all the text so far, and the finished one last. A
-    reader that is slower than the engine gets the newest output and skips those between.
-
-    Example:
-        >>> from qlora_infer.testing import fake_engine
-        >>> with fake_engine() as engine:
-        ...     handle = engine.add_request("one two", {"max_tokens": 8})
-        ...     handle.result(timeout=10).text
-        'You said: one two'
-    """
-
-    def __init__(self, request: GenerationRequest, cancel: Callable[[RequestHandle], None]) -> None:
-        self.request = request
-        self._cancel = cancel
-        self._changed = threading.Condition()
-        self._output: GenerationOutput | None = None
-        self._num_outputs = 0
-        self._error: BaseException | None = None
-        self._done = False
-
-    @property
-    def request_id(self) -> str:
-        """The request's id, as in its outputs."""
-        return self.request.request_id
-
-    def done(self) -> bool:
-        """Whether the request has finished, failed or been cancelled."""
-        return self._done
-
-    def cancel(self) -> bool:
-        """Stop the request and free what it holds; the others go on.
-
-        Returns:
-            Whether it was still unfinished. ``result`` then raises ``RequestCancelledError``.
-        """
-        if self._done:
-            return False
-        self._cancel(self)
-        return True
-
-    def result(self, timeout: float | None = None) -> GenerationOutput:
-        """Wait for the finished output.
-
-        Args:
-            timeout: Seconds to wait at most; ``None`` waits until the request ends. It always does: with an
-                output, or with an error when it is cancelled, the engine is closed, or its core dies.
-
-        Raises:
-            TimeoutError: It has not ended in time; it goes on.
-            RequestCancelledError: It was cancelled.
-            RequestRejectedError: vLLM cannot run it.
-            AdapterLoadError: Its adapter could not be loaded.
-            EngineClosedError: The engine was closed first.
-            EngineDeadError: The engine core died.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._done, timeout):
-                raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s; it goes on")
-            return self._last_output()
-
-    def __iter__(self) -> Iterator[GenerationOutput]:
-        num_seen = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda seen=num_seen: self._done or self._num_outputs > seen)  # type: ignore[misc]
-                output, num_seen, done = self._output, self._num_outputs, self._done
-                if done:
-                    output = self._last_output()
-            if output is not None:
-                yield output
-            if done:
-                return
-
-    def __repr__(self) -> str:
-        state = "unfinished" if not self._done else "failed" if self._error else "finished"
-        return f"<RequestHandle {self.request_id} {state}>"
-
-    def _last_output(self) -> GenerationOutput:
-        if self._error is not None:
-            raise self._error
-        if self._output is None:
-            raise RuntimeError(f"request {self.request_id} has ended without an output or an error")
-        return self._output
-
-    def _advance(self, output: GenerationOutput) -> None:
-        """Take the next output; the driver's side."""
-        with self._changed:
-            if self._done:
-                return
-            self._output, self._done = output, output.finished
-            self._num_outputs += 1
-            self._changed.notify_all()
-
-    def _fail(self, error: BaseException) -> None:
-        """End with an error unless it has ended already; the driver's side."""
-        with self._changed:
-            if not self._done:
-                self._error, self._done = error, True
-                self._changed.notify_all()

@@ -8,9 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, fields, frozen
+from attrs import define, field, fields, frozen
 
 from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.backend import StepOutput
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import AdapterLoadError, EngineDeadError, RequestRejectedError
 from qlora_infer.quantization import Platform
@@ -57,7 +58,25 @@ class _Running:
     prompt_ids: tuple[int, ...]
     words: list[str]
     num_words: int = 0
+    admitted: float = field(factory=time.monotonic)
     first_token: float | None = None
+
+    @property
+    def limit(self) -> int:
+        max_tokens: int | None = self.request.sampling_params.max_tokens
+        return min(max_tokens or len(self.words), len(self.words))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.num_words == self.limit
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_words * int(self.request.sampling_params.n)
+
+    def advance(self) -> None:
+        self.num_words += 1
+        self.first_token = self.first_token or time.monotonic()
 
 
 class FakeEngine:
@@ -92,8 +111,10 @@ class FakeEngine:
         modules: Mapping[str, tuple[int, int]] = TINY_MODEL,
     ) -> None:
         self.engine_args: Mapping[str, Any] = {}
+        self.num_starts = 0
         self.num_steps = 0
         self.loads: list[str] = []
+        self.prefetches: list[str] = []
         self._reply = reply
         self._step_seconds = step_seconds
         self._load_seconds = load_seconds
@@ -101,6 +122,7 @@ class FakeEngine:
         self._modules = {name: ModuleShape(*shape) for name, shape in modules.items()}
         self._words: dict[int, str] = {}
         self._loaded: OrderedDict[int, str] = OrderedDict()
+        self._prefetched: set[int] = set()
         self._refused: dict[str, str] = {}
         self._waiting: list[_Running] = []
         self._running: list[_Running] = []
@@ -129,6 +151,11 @@ class FakeEngine:
         return tuple(self._loaded.values())
 
     @property
+    def max_num_seqs(self) -> int:
+        """The sequences that one step advances, as ``engine_args`` says; 256 by default."""
+        return int(self.engine_args.get("max_num_seqs", 256))
+
+    @property
     def num_unfinished(self) -> int:
         """The requests that it holds."""
         return len(self._waiting) + len(self._running)
@@ -146,6 +173,7 @@ class FakeEngine:
     def start(self, engine_args: Mapping[str, Any]) -> None:
         """Keep the arguments, for tests to look at."""
         self.engine_args = dict(engine_args)
+        self.num_starts += 1
         self._alive = True
 
     def sampling_params(self, params: object) -> Any:
@@ -175,7 +203,10 @@ class FakeEngine:
     def load_adapter(self, version: AdapterVersion) -> None:
         """Count it; the files are not read."""
         self._check_alive()
-        time.sleep(self._load_seconds)
+        if version.int_id in self._prefetched:
+            self._prefetched.remove(version.int_id)
+        else:
+            time.sleep(self._load_seconds)
         if version.name in self._refused:
             raise AdapterLoadError(
                 version.name, f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}"
@@ -185,12 +216,19 @@ class FakeEngine:
         while len(self._loaded) > self.engine_args["max_cpu_loras"]:
             self._loaded.popitem(last=False)
 
+    def prefetch_adapter(self, version: AdapterVersion) -> None:
+        """Count it; loading it then takes no time."""
+        self._check_alive()
+        self.prefetches.append(version.name)
+        self._prefetched.add(version.int_id)
+
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Forget it."""
         self._check_alive()
+        self._prefetched.discard(version.int_id)
         self._loaded.pop(version.int_id, None)
 
-    def add_request(self, request: GenerationRequest) -> None:
+    def add_request(self, request: GenerationRequest) -> int:
         """Read the prompt and make up the answer."""
         self._check_alive()
         prompt_ids = self._encode(request.prompt) if isinstance(request.prompt, str) else request.prompt
@@ -198,8 +236,9 @@ class FakeEngine:
         max_model_len = self.engine_args.get("max_model_len") or 1 << 20
         if len(prompt_ids) >= max_model_len:
             raise RequestRejectedError(f"vLLM cannot run this request: {len(prompt_ids)} tokens of {max_model_len}")
-        reply = self._reply(prompt, request.adapter.name if request.adapter else None)
+        reply = self._reply(prompt, request.adapter_name)
         self._waiting.append(_Running(request, prompt_ids, reply.split(" ")))
+        return len(prompt_ids)
 
     def abort_request(self, request_id: str) -> None:
         """Forget the request."""
@@ -207,15 +246,18 @@ class FakeEngine:
         for requests in (self._waiting, self._running):
             requests[:] = [entry for entry in requests if entry.request.request_id != request_id]
 
-    def step(self) -> list[GenerationOutput]:
+    def step(self) -> StepOutput:
         """One word for each running request."""
         time.sleep(self._step_seconds)
         self._check_alive()
         self._schedule()
         self.num_steps += 1
-        outputs = [self._advance(entry) for entry in self._running]
-        self._running = [entry for entry, output in zip(self._running, outputs, strict=True) if not output.finished]
-        return [output for output in outputs if output.finished or output.completions[0].token_ids]
+        for entry in self._running:
+            entry.advance()
+        outputs = [self._output(entry) for entry in self._running if entry.request.stream or entry.is_finished]
+        num_tokens = {entry.request.request_id: entry.num_tokens for entry in self._running}
+        self._running = [entry for entry in self._running if not entry.is_finished]
+        return StepOutput(outputs, num_tokens, len(self._waiting), len(self._running) / self.max_num_seqs)
 
     def kill(self) -> None:
         """The same as ``die``."""
@@ -225,6 +267,7 @@ class FakeEngine:
         """Forget everything."""
         self._alive = False
         self._loaded.clear()
+        self._prefetched.clear()
         self._waiting.clear()
         self._running.clear()
 
@@ -233,28 +276,24 @@ class FakeEngine:
             raise EngineDeadError(self._cause_of_death)
 
     def _schedule(self) -> None:
-        max_num_seqs, max_loras = self.engine_args.get("max_num_seqs", 256), self.engine_args["max_loras"]
+        max_loras = self.engine_args["max_loras"]
         for entry in list(self._waiting):
+            if len(self._running) >= self.max_num_seqs:
+                return
             ids = {other.request.adapter.int_id for other in self._running if other.request.adapter}
             adapter = entry.request.adapter
             if adapter is not None and len(ids | {adapter.int_id}) > max_loras:
                 continue
-            if len(self._running) == max_num_seqs:
-                return
             if adapter is not None and adapter.int_id not in self._loaded:
                 self.die(f"adapter {adapter.name!r} was not loaded")
                 self._check_alive()
             self._waiting.remove(entry)
             self._running.append(entry)
 
-    def _advance(self, entry: _Running) -> GenerationOutput:
+    def _output(self, entry: _Running) -> GenerationOutput:
         request, params = entry.request, entry.request.sampling_params
-        limit = min(params.max_tokens or len(entry.words), len(entry.words))
-        entry.num_words = min(entry.num_words + 1, limit)
-        entry.first_token = entry.first_token or time.monotonic()
-        words = entry.words[: entry.num_words]
-        finished = entry.num_words == limit
-        reason = ("stop" if limit == len(entry.words) else "length") if finished else None
+        words, finished = entry.words[: entry.num_words], entry.is_finished
+        reason = ("stop" if entry.limit == len(entry.words) else "length") if finished else None
         token_ids = self._encode(" ".join(words))
         logprobs = self._certain(token_ids) if params.logprobs is not None else None
         return GenerationOutput(
@@ -265,13 +304,15 @@ class FakeEngine:
                 Completion(index, " ".join(words), token_ids, reason, None, logprobs, 0.0 if logprobs else None)
                 for index in range(params.n)
             ),
-            adapter=request.adapter.name if request.adapter else None,
+            adapter=request.adapter_name,
             adapter_id=request.adapter.int_id if request.adapter else 0,
             prompt_logprobs=[None, *self._certain(entry.prompt_ids)[1:]]
             if params.prompt_logprobs is not None
             else None,
             finished=finished,
-            times=RequestTimes(request.queued, entry.first_token, time.monotonic() if finished else None),
+            times=RequestTimes(
+                request.queued, entry.admitted, entry.first_token, time.monotonic() if finished else None
+            ),
         )
 
     def _encode(self, text: str) -> tuple[int, ...]:

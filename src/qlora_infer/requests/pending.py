@@ -1,0 +1,128 @@
+"""A request on its way, from the moment it is made until it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from qlora_infer.requests.request import GenerationOutput, GenerationRequest
+
+#: More outputs than any request has: whoever waits for more waits for the end.
+END = math.inf
+
+
+class PendingRequest:
+    """What the queue and the driver hold of a request, and what its handle reads.
+
+    It ends exactly once, with a finished output or with an error, and whoever waits for it then is woken: threads,
+    and tasks of any event loop.
+
+    Attributes:
+        request: What is asked.
+        num_seqs: The places in the engine's batch that it takes: ``n`` of its sampling parameters.
+        number: Its place in the order of arrival, given by the queue.
+        num_tokens: The tokens that it has been given so far.
+        num_starts: How often it was handed to an engine; twice when the first one died.
+        output: The newest output.
+        num_outputs: How many there have been.
+        done: Whether it has ended.
+        error: What it failed with.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self.num_seqs: int = getattr(request.sampling_params, "n", None) or 1
+        self.number: int | None = None
+        self.num_tokens = 0
+        self.num_starts = 0
+        self.output: GenerationOutput | None = None
+        self.num_outputs = 0
+        self.done = False
+        self.error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._listeners: list[tuple[float, Callable[[], None]]] = []
+
+    def advance(self, output: GenerationOutput) -> None:
+        """Take the next output, unless the request has ended."""
+        with self._changed:
+            if self.done:
+                return
+            self.output, self.done = output, output.finished
+            self.num_outputs += 1
+            self._notify()
+
+    def fail(self, error: BaseException) -> bool:
+        """End with an error, unless the request has ended; whether it did so now."""
+        with self._changed:
+            if self.done:
+                return False
+            self.error, self.done = error, True
+            self._notify()
+            return True
+
+    def last_output(self) -> GenerationOutput:
+        """The output that it ended with; raises the error if it ended with one."""
+        if self.error is not None:
+            raise self.error
+        if self.output is None:
+            raise RuntimeError(f"request {self.request.request_id} has no output")
+        return self.output
+
+    def newest(self) -> tuple[GenerationOutput, int, bool]:
+        """The newest output, how many there have been, and whether it is the last; raises the error of a failed one."""
+        with self._changed:
+            return self.last_output(), self.num_outputs, self.done
+
+    def wait(self, num_seen: float = END, timeout: float | None = None) -> bool:
+        """Block this thread until there are more outputs than ``num_seen``, or the end.
+
+        Returns:
+            Whether there are, within ``timeout`` seconds.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: self._has_news(num_seen), timeout)
+
+    async def wait_async(self, num_seen: float = END) -> None:
+        """Let the event loop run until there are more outputs than ``num_seen``, or the end."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def resolve() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop was closed; nobody waits there any more
+                loop.call_soon_threadsafe(resolve)
+
+        self.listen(wake, num_seen)
+        try:
+            await future
+        finally:
+            self._unlisten(wake)
+
+    def listen(self, listener: Callable[[], None], num_seen: float = END) -> None:
+        """Call ``listener`` once when there are more outputs than ``num_seen``, or the end; it must not block."""
+        with self._changed:
+            if not self._has_news(num_seen):
+                self._listeners.append((num_seen, listener))
+                return
+        listener()
+
+    def _unlisten(self, listener: Callable[[], None]) -> None:
+        with self._changed:
+            self._listeners = [entry for entry in self._listeners if entry[1] is not listener]
+
+    def _has_news(self, num_seen: float) -> bool:
+        return self.done or self.num_outputs > num_seen
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        if self._listeners:
+            due = [listener for num_seen, listener in self._listeners if self._has_news(num_seen)]
+            self._listeners = [entry for entry in self._listeners if not self._has_news(entry[0])]
+            for listener in due:
+                listener()

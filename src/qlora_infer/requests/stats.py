@@ -1,0 +1,212 @@
+"""What an engine has done and is doing, in numbers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import define, field, fields, frozen
+
+from qlora_infer.requests.pending import PendingRequest
+from qlora_infer.requests.request import GenerationOutput
+
+
+@frozen
+class Durations:
+    """Several measured times, in seconds.
+
+    Attributes:
+        count: How many.
+        total: Their sum.
+        max: The longest.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    max: float = 0.0
+
+    @property
+    def mean(self) -> float | None:
+        """Their mean; ``None`` while there are none."""
+        return self.total / self.count if self.count else None
+
+    def plus(self, seconds: float) -> Durations:
+        """These and one more."""
+        return Durations(self.count + 1, self.total + seconds, max(self.max, seconds))
+
+
+@frozen
+class AdapterStats:
+    """The numbers of one adapter, or of the base model, since the engine started.
+
+    Attributes:
+        num_waiting: Requests in the queue now.
+        num_running: Requests in the engine now.
+        num_finished: Requests that finished.
+        num_failed: Requests that ended with an error; cancelled and timed-out ones are among them.
+        prompt_tokens: Tokens of the prompts that the engine was given.
+        generation_tokens: Tokens generated.
+        num_swaps: How often the adapter was moved into a slot on the device.
+        queue_time: How long requests waited in the queue.
+        time_to_first_token: How long requests took from their making to their first token.
+    """
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    num_swaps: int = 0
+    queue_time: Durations = Durations()
+    time_to_first_token: Durations = Durations()
+
+
+@frozen
+class EngineStats:
+    """An engine's numbers at one moment; plain values that do not change.
+
+    Attributes:
+        num_waiting: Requests in the queue.
+        num_running: Requests in the engine.
+        num_adapters_waiting: Adapters that wait for a slot.
+        num_steps: Steps taken since the engine started.
+        num_restarts: How often its core has died and was started again.
+        step_time: How long steps took.
+        kv_cache_usage: The share of the KV cache's blocks that requests hold, 0 to 1, after the newest step.
+        adapters: By name; the base model is ``None``. An adapter is here from its first request until it is unloaded.
+    """
+
+    num_waiting: int
+    num_running: int
+    num_adapters_waiting: int
+    num_steps: int
+    num_restarts: int
+    step_time: Durations
+    kv_cache_usage: float
+    adapters: Mapping[str | None, AdapterStats] = field(repr=False)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts that the engine was given."""
+        return sum(adapter.prompt_tokens for adapter in self.adapters.values())
+
+    @property
+    def generation_tokens(self) -> int:
+        """Tokens generated."""
+        return sum(adapter.generation_tokens for adapter in self.adapters.values())
+
+
+@define
+class _Counts:
+    """What ``AdapterStats`` is made of while it is being counted."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    num_swaps: int = 0
+    queue_time: Durations = Durations()
+    time_to_first_token: Durations = Durations()
+
+
+class StatsRecorder:
+    """Counts what happens to requests; any thread may call any method."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._adapters: dict[str | None, _Counts] = {}
+        self._num_steps = 0
+        self._num_restarts = 0
+        self._step_time = Durations()
+        self._kv_cache_usage = 0.0
+
+    def queued(self, pending: PendingRequest) -> None:
+        """A request has entered the queue."""
+        with self._lock:
+            self._of(pending).num_waiting += 1
+
+    def admitted(self, pending: PendingRequest) -> None:
+        """A request has left the queue for the engine."""
+        waited = time.monotonic() - pending.request.queued
+        with self._lock:
+            counts = self._of(pending)
+            counts.num_waiting -= 1
+            counts.num_running += 1
+            counts.queue_time = counts.queue_time.plus(waited)
+
+    def begun(self, pending: PendingRequest, num_tokens: int, *, is_swap: bool) -> None:
+        """The engine has taken a request with a prompt of so many tokens, and perhaps moved its adapter into a slot."""
+        with self._lock:
+            counts = self._of(pending)
+            counts.prompt_tokens += num_tokens
+            counts.num_swaps += is_swap
+
+    def stepped(self, seconds: float, kv_cache_usage: float, num_tokens: Mapping[str | None, int]) -> None:
+        """A step was taken, which gave the adapters so many tokens."""
+        with self._lock:
+            self._num_steps += 1
+            self._step_time = self._step_time.plus(seconds)
+            self._kv_cache_usage = kv_cache_usage
+            for name, number in num_tokens.items():
+                self._adapters[name].generation_tokens += number
+
+    def ended(self, pending: PendingRequest, output: GenerationOutput | None, *, was_running: bool) -> None:
+        """A request has ended; without an output when it failed."""
+        with self._lock:
+            counts = self._of(pending)
+            if was_running:
+                counts.num_running -= 1
+            else:
+                counts.num_waiting -= 1
+            if output is None:
+                counts.num_failed += 1
+                return
+            counts.num_finished += 1
+            if output.times.time_to_first_token is not None:
+                counts.time_to_first_token = counts.time_to_first_token.plus(output.times.time_to_first_token)
+
+    def requeued(self, pending: PendingRequest) -> None:
+        """A request has left the engine for the queue, because the engine died."""
+        with self._lock:
+            counts = self._of(pending)
+            counts.num_running -= 1
+            counts.num_waiting += 1
+
+    def restarted(self) -> None:
+        """The engine has died and was started again."""
+        with self._lock:
+            self._num_restarts += 1
+
+    def forget(self, name: str) -> None:
+        """Drop an adapter that is gone, unless it has requests."""
+        with self._lock:
+            counts = self._adapters.get(name)
+            if counts is not None and not counts.num_waiting and not counts.num_running:
+                del self._adapters[name]
+
+    def snapshot(self, *, num_adapters_waiting: int) -> EngineStats:
+        """The numbers of this moment."""
+        with self._lock:
+            adapters = {name: AdapterStats(**_fields(counts)) for name, counts in self._adapters.items()}
+            return EngineStats(
+                num_waiting=sum(counts.num_waiting for counts in adapters.values()),
+                num_running=sum(counts.num_running for counts in adapters.values()),
+                num_adapters_waiting=num_adapters_waiting,
+                num_steps=self._num_steps,
+                num_restarts=self._num_restarts,
+                step_time=self._step_time,
+                kv_cache_usage=self._kv_cache_usage,
+                adapters=adapters,
+            )
+
+    def _of(self, pending: PendingRequest) -> _Counts:
+        return self._adapters.setdefault(pending.request.adapter_name, _Counts())
+
+
+def _fields(counts: _Counts) -> dict[str, Any]:
+    return {attribute.name: getattr(counts, attribute.name) for attribute in fields(_Counts)}
