@@ -11,6 +11,12 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
+TEST_REQUIREMENTS = (
+    *("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17"),
+    *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27"),  # a web service around the engine
+    *("nbclient>=0.10", "ipykernel>=6.29"),  # a notebook
+)
+
 # torch's CPU builds are not on PyPI.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -57,7 +63,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Install and pass all tests, those on the real vLLM too."""
-    install_cpu(session, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17")
+    install_cpu(session, *TEST_REQUIREMENTS)
     session.run("pytest", *session.posargs)
 
 

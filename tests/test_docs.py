@@ -17,7 +17,7 @@ MODULES = (
     "qlora_infer.requests.handle",
     "qlora_infer.testing._engine",
 )
-PAGES = ("README.md", "docs/testing.md", "docs/quantization.md")
+PAGES = ("README.md", "docs/testing.md", "docs/quantization.md", "docs/scheduling.md")
 ROOT = Path(__file__).parents[1]
 
 

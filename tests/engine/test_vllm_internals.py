@@ -68,6 +68,47 @@ def test_the_renderer_turns_prompts_into_what_add_request_takes(awq):
     assert {"request_id", "prompt", "params", "lora_request", "prompt_text"} <= set(parameters(LLMEngine.add_request))
 
 
+def test_a_step_tells_the_tokens_and_the_scheduler_s_numbers(awq):
+    """request_states, their statistics and the logger's place are where step reads them."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
+
+    assert {"num_waiting_reqs", "kv_cache_usage"} <= set(SchedulerStats.__dataclass_fields__)
+    assert "num_generation_tokens" in RequestStateStats.__dataclass_fields__
+    assert "self.logger_manager.record(" in inspect.getsource(LLMEngine.step)
+    assert "self.logger_manager.log()" in inspect.getsource(LLMEngine.do_log_stats)
+    handle = awq.add_request("Once upon a time", {"max_tokens": 200, "ignore_eos": True})
+    next(iter(handle))
+    states = awq._driver.call(lambda: list(awq._backend._engine.output_processor.request_states.values()))
+    assert [state.external_req_id for state in states] == [handle.request_id]
+    assert states[0].stats.num_generation_tokens > 0
+    assert awq._backend._scheduler.kv_cache_usage > 0
+    assert handle.cancel()
+
+
+def test_the_lora_manager_reads_and_takes_adapters_as_the_worker_extension_does():
+    """_load_adapter takes a request and changes nothing; add_adapter takes what it read, without a slot."""
+    from vllm.lora.model_manager import LRUCacheLoRAModelManager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    assert parameters(LRUCacheWorkerLoRAManager._load_adapter) == ["self", "lora_request"]
+    assert parameters(LRUCacheLoRAModelManager.add_adapter) == ["self", "lora"]
+    theirs = inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    assert "lora = self._load_adapter(lora_request)" in theirs
+    assert "self._adapter_manager.add_adapter(lora)" in theirs
+    assert "activate" not in inspect.getsource(LRUCacheLoRAModelManager.add_adapter)
+
+
+def test_the_batch_sizes_are_those_of_vllm_s_own_class(awq):
+    """max_num_seqs is what vllm.LLM would take here, unless engine_args say otherwise."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    config = awq._backend._engine.vllm_config.scheduler_config
+    _, max_num_seqs = EngineArgs.get_batch_defaults(world_size=1)
+    assert awq._backend.max_num_seqs == config.max_num_seqs == max_num_seqs[UsageContext.LLM_CLASS]
+
+
 def test_the_workers_know_their_lora_modules(awq):
     """qlora_lora_modules finds every projection, the embedding and the head, with the sizes of SmolLM2-135M."""
     modules = {name: (shape.in_features, shape.out_features) for name, shape in awq._model_modules.items()}

