@@ -8,7 +8,6 @@ and on the CPU a base request in a mixed batch gets somebody else's adapter. Thi
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import multiprocessing
@@ -16,10 +15,8 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -31,22 +28,13 @@ from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig
 from qlora_infer.errors import EngineClosedError, EngineDeadError
-from qlora_infer.requests.arguments import (
-    along,
-    checked_priority,
-    checked_prompt,
-    checked_timeout,
-    conversation_list,
-    one_per_prompt,
-    prompt_list,
-)
+from qlora_infer.requests.arguments import conversation_list, prompt_list
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
-from qlora_infer.requests.progress import with_progress
+from qlora_infer.requests.intake import Intake
 from qlora_infer.requests.queue import Policy, RequestQueue
-from qlora_infer.requests.request import GenerationOutput, GenerationRequest, Prompt
+from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
-from qlora_infer.requests.window import answered
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -148,8 +136,6 @@ class QuantizedLoRAEngine:
         self._config = config
         self._backend = backend or _vllm_backend()
         strategy_args = _strategy_args(config, self._backend)
-        self._request_ids = itertools.count()
-        self._id_prefix = uuid.uuid4().hex[:8]
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
         store = Path(tempfile.mkdtemp(prefix="qlora-infer-"))
@@ -165,6 +151,7 @@ class QuantizedLoRAEngine:
             restarts=config.restart == "on-failure",
         )
         self._residency, self._cache, self._driver = residency, cache, driver
+        self._intake = Intake(self._backend, cache, driver)
         self._close = weakref.finalize(self, _close, driver, store)
         try:
             self._start(strategy_args, adapters or {})
@@ -302,8 +289,9 @@ class QuantizedLoRAEngine:
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
-        submits = self._submits(prompt_list(prompts), sampling_params, adapter, priority, timeout)
-        return self._answer_all(submits, use_tqdm=use_tqdm)
+        return self._intake.answer_all(
+            prompt_list(prompts), sampling_params, adapter, priority, timeout, use_tqdm=use_tqdm
+        )
 
     def chat(
         self,
@@ -332,8 +320,9 @@ class QuantizedLoRAEngine:
             ValueError: The template cannot write the messages; and everything that ``generate`` raises.
         """
         prompts = [self._backend.render_chat(conversation) for conversation in conversation_list(messages)]
-        submits = self._submits(prompts, sampling_params, adapter, priority, timeout, add_special_tokens=False)
-        return self._answer_all(submits, use_tqdm=use_tqdm)
+        return self._intake.answer_all(
+            prompts, sampling_params, adapter, priority, timeout, add_special_tokens=False, use_tqdm=use_tqdm
+        )
 
     def generate_iter(
         self,
@@ -374,18 +363,17 @@ class QuantizedLoRAEngine:
             ...     [next(outputs).text, next(outputs).text]
             ['You said: number 0', 'You said: number 1']
         """
-        if max_pending is not None and max_pending < 1:
-            raise ValueError(f"max_pending must be at least 1, got {max_pending}")
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be an iterable of prompts, got one string: add_request and generate take one")
-        rank, limit = checked_priority(priority), checked_timeout(timeout)
-        columns = zip(prompts, along("sampling_params", sampling_params), along("adapter", adapter))  # noqa: B905
-        handles = (
-            self._submit(checked_prompt(prompt), self._backend.sampling_params(params), name, rank, limit)
-            for prompt, params, name in columns
+        outputs = self._intake.answer_each(
+            prompts,
+            sampling_params,
+            adapter,
+            priority,
+            timeout,
+            in_order=in_order,
+            max_pending=max_pending,
+            use_tqdm=use_tqdm,
         )
-        outputs = answered(handles, max_pending=max_pending or 4 * self._backend.max_num_seqs, in_order=in_order)
-        return self._shown(outputs, len(prompts) if isinstance(prompts, Sized) else None) if use_tqdm else outputs
+        return self._held_by(outputs)
 
     def stream(
         self,
@@ -446,90 +434,14 @@ class QuantizedLoRAEngine:
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
-        return self._submit(
-            checked_prompt(prompt),
-            self._backend.sampling_params(sampling_params),
-            adapter,
-            checked_priority(priority),
-            checked_timeout(timeout),
-            stream=True,
-            block=block,
-        )
+        return self._intake.take_one(prompt, sampling_params, adapter, priority, timeout, block=block)
 
     def stats(self) -> EngineStats:
         """What the engine has done and is doing, in numbers; cheap enough to ask for every second."""
         return self._driver.stats()
 
-    def _submits(
-        self,
-        prompts: Sequence[str | tuple[int, ...]],
-        sampling_params: Any,
-        adapter: str | Sequence[str | None] | None,
-        priority: int | Sequence[int],
-        timeout: float | None,
-        *,
-        add_special_tokens: bool = True,
-    ) -> list[Callable[[], RequestHandle]]:
-        """What submits each prompt; raises what is wrong with any of them before the first is queued."""
-        all_params = one_per_prompt("sampling_params", sampling_params, len(prompts))
-        names = one_per_prompt("adapter", adapter, len(prompts))
-        ranks = [checked_priority(rank) for rank in one_per_prompt("priority", priority, len(prompts))]
-        params = {id(given): self._backend.sampling_params(given) for given in all_params}
-        self._cache.require(name for name in names if name is not None)
-        submit = partial(self._submit, timeout=checked_timeout(timeout), add_special_tokens=add_special_tokens)
-        return [
-            partial(submit, prompt, params[id(given)], name, rank)
-            for prompt, given, name, rank in zip(prompts, all_params, names, ranks, strict=True)
-        ]
-
-    def _answer_all(self, submits: Sequence[Callable[[], RequestHandle]], *, use_tqdm: bool) -> list[GenerationOutput]:
-        ids: list[str] = []
-
-        def handles() -> Iterator[RequestHandle]:
-            for submit in submits:
-                handle = submit()
-                ids.append(handle.request_id)
-                yield handle
-
-        outputs = answered(handles(), max_pending=None, in_order=False)
-        if use_tqdm:
-            outputs = self._shown(outputs, len(submits))
-        by_id = {output.request_id: output for output in outputs}
-        return [by_id[request_id] for request_id in ids]
-
-    def _shown(self, outputs: Iterator[GenerationOutput], total: int | None) -> Iterator[GenerationOutput]:
-        return with_progress(
-            outputs, total=total, num_adapters_waiting=lambda: self._driver.stats().num_adapters_waiting
-        )
-
-    def _submit(
-        self,
-        prompt: str | tuple[int, ...],
-        params: Any,
-        adapter: str | None,
-        priority: int,
-        timeout: float | None,
-        *,
-        stream: bool = False,
-        add_special_tokens: bool = True,
-        block: bool = True,
-    ) -> RequestHandle:
-        version = self._cache.acquire(adapter)
-        request = GenerationRequest(
-            request_id=f"{self._id_prefix}-{next(self._request_ids)}",
-            prompt=prompt,
-            sampling_params=params,
-            adapter=version,
-            stream=stream,
-            add_special_tokens=add_special_tokens,
-            priority=priority,
-            timeout=timeout,
-        )
-        try:
-            return self._driver.submit(request, block=block)
-        except BaseException:
-            self._cache.release(version)
-            raise
+    def _held_by(self, outputs: Iterator[GenerationOutput]) -> Iterator[GenerationOutput]:
+        yield from outputs  # a generator holds on to its object, so that the engine is not closed before the last
 
     # Life -------------------------------------------------------------------------------------------------------
 

@@ -149,7 +149,11 @@ class Driver:
 
     def stats(self) -> EngineStats:
         """The numbers of this moment; also after the end."""
-        return self._stats.snapshot(num_adapters_waiting=self._queue.num_adapters_in_line)
+        return self._stats.snapshot(num_adapters_waiting=self.num_adapters_waiting())
+
+    def num_adapters_waiting(self) -> int:
+        """Adapters that wait for a slot."""
+        return self._queue.num_adapters_in_line
 
     def close(self) -> None:
         """End what is unfinished with ``EngineClosedError``, then the engine; harmless a second time."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
-from attrs import define, field, fields, frozen
+from attrs import define, field, frozen
 
 from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.request import GenerationOutput
@@ -37,9 +37,9 @@ class Durations:
         return Durations(self.count + 1, self.total + seconds, max(self.max, seconds))
 
 
-@frozen
+@define
 class AdapterStats:
-    """The numbers of one adapter, or of the base model, since the engine started.
+    """The numbers of one adapter, or of the base model, since the engine started; a copy of its own.
 
     Attributes:
         num_waiting: Requests in the queue now.
@@ -99,27 +99,12 @@ class EngineStats:
         return sum(adapter.generation_tokens for adapter in self.adapters.values())
 
 
-@define
-class _Counts:
-    """What ``AdapterStats`` is made of while it is being counted."""
-
-    num_waiting: int = 0
-    num_running: int = 0
-    num_finished: int = 0
-    num_failed: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    num_swaps: int = 0
-    queue_time: Durations = Durations()
-    time_to_first_token: Durations = Durations()
-
-
 class StatsRecorder:
     """Counts what happens to requests; any thread may call any method."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._adapters: dict[str | None, _Counts] = {}
+        self._adapters: dict[str | None, AdapterStats] = {}
         self._num_steps = 0
         self._num_restarts = 0
         self._step_time = Durations()
@@ -192,7 +177,7 @@ class StatsRecorder:
     def snapshot(self, *, num_adapters_waiting: int) -> EngineStats:
         """The numbers of this moment."""
         with self._lock:
-            adapters = {name: AdapterStats(**_fields(counts)) for name, counts in self._adapters.items()}
+            adapters = {name: copy.copy(counts) for name, counts in self._adapters.items()}
             return EngineStats(
                 num_waiting=sum(counts.num_waiting for counts in adapters.values()),
                 num_running=sum(counts.num_running for counts in adapters.values()),
@@ -204,9 +189,5 @@ class StatsRecorder:
                 adapters=adapters,
             )
 
-    def _of(self, pending: PendingRequest) -> _Counts:
-        return self._adapters.setdefault(pending.request.adapter_name, _Counts())
-
-
-def _fields(counts: _Counts) -> dict[str, Any]:
-    return {attribute.name: getattr(counts, attribute.name) for attribute in fields(_Counts)}
+    def _of(self, pending: PendingRequest) -> AdapterStats:
+        return self._adapters.setdefault(pending.request.adapter_name, AdapterStats())
