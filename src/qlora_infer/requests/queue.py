@@ -86,6 +86,7 @@ class RequestQueue:
         self._in_turn: dict[str | None, _Lane] = {}  # those that are admitted from
         self._line: Heap[_Lane] = Heap()  # those that wait for a slot
         self._in_slots: dict[AdapterVersion, int] = {}  # how many requests run on each
+        self._turns_are_due = False  # whether a slot may have become free, or somebody may have lined up for one
         self._num_waiting = 0
         self._step = 0
         self._round = 0
@@ -133,7 +134,9 @@ class RequestQueue:
         """
         if not self._num_waiting or self.num_running >= self.max_num_seqs:
             return None
-        self._begin_turns()
+        if self._turns_are_due:
+            self._turns_are_due = False
+            self._begin_turns()
         ready = [lane for lane in self._in_turn.values() if self._fits(lane)]
         if not ready:
             return None
@@ -169,6 +172,7 @@ class RequestQueue:
     def count_step(self) -> None:
         """Count a step of the engine."""
         self._step += 1
+        self._turns_are_due = True
 
     def upcoming(self, number: int) -> list[AdapterVersion]:
         """The adapters that get the next slots, the next one first."""
@@ -217,9 +221,11 @@ class RequestQueue:
             lane.round = max(lane.round + 1, self._round + is_new)
             lane.number_in_line = next(self._numbers)
         self._line.push((lane.priority, lane.round, lane.number_in_line), lane)
+        self._turns_are_due = True
 
     def _settle(self, lane: _Lane) -> None:
         """Let go of what a lane needs no longer, after a request has gone."""
+        self._turns_are_due = True
         if lane.waiting:
             self._line_up(lane)
             return
