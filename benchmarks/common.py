@@ -25,9 +25,9 @@ WORDS = ("sea", "ship", "gold", "wind", "star", "map", "isle", "sail", "crew", "
 
 
 def prompts(number: int, *, seed: int = 0) -> list[str]:
-    """Prompts of 8 to 24 words."""
+    """Prompts of 4 to 12 words."""
     generator = random.Random(seed)
-    return [" ".join(generator.choices(WORDS, k=generator.randint(8, 24))) for _ in range(number)]
+    return [" ".join(generator.choices(WORDS, k=generator.randint(4, 12))) for _ in range(number)]
 
 
 def lengths(number: int, mean: int, *, seed: int = 0) -> list[dict[str, Any]]:
