@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Policy = Literal["fair", "fcfs"]
 
-#: Steps of a slot's share of the batch that an adapter is given in a turn, and steps that the turn lasts at most.
+#: Steps of the whole batch that an adapter is given in a turn, and steps that the turn lasts at most.
 QUANTUM_STEPS = 64
 TURN_STEPS = 128
 
@@ -42,18 +42,20 @@ class RequestQueue:
 
     - The lower ``priority`` goes first, always: over fairness, and over the rest of another adapter's turn.
     - A free place goes to the lane that has most credit left. A lane's credit is what it has still to be given in
-      this round: ``QUANTUM_STEPS * max_num_seqs / max_loras`` tokens, times its adapter's weight. What it takes
-      beyond that, it owes to the rounds after.
+      this round: ``QUANTUM_STEPS * max_num_seqs`` tokens, times its adapter's weight. What it takes beyond that, it
+      owes to the rounds after.
     - A slot that becomes free goes to the lane that has waited longest for one. While some wait, an adapter that has
       used its credit, or has had its slot for ``TURN_STEPS`` steps times its weight, takes no further requests, and
       leaves when those that run have finished. At most half the slots are emptied at a time; the other adapters keep
       the batch full.
+    - The fewer adapters in a batch, the faster it is. So while more requests wait than a batch holds, and adapters
+      whose turn it is can fill it, one that has many waiting is kept waiting for the end of a turn, even if a slot is
+      free. One that has few takes the free slot at once.
     - The base model needs no slot.
 
-    So a request whose adapter owes nothing starts within ``ceil((n + 1) / h) * (TURN_STEPS * w + L) + 2 L`` steps,
-    whatever else comes in: ``n`` is the number of adapters that wait for a slot or hold one when it arrives, plus
-    ``MAX_OVERTAKEN``; ``h`` is half of ``max_loras``, at least one; ``w`` the largest weight, at least one; ``L`` the
-    steps of the longest request.
+    So a request whose adapter owes nothing starts within ``(n + 1) * (TURN_STEPS * w + L) + 2 L`` steps, whatever
+    else comes in: ``n`` is the number of adapters that wait for a slot or hold one when it arrives, plus
+    ``MAX_OVERTAKEN``; ``w`` the largest weight, at least one; ``L`` the steps of the longest request.
 
     ``policy="fcfs"`` is one lane for all: the oldest request is next, and while it has no slot, nobody overtakes it.
 
@@ -85,6 +87,7 @@ class RequestQueue:
         self._lanes: dict[str | None, _Lane] = {}
         self._in_turn: dict[str | None, _Lane] = {}  # those that are admitted from
         self._line: Heap[_Lane] = Heap()  # those that wait for a slot
+        self._few: Heap[_Lane] = Heap()  # of these, those that have few requests waiting
         self._in_slots: dict[AdapterVersion, int] = {}  # how many requests run on each
         self._turns_are_due = False  # whether a slot may have become free, or somebody may have lined up for one
         self._num_waiting = 0
@@ -104,7 +107,7 @@ class RequestQueue:
     def resize(self, max_num_seqs: int) -> None:
         """Set the number of places."""
         self.max_num_seqs = max_num_seqs
-        self._quantum = QUANTUM_STEPS * max(1.0, max_num_seqs / self._max_loras)
+        self._quantum = float(QUANTUM_STEPS * max_num_seqs)
 
     def append(self, pending: PendingRequest) -> None:
         """Add a request; one that ran and is to run again goes back to where it was."""
@@ -150,6 +153,7 @@ class RequestQueue:
         lane.num_running += 1
         self.num_running += pending.num_seqs
         self._num_waiting -= 1
+        self._turns_are_due |= not lane.waiting
         return pending
 
     def charge(self, pending: PendingRequest, num_tokens: int) -> None:
@@ -220,8 +224,17 @@ class RequestQueue:
             # is due after all that wait already.
             lane.round = max(lane.round + 1, self._round + is_new)
             lane.number_in_line = next(self._numbers)
-        self._line.push((lane.priority, lane.round, lane.number_in_line), lane)
+        place = (lane.priority, lane.round, lane.number_in_line)
+        self._line.push(place, lane)
+        if self._has_few(lane):
+            self._few.push(place, lane)
+        else:
+            self._few.remove(lane)
         self._turns_are_due = True
+
+    def _leave_line(self, lane: _Lane) -> None:
+        self._line.remove(lane)
+        self._few.remove(lane)
 
     def _settle(self, lane: _Lane) -> None:
         """Let go of what a lane needs no longer, after a request has gone."""
@@ -229,7 +242,7 @@ class RequestQueue:
         if lane.waiting:
             self._line_up(lane)
             return
-        self._line.remove(lane)
+        self._leave_line(lane)
         if not lane.num_running:
             self._in_turn.pop(lane.key, None)
 
@@ -237,13 +250,20 @@ class RequestQueue:
         """Give free slots to the lanes that have waited longest for one, and see to it that slots become free."""
         while self._line:
             lane = self._line.head()
-            if self._num_slots_spoken_for() < self._max_loras:
+            if self._num_slots_spoken_for() >= self._max_loras:
+                if lane.next_version not in self._in_slots:
+                    if self._end_turns(lane.priority):
+                        continue
+                    return
+            elif not self._is_better_without(lane):
                 lane = self._resident_one(lane)
-            elif lane.next_version not in self._in_slots:
-                if self._end_turns(lane.priority):
-                    continue
+            elif self._few and self._few.head().priority <= lane.priority:
+                lane = self._few.head()
+            elif not self._end_turns(lane.priority, any_number=True):
                 return
-            self._line.remove(lane)
+            else:
+                continue
+            self._leave_line(lane)
             self._reach_round(lane.round)
             self._renew(lane)
             if lane.credit > 0:
@@ -251,6 +271,18 @@ class RequestQueue:
                 self._in_turn[lane.key] = lane
             else:
                 self._line_up(lane)  # it owes this round to the others
+
+    def _is_better_without(self, lane: _Lane) -> bool:
+        """Whether the batch is kept full, with fewer adapters, by those in turn, so that a free slot stays free."""
+        if self._num_waiting < self.max_num_seqs or self._has_few(lane):
+            return False
+        return any(
+            other.key is not None and self._fits(other) and other.priority <= lane.priority
+            for other in self._in_turn.values()
+        )
+
+    def _has_few(self, lane: _Lane) -> bool:
+        return len(lane.waiting) <= max(1.0, self.max_num_seqs / self._max_loras / 4)
 
     def _num_slots_spoken_for(self) -> int:
         meant = {lane.next_version for lane in self._in_turn.values()} - {None}
@@ -269,17 +301,19 @@ class RequestQueue:
     def _is_ready(self, lane: _Lane) -> bool:
         return lane.next_version is None or self._is_resident(lane.next_version)
 
-    def _end_turns(self, priority: int) -> bool:
-        """Stop admitting to lanes that have had their turn, so that their slots become free; whether one is already."""
+    def _end_turns(self, priority: int, *, any_number: bool = False) -> bool:
+        """Stop admitting to lanes that have had their turn, for those in line; whether somebody can begin now."""
         num_emptying = sum(version.name not in self._in_turn for version in self._in_slots)
         num_wanted = min(max(1, self._max_loras // 2), len(self._line)) - num_emptying
+        if any_number:
+            num_wanted = len(self._in_turn)
         done = [lane for lane in self._in_turn.values() if self._has_had_its_turn(lane, priority)]
         # The quickest to empty first, as far as one can tell.
         ending = sorted(done, key=lambda lane: (bool(lane.waiting), lane.num_running))[: max(0, num_wanted)]
         for lane in ending:
             del self._in_turn[lane.key]
             self._settle(lane)
-        return any(not lane.num_running for lane in ending)
+        return bool(ending) if any_number else any(not lane.num_running for lane in ending)
 
     def _has_had_its_turn(self, lane: _Lane, priority: int) -> bool:
         if lane.key is None:
