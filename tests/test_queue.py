@@ -1,7 +1,6 @@
 """Who runs next: full batches, bounded waiting, fair shares, on simulated time."""
 
 import itertools
-import math
 import random
 from collections import Counter
 from types import SimpleNamespace
