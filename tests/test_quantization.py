@@ -16,6 +16,7 @@ CONFIG = EngineConfig(
     max_loras=8,
     max_lora_rank="auto",
     max_cpu_loras="auto",
+    max_cpu_bytes=None,
     max_model_len=None,
     enforce_eager=False,
     revision=None,

@@ -1,11 +1,28 @@
 """Which adapters stay in host memory."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_infer.adapters.residency import Residency
 from qlora_infer.errors import AdapterLoadError
+
+
+class Version:
+    """What residency sees of a version."""
+
+    def __init__(self, name, num_bytes=1):
+        self.name = str(name)
+        self.manifest = SimpleNamespace(num_bytes=num_bytes)
+        self.num_uses = 0
+
+    def __repr__(self):
+        return self.name
+
+
+VERSIONS = [Version(number) for number in range(7)]
 
 
 class Memory:
@@ -37,7 +54,8 @@ class Memory:
 @given(
     max_cpu_loras=st.integers(1, 4),
     actions=st.lists(
-        st.tuples(st.sampled_from(["enter", "leave", "load", "prefetch", "drop"]), st.integers(0, 6)), max_size=80
+        st.tuples(st.sampled_from(["enter", "leave", "load", "prefetch", "drop"]), st.sampled_from(VERSIONS)),
+        max_size=80,
     ),
 )
 def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_loras, actions):
@@ -65,14 +83,14 @@ def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_lora
 
 def test_a_prefetched_adapter_is_finished_when_it_is_needed():
     """prefetch begins a load once, and the first request of the adapter ends it; the base model needs none."""
-    memory = Memory()
+    memory, a = Memory(), Version("a")
     residency = Residency(memory, 2, 1)
     for _ in range(2):
-        residency.prefetch("a")
-    assert (memory.being_read, memory.loads) == ({"a"}, 0)
-    assert residency.enter("a")
+        residency.prefetch(a)
+    assert (memory.being_read, memory.loads) == ({a}, 0)
+    assert residency.enter(a)
     assert (memory.being_read, memory.loads) == (set(), 1)
-    assert not residency.enter("a")
+    assert not residency.enter(a)
     assert not residency.enter(None)
     residency.leave(None)
 
@@ -81,7 +99,8 @@ def test_slots_are_counted_as_vllm_keeps_them():
     """An adapter is moved in when it is not among those used last, as many as there are slots."""
     residency = Residency(Memory(), 4, 2)
     swaps = []
-    for version in "abacba":
+    a, b, c = map(Version, "abc")
+    for version in (a, b, a, c, b, a):
         swaps.append(residency.enter(version))
         residency.leave(version)
     assert swaps == [True, True, False, True, True, True]
@@ -89,34 +108,84 @@ def test_slots_are_counted_as_vllm_keeps_them():
 
 def test_prefetching_evicts_nobody_who_runs():
     """With every place in use, prefetch does nothing."""
-    memory = Memory()
+    memory, a = Memory(), Version("a")
     residency = Residency(memory, 1, 1)
-    residency.enter("a")
-    residency.prefetch("b")
-    assert memory.inside == {"a"}
+    residency.enter(a)
+    residency.prefetch(Version("b"))
+    assert memory.inside == {a}
     assert not memory.being_read
 
 
 def test_the_least_recently_used_adapter_leaves_first():
     """Using an adapter keeps it in memory longer than one that was loaded later and not used."""
-    memory = Memory()
+    memory, (a, b, c) = Memory(), map(Version, "abc")
     residency = Residency(memory, 2, 2)
-    residency.load("a")
-    residency.load("b")
-    residency.enter("a")
-    residency.leave("a")
-    residency.load("c")
-    assert memory.inside == {"a", "c"}
+    residency.load(a)
+    residency.load(b)
+    residency.enter(a)
+    residency.leave(a)
+    residency.load(c)
+    assert memory.inside == {a, c}
+
+
+def test_an_adapter_with_waiting_requests_leaves_last():
+    """Among those that do not run, one that nobody waits for makes room, even if it was used later."""
+    memory, (a, b, c) = Memory(), map(Version, "abc")
+    residency = Residency(memory, 2, 1)
+    residency.load(a)
+    residency.load(b)
+    a.num_uses = 1
+    residency.load(c)
+    assert memory.inside == {a, c}
+
+
+def test_memory_is_counted_in_bytes():
+    """max_bytes bounds the tensors, whatever their number; what runs may exceed it, and nothing is read ahead then."""
+    memory = Memory()
+    small, middle, large = Version("small", 10), Version("middle", 40), Version("large", 90)
+    residency = Residency(memory, 10, 2, max_bytes=100)
+    residency.load(small)
+    residency.load(middle)
+    assert residency.num_bytes == 50
+    residency.load(large)
+    assert memory.inside == {large}
+    residency.enter(large)
+    residency.prefetch(middle)
+    assert not memory.being_read
+    residency.prefetch(small)
+    assert memory.being_read == {small}
+    residency.enter(middle)
+    assert memory.inside == {large, middle}
+    residency.leave(large)
+    residency.load(small)
+    assert residency.num_bytes == 50
+
+
+def test_a_pinned_adapter_stays_until_it_is_unpinned():
+    """pin loads and keeps an adapter; unpin lets it go; places for adapters that run are never pinned away."""
+    memory, (a, b, c, d) = Memory(), map(Version, "abcd")
+    residency = Residency(memory, 3, 2)
+    residency.pin(a)
+    for version in (b, c, d):
+        residency.load(version)
+    assert memory.inside == {a, c, d}
+    with pytest.raises(AdapterLoadError, match="raise max_cpu_loras, or unpin one"):
+        residency.pin(b)
+    residency.pin(a)
+    residency.unpin("a")
+    residency.unpin("never")
+    residency.load(b)
+    assert a not in memory.inside
 
 
 def test_an_adapter_that_does_not_load_evicts_nobody():
     """A load that fails leaves what was resident where it was, and counts no request."""
-    memory = Memory()
+    memory, (good, bad) = Memory(), map(Version, ("good", "bad"))
     residency = Residency(memory, 1, 1)
-    residency.load("good")
-    memory.refused.add("bad")
+    residency.load(good)
+    memory.refused.add(bad)
     with pytest.raises(AdapterLoadError):
-        residency.enter("bad")
-    residency.leave("bad")
-    assert memory.inside == {"good"}
-    assert residency.enter("good")
+        residency.enter(bad)
+    residency.leave(bad)
+    assert memory.inside == {good}
+    assert residency.enter(good)

@@ -5,6 +5,7 @@ from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import (
     AdapterAccessError,
+    AdapterConflictError,
     AdapterDownloadError,
     AdapterError,
     AdapterLoadError,
@@ -56,6 +57,7 @@ __all__ = [
     "EngineDeadError",
     "AdapterError",
     "AdapterNotLoadedError",
+    "AdapterConflictError",
     "AdapterSourceError",
     "AdapterNotFoundError",
     "AdapterAccessError",

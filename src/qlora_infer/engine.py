@@ -16,13 +16,14 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
-from qlora_infer.adapters import preflight
-from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter
+from qlora_infer.adapters.cache import AdapterCache, LoadedAdapter
+from qlora_infer.adapters.in_memory import AdapterTensors
+from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.residency import Residency
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.backend import Backend
@@ -42,10 +43,6 @@ else:
     SamplingParams = Any  # vLLM is loaded by an engine that needs it, not by this module
 
 logger = logging.getLogger("qlora_infer")
-
-#: With ``max_lora_rank="auto"``: the rank that is provided for where no adapter is given at the start, and the least.
-DEFAULT_MAX_LORA_RANK = 64
-LEAST_MAX_LORA_RANK = 16
 
 #: Where an adapter comes from: a Hub id, a folder, or an ``AdapterSource`` with a revision, a subfolder and a token.
 Source = str | os.PathLike[str] | AdapterSource
@@ -69,6 +66,7 @@ class QuantizedLoRAEngine:
         max_lora_rank: The largest rank that an adapter may have: 1, 8, 16, 32, 64, 128, 256, 320 or 512. ``"auto"``
             takes what ``adapters`` need, or 64 where none are given.
         max_cpu_loras: Adapters kept in host memory, ready to move into a slot. ``"auto"`` keeps four for each slot.
+        max_cpu_bytes: Bytes of adapters kept there; ``None`` for no limit but their number.
         max_model_len: Tokens of prompt and answer together; ``None`` takes what the model allows.
         enforce_eager: Run without CUDA graphs: several times slower, for a GPU that is short of memory.
         revision: The model's branch, tag or commit on the Hub.
@@ -107,6 +105,7 @@ class QuantizedLoRAEngine:
         max_loras: int = 8,
         max_lora_rank: int | Literal["auto"] = "auto",
         max_cpu_loras: int | Literal["auto"] = "auto",
+        max_cpu_bytes: int | None = None,
         max_model_len: int | None = None,
         enforce_eager: bool = False,
         revision: str | None = None,
@@ -123,6 +122,7 @@ class QuantizedLoRAEngine:
             max_loras=max_loras,
             max_lora_rank=max_lora_rank,
             max_cpu_loras=max_cpu_loras,
+            max_cpu_bytes=max_cpu_bytes,
             max_model_len=max_model_len,
             enforce_eager=enforce_eager,
             revision=revision,
@@ -139,8 +139,12 @@ class QuantizedLoRAEngine:
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
         store = Path(tempfile.mkdtemp(prefix="qlora-infer-"))
-        residency = Residency(self._backend, config.num_cpu_loras, config.max_loras)
-        cache = AdapterCache(store, on_freed=lambda version: _forget(driver, version))
+        residency = Residency(self._backend, config.num_cpu_loras, config.max_loras, config.max_cpu_bytes)
+        cache = AdapterCache(
+            store,
+            on_idle=lambda version: _unless_ended(driver.post, residency.drop, version),
+            on_gone=lambda name: _unless_ended(driver.forget, name),
+        )
         queue = RequestQueue(config.policy, max_loras=config.max_loras, is_resident=residency.is_resident)
         driver = Driver(
             self._backend,
@@ -151,6 +155,7 @@ class QuantizedLoRAEngine:
             restarts=config.restart == "on-failure",
         )
         self._residency, self._cache, self._driver = residency, cache, driver
+        self._loader = AdapterLoader(cache, residency, driver, model=config.model, token=config.token)
         self._intake = Intake(self._backend, cache, driver)
         self._close = weakref.finalize(self, _close, driver, store)
         try:
@@ -161,15 +166,15 @@ class QuantizedLoRAEngine:
 
     def _start(self, strategy_args: Mapping[str, Any], adapters: Mapping[str, Source]) -> None:
         # Adapters are read before the model is, so that a mistake in one shows in seconds.
-        versions = [self._prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
-        self._max_lora_rank = _max_lora_rank(self._config, versions)
+        versions = [self._loader.prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
+        max_lora_rank = self._loader.choose_rank(self._config.max_lora_rank, versions)
         logger.info("starting with %s; this takes from half a minute to some minutes", self._config.model)
         began = time.monotonic()
-        self._driver.start(self._config.vllm_args(strategy_args, max_lora_rank=self._max_lora_rank))
+        self._driver.start(self._config.vllm_args(strategy_args, max_lora_rank=max_lora_rank))
         logger.info("ready after %.0f s", time.monotonic() - began)
-        self._model_modules = self._driver.call(self._backend.lora_modules)
+        self._loader.model_modules = self._driver.call(self._backend.lora_modules)
         for version in versions:
-            self._load(version)
+            self._loader.publish(version)
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
@@ -181,12 +186,15 @@ class QuantizedLoRAEngine:
     def load_adapter(
         self,
         name: str,
-        source: Source,
+        source: Source | None = None,
         *,
+        tensors: Mapping[str, Any] | None = None,
+        config: Any = None,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
         weight: float = 1.0,
+        expect: str | int | None = None,
         allow_pickle: bool = False,
     ) -> LoadedAdapter:
         """Load an adapter, or replace the one that has this name, while requests go on.
@@ -198,11 +206,15 @@ class QuantizedLoRAEngine:
         Args:
             name: What requests will call it.
             source: A Hub id (``"org/repo"``, ``"org/repo@revision:sub/folder"``) or a local folder.
+            tensors: In place of a source, the adapter itself: what ``peft.get_peft_model_state_dict(model)`` gives.
+            config: With ``tensors``, PEFT's ``LoraConfig``, or a mapping of its fields.
             revision: A branch, tag or commit on the Hub.
             subfolder: Where in the repository or folder the adapter is.
             token: The Hub's access token for this adapter; by default the engine's. Never printed.
             weight: Its share of the engine while others wait too; the base model, and an adapter of weight 1, have one
                 share each. Loading the same content again changes the weight only.
+            expect: The version that the name stands for now, by number or digest, or 0 for none; for trainers that
+                push in a loop, so that none overwrites what it has not seen.
             allow_pickle: Convert an ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
 
         Returns:
@@ -216,44 +228,75 @@ class QuantizedLoRAEngine:
             UnsafeAdapterError: Reading the files could do harm.
             IncompatibleAdapterError: The adapter does not fit this engine; ``reasons`` lists every reason.
             AdapterLoadError: vLLM refused it.
+            AdapterConflictError: The name does not stand for the version that ``expect`` names.
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
-        parsed = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
-        self._driver.require_open()
         _check_weight(weight)
-        with self._cache.loading(_checked_name(name)):
-            return self._load(self._prepare(name, parsed, allow_pickle=allow_pickle), weight=weight)
+        given: AdapterSource | AdapterTensors
+        if source is not None and tensors is None:
+            given = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
+        elif source is None and tensors is not None:
+            given = AdapterTensors(tensors, config)
+        else:
+            raise TypeError("load_adapter takes either a source, or tensors= and config=")
+        self._driver.require_open()
+        return self._loader.replace(name, given, weight=weight, allow_pickle=allow_pickle, expect=expect)
+
+    def rollback(self, name: str) -> LoadedAdapter:
+        """Go back to the version before the one that ``name`` stands for, and forget the newer one.
+
+        Of each name the version before is held, on disk. Requests that were added before finish on what they have.
+
+        Returns:
+            What serves now.
+
+        Raises:
+            AdapterNotLoadedError: No adapter has that name, or no earlier version of it is held.
+            AdapterLoadError: vLLM refused it; the newer one still serves.
+        """
+        return self._loader.rollback(name)
+
+    def versions(self, name: str) -> list[LoadedAdapter]:
+        """The versions of an adapter that requests may name exactly (``"name@2"``, or by digest), the newest first.
+
+        Raises:
+            AdapterNotLoadedError: No adapter has that name.
+        """
+        return self._cache.held(name)
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter in host memory, whatever else is used, and each later version of it too, until ``unpin``.
+
+        Raises:
+            AdapterNotLoadedError: No adapter has that name.
+            AdapterLoadError: No room would be left for adapters that are not pinned.
+        """
+        self._loader.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let a pinned adapter leave host memory again; harmless when it was not pinned.
+
+        Raises:
+            AdapterNotLoadedError: No adapter has that name.
+        """
+        self._loader.unpin(name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to read adapters into host memory, as far as there is room, so that their first requests are quick.
+
+        Raises:
+            AdapterNotLoadedError: One of them is not loaded; nothing is read.
+        """
+        self._loader.prefetch(names)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that were added before finish on it.
+        """Forget an adapter and all its versions; requests that were added before finish on them.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
         """
         self._cache.unload(name)
-
-    def _prepare(self, name: str, source: AdapterSource, *, allow_pickle: bool = False) -> AdapterVersion:
-        return self._cache.prepare(_checked_name(name), source, token=self._config.token, allow_pickle=allow_pickle)
-
-    def _load(self, version: AdapterVersion, *, weight: float = 1.0) -> LoadedAdapter:
-        version.weight = weight
-        current = self._cache.current(version.name)
-        if current is not None and current.snapshot.digest == version.snapshot.digest:
-            self._cache.discard(version)
-            current.weight = weight
-            return current.loaded()
-        try:
-            version.fit = preflight.check(
-                version.name, version.manifest, self._model_modules, max_lora_rank=self._max_lora_rank
-            )
-            self._driver.call(self._residency.load, version)
-        except BaseException:
-            self._cache.discard(version)
-            raise
-        self._cache.publish(version)
-        logger.info("adapter %r loaded: %s", version.name, version.fit)
-        return version.loaded()
 
     # Requests ---------------------------------------------------------------------------------------------------
 
@@ -468,9 +511,9 @@ def _close(driver: Driver, store: Path) -> None:
     shutil.rmtree(store, ignore_errors=True)
 
 
-def _forget(driver: Driver, version: AdapterVersion) -> None:
-    with contextlib.suppress(EngineClosedError, EngineDeadError):  # its memory went with the engine
-        driver.forget(version)
+def _unless_ended(function: Callable[..., Any], *args: Any) -> None:
+    with contextlib.suppress(EngineClosedError, EngineDeadError):  # the memory went with the engine
+        function(*args)
 
 
 def _vllm_backend() -> Backend:
@@ -488,14 +531,6 @@ def _strategy_args(config: EngineConfig, backend: Backend) -> dict[str, Any]:
     return strategy.engine_args(config, model_config)
 
 
-def _max_lora_rank(config: EngineConfig, versions: Sequence[AdapterVersion]) -> int:
-    if config.max_lora_rank != "auto":
-        return config.max_lora_rank
-    if not versions:
-        return DEFAULT_MAX_LORA_RANK
-    return preflight.lora_rank_for([LEAST_MAX_LORA_RANK, *(version.manifest.rank for version in versions)])
-
-
 def _require_main_guard() -> None:
     # vLLM's core is spawned, which imports the script again; without the guard that would start another engine.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -510,11 +545,3 @@ def _check_weight(weight: float) -> None:
         raise TypeError(f"weight must be a number, got {weight!r}")
     if not 0 < weight < math.inf:
         raise ValueError(f"weight must be more than 0, got {weight!r}")
-
-
-def _checked_name(name: str) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"an adapter's name must be a string, got {name!r}")
-    if not name or not name.isprintable():
-        raise ValueError(f"an adapter's name must be printable text, got {name!r}")
-    return name

@@ -10,6 +10,7 @@
     ├── EngineDeadError                   (RuntimeError)  vLLM's engine core died
     ├── AdapterError                      never raised itself: everything about one adapter
     │   ├── AdapterNotLoadedError         (LookupError)   no adapter of that name is loaded
+    │   ├── AdapterConflictError          (RuntimeError)  the name has moved on from the version that was expected
     │   ├── AdapterSourceError            (OSError)       the source could not be read
     │   │   ├── AdapterNotFoundError      (LookupError)   no such folder, repository, revision or file
     │   │   ├── AdapterAccessError        (PermissionError)  the source asks for a token, or for another one
@@ -88,6 +89,10 @@ class AdapterError(QLoRAInferError):
 
 class AdapterNotLoadedError(AdapterError, LookupError):
     """No adapter of that name is loaded; the message lists those that are."""
+
+
+class AdapterConflictError(AdapterError, RuntimeError):
+    """The name does not stand for the version that ``expect`` names; nothing was changed."""
 
 
 class AdapterSourceError(AdapterError, OSError):

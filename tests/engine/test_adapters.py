@@ -65,7 +65,7 @@ def test_broken_adapters_disturb_nobody(awq, tmp_path):
 
     Meanwhile a stream goes on and gives exactly the text that it gives undisturbed; afterwards the engine answers.
     """
-    modules = {name: (shape.in_features, shape.out_features) for name, shape in awq._model_modules.items()}
+    modules = {name: (shape.in_features, shape.out_features) for name, shape in awq._loader.model_modules.items()}
     modules = {name: shape for name, shape in modules.items() if ".layers." in name}
     adapters = awq.adapters
     (undisturbed,) = awq.generate("my name is", LONG, adapter="pirate", use_tqdm=False)

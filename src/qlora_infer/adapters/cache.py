@@ -5,18 +5,27 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from attrs import define, field, frozen
 
+from qlora_infer.adapters.in_memory import AdapterTensors
+from qlora_infer.adapters.lineage import Lineage
 from qlora_infer.adapters.manifest import AdapterManifest, read_manifest
 from qlora_infer.adapters.pickles import convert_pickle
 from qlora_infer.adapters.preflight import Fit
 from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.adapters.tensors import check_finite
-from qlora_infer.errors import AdapterNotLoadedError
+from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
+
+#: Versions of a name that are held: the one that serves, and the one before it.
+HELD_VERSIONS = 2
+
+#: So many hexadecimal digits of a digest name a version, at least.
+MIN_DIGEST = 7
 
 
 @frozen
@@ -25,6 +34,7 @@ class LoadedAdapter:
 
     Attributes:
         name: What requests call it.
+        version: Its number under this name: 1 for the first content, 2 for the next. ``"name@2"`` names it exactly.
         int_id: Its integer id in vLLM, never used again for another content.
         source: Where it came from, without any token.
         digest: SHA-256 of its two files, in hexadecimal digits.
@@ -33,10 +43,13 @@ class LoadedAdapter:
         num_model_modules: How many modules of the model an adapter may change.
         num_bytes: The size of its tensors.
         base_model: The model that it says it was trained on, if it says so.
+        lineage: How that compares with the model of this engine: ``"same"``, ``"quantized"`` (another quantization of
+            it), ``"other"``, or ``"unknown"``.
         weight: Its share of the engine beside other adapters.
     """
 
     name: str
+    version: int
     int_id: int
     source: str
     digest: str = field(repr=lambda digest: digest[:12])
@@ -45,6 +58,7 @@ class LoadedAdapter:
     num_model_modules: int
     num_bytes: int
     base_model: str | None
+    lineage: Lineage = "unknown"
     weight: float = 1.0
 
 
@@ -58,24 +72,30 @@ class AdapterVersion:
     Attributes:
         name: What requests call it.
         int_id: Its integer id in vLLM.
-        source: What the user named.
+        source: What the user named, without any token.
         snapshot: The private copy that vLLM reads.
         manifest: What the copy says of itself.
+        number: Its number under this name, given when it is published.
+        lineage: How the model that it was trained on compares with this one.
         weight: Its share of the engine beside other adapters.
         fit: How it fits the model; set once that has been checked.
         num_uses: Requests that wait for it or run on it.
-        retired: Whether the name has moved on, so that the version ends with its last request.
+        retired: Whether no request can name it any more, so that it ends with its last one.
+        freed: Whether it has ended, and its files are gone.
     """
 
     name: str
     int_id: int
-    source: AdapterSource
+    source: str
     snapshot: Snapshot
     manifest: AdapterManifest
+    number: int = 0
+    lineage: Lineage = "unknown"
     weight: float = 1.0
     fit: Fit | None = None
     num_uses: int = 0
     retired: bool = False
+    freed: bool = False
 
     @property
     def vllm_name(self) -> str:
@@ -92,14 +112,16 @@ class AdapterVersion:
         assert self.fit is not None
         return LoadedAdapter(
             name=self.name,
+            version=self.number,
             int_id=self.int_id,
-            source=str(self.source),
+            source=self.source,
             digest=self.snapshot.digest,
             rank=self.manifest.rank,
             num_modules=len(self.manifest.modules),
             num_model_modules=self.fit.num_model_modules,
             num_bytes=self.manifest.num_bytes,
             base_model=self.manifest.base_model,
+            lineage=self.lineage,
             weight=self.weight,
         )
 
@@ -107,27 +129,37 @@ class AdapterVersion:
 class AdapterCache:
     """Names, their versions, and how many requests each version still serves.
 
-    Any thread may use it. Its lock is never held across a download, a read or a load: a slow adapter delays nobody.
+    Of each name the version that serves now is held, and the one before it, which ``rollback`` goes back to. Any
+    thread may use this object. Its lock is never held across a download, a read or a load: a slow adapter delays
+    nobody.
 
     Args:
         store: The folder for private copies; this object owns what is inside.
-        on_freed: Called with each version that nobody needs any more.
+        on_idle: Called with each version that new requests do not get by its name, when its last request has ended.
+        on_gone: Called with each name that is gone, when the last request of its last version has ended.
     """
 
-    def __init__(self, store: Path, on_freed: Callable[[AdapterVersion], None]) -> None:
+    def __init__(
+        self, store: Path, on_idle: Callable[[AdapterVersion], None], on_gone: Callable[[str], None] = lambda name: None
+    ) -> None:
         self._store = store
-        self._on_freed = on_freed
+        self._on_idle = on_idle
+        self._on_gone = on_gone
         self._lock = threading.Lock()
         self._loading: dict[str, threading.Lock] = {}
-        self._current: dict[str, AdapterVersion] = {}
+        self._held: dict[str, list[AdapterVersion]] = {}  # the last one is what the name stands for
+        self._numbers: dict[str, int] = {}  # the newest number of each name that has versions
+        self._num_alive: dict[str, int] = {}  # versions that are held, or have requests
         self._int_ids = itertools.count(1)
 
-    def prepare(self, name: str, source: AdapterSource, *, token: str | None, allow_pickle: bool) -> AdapterVersion:
+    def prepare(
+        self, name: str, source: AdapterSource | AdapterTensors, *, token: str | None, allow_pickle: bool
+    ) -> AdapterVersion:
         """Resolve, copy and check a source, up to everything that can be said without the model.
 
         Args:
             name: The name to be.
-            source: What the user named.
+            source: What the user named, or gave.
             token: The Hub's access token for sources that have none of their own.
             allow_pickle: Whether a pickled ``adapter_model.bin`` may be converted.
 
@@ -137,12 +169,15 @@ class AdapterCache:
         Raises:
             AdapterError: The source cannot be read, or what it holds cannot be an adapter.
         """
-        folder = source.resolve(name, default_token=token, allow_pickle=allow_pickle)
         int_id = next(self._int_ids)
-        target = self._store / str(int_id)
+        target, scratch = self._store / str(int_id), self._store / f"{int_id}-scratch"
         try:
+            if isinstance(source, AdapterTensors):
+                folder = source.write(name, scratch)
+            else:
+                folder = source.resolve(name, default_token=token, allow_pickle=allow_pickle)
             if allow_pickle and not (folder / WEIGHTS_NAME).exists():
-                folder = convert_pickle(name, folder, self._store / f"{int_id}-converted")
+                folder = convert_pickle(name, folder, scratch)
             read_manifest(name, folder)
             snapshot = take_snapshot(name, folder, target)
             # What is served is what was checked: the copy, which nobody else writes to.
@@ -152,8 +187,8 @@ class AdapterCache:
             shutil.rmtree(target, ignore_errors=True)
             raise
         finally:
-            shutil.rmtree(self._store / f"{int_id}-converted", ignore_errors=True)
-        return AdapterVersion(name, int_id, source, snapshot, manifest)
+            shutil.rmtree(scratch, ignore_errors=True)
+        return AdapterVersion(name, int_id, str(source), snapshot, manifest)
 
     def loading(self, name: str) -> threading.Lock:
         """The lock under which one adapter at a time is loaded under a name, in the order of the calls."""
@@ -163,15 +198,57 @@ class AdapterCache:
     def current(self, name: str) -> AdapterVersion | None:
         """The version that the name stands for now."""
         with self._lock:
-            return self._current.get(name)
+            return self._current(name)
 
-    def publish(self, version: AdapterVersion) -> None:
-        """Move the name over to a version, in one step; the one before ends with its last request."""
+    def before(self, name: str) -> AdapterVersion:
+        """The version that ``rollback`` would go back to.
+
+        Raises:
+            AdapterNotLoadedError: The name is not loaded, or no earlier version of it is held.
+        """
         with self._lock:
-            previous = self._current.get(version.name)
-            self._current[version.name] = version
-        if previous is not None:
-            self._retire(previous)
+            held = self._held.get(name)
+            if held is None:
+                raise self._not_loaded(name)
+            if len(held) < 2:
+                raise AdapterNotLoadedError(
+                    name, f"no version of {name!r} before {held[-1].number} is held: load the content that you want"
+                )
+            return held[-2]
+
+    def require_version(self, name: str, expect: str | int | None) -> None:
+        """Raise ``AdapterConflictError`` unless the name stands for this version; ``None`` expects nothing."""
+        with self._lock:
+            self._require_version(name, expect)
+
+    def publish(self, version: AdapterVersion, *, expect: str | int | None = None) -> None:
+        """Move the name over to a version, in one step; the one before is held for ``rollback``.
+
+        Raises:
+            AdapterConflictError: The name does not stand for the version that is expected.
+        """
+        with self._lock:
+            self._require_version(version.name, expect)
+            held = self._held.setdefault(version.name, [])
+            version.number = self._numbers.get(version.name, 0) + 1
+            self._numbers[version.name] = version.number
+            self._num_alive[version.name] = self._num_alive.get(version.name, 0) + 1
+            held.append(version)
+            left, self._held[version.name] = held[:-HELD_VERSIONS], held[-HELD_VERSIONS:]
+        for old in [*left, *held[-HELD_VERSIONS:-1]]:
+            self._let_go(old, retire=old in left)
+
+    def rollback(self, name: str) -> AdapterVersion:
+        """Move the name back to the version before, in one step, and forget the newest.
+
+        Raises:
+            AdapterNotLoadedError: The name is not loaded, or no earlier version of it is held.
+        """
+        before = self.before(name)
+        with self._lock:
+            newest = self._held[name].pop()
+        self._let_go(newest, retire=True)
+        return before
 
     def discard(self, version: AdapterVersion) -> None:
         """Throw away a version that was prepared and not published."""
@@ -184,10 +261,12 @@ class AdapterCache:
             AdapterNotLoadedError: No adapter has that name.
         """
         with self._lock:
-            if name not in self._current:
+            if name not in self._held:
                 raise self._not_loaded(name)
-            version = self._current.pop(name)
-        self._retire(version)
+            held = self._held.pop(name)
+            del self._numbers[name]
+        for version in held:
+            self._let_go(version, retire=True)
 
     def acquire(self, name: str | None) -> AdapterVersion | None:
         """The version that a new request runs on; ``release`` it when the request has ended.
@@ -200,11 +279,24 @@ class AdapterCache:
         if name is None:
             return None
         with self._lock:
-            version = self._current.get(name)
-            if version is None:
-                raise self._not_loaded(name)
+            version = self._find(name)
             version.num_uses += 1
             return version
+
+    @contextmanager
+    def in_use(self, name: str) -> Iterator[AdapterVersion]:
+        """A version that is not freed meanwhile.
+
+        Raises:
+            AdapterNotLoadedError: No adapter has that name.
+        """
+        with self._lock:
+            version = self._find(name)
+            version.num_uses += 1
+        try:
+            yield version
+        finally:
+            self.release(version)
 
     def release(self, version: AdapterVersion | None) -> None:
         """Count a request that has ended."""
@@ -212,36 +304,90 @@ class AdapterCache:
             return
         with self._lock:
             version.num_uses -= 1
-            is_free = version.retired and version.num_uses == 0
-        if is_free:
-            self._free(version)
+        self._let_go(version)
 
     def loaded(self) -> dict[str, LoadedAdapter]:
         """What may be named now, in the order of loading."""
         with self._lock:
-            return {name: version.loaded() for name, version in self._current.items()}
+            return {name: held[-1].loaded() for name, held in self._held.items()}
+
+    def held(self, name: str) -> list[LoadedAdapter]:
+        """The versions of a name that requests may name exactly, the newest first.
+
+        Raises:
+            AdapterNotLoadedError: No adapter has that name.
+        """
+        with self._lock:
+            if name not in self._held:
+                raise self._not_loaded(name)
+            return [version.loaded() for version in reversed(self._held[name])]
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ``AdapterNotLoadedError`` for the first name that is not loaded."""
         with self._lock:
             for name in names:
-                if name not in self._current:
-                    raise self._not_loaded(name)
+                self._find(name)
+
+    def _current(self, name: str) -> AdapterVersion | None:
+        held = self._held.get(name)
+        return held[-1] if held else None
+
+    def _find(self, name: str) -> AdapterVersion:
+        current = self._current(name)
+        if current is not None:
+            return current
+        base, _, reference = name.rpartition("@")
+        for version in self._held.get(base, ()):
+            if _is_meant(version, reference):
+                return version
+        raise self._not_loaded(name)
+
+    def _require_version(self, name: str, expect: str | int | None) -> None:
+        if expect is None:
+            return
+        current = self._current(name)
+        if current is None and expect == 0:
+            return
+        if current is None or not _is_meant(current, str(expect)):
+            now = f"version {current.number}, digest {current.snapshot.digest[:12]}" if current else "not loaded"
+            raise AdapterConflictError(name, f"adapter {name!r} is {now}, not {expect!r}: somebody else has moved it")
 
     def _not_loaded(self, name: str) -> AdapterNotLoadedError:
-        known = ", ".join(map(repr, self._current)) or "none"
+        known = ", ".join(map(repr, self._held)) or "none"
+        base, _, reference = name.rpartition("@")
+        if base in self._held:
+            held = ", ".join(f"{version.number} ({version.snapshot.digest[:12]})" for version in self._held[base])
+            return AdapterNotLoadedError(name, f"adapter {base!r} has no version {reference!r} now (held: {held})")
         return AdapterNotLoadedError(
             name,
             f"no adapter is loaded as {name!r} (loaded: {known}): load_adapter({name!r}, source) loads one",
         )
 
-    def _retire(self, version: AdapterVersion) -> None:
+    def _let_go(self, version: AdapterVersion, *, retire: bool = False) -> None:
+        """Free what a version needs no longer: its memory when it is idle and old, its files when it is forgotten."""
         with self._lock:
-            version.retired = True
-            is_free = version.num_uses == 0
-        if is_free:
-            self._free(version)
+            version.retired |= retire
+            if version.num_uses or version.freed or version is self._current(version.name):
+                return
+            version.freed = version.retired
+            is_last = version.freed and self._count_out(version.name)
+        self._on_idle(version)
+        if version.freed:
+            self.discard(version)
+        if is_last:
+            self._on_gone(version.name)
 
-    def _free(self, version: AdapterVersion) -> None:
-        self._on_freed(version)
-        self.discard(version)
+    def _count_out(self, name: str) -> bool:
+        """Count a version that is freed; whether it was the last of its name."""
+        self._num_alive[name] -= 1
+        if self._num_alive[name]:
+            return False
+        del self._num_alive[name]
+        return True
+
+
+def _is_meant(version: AdapterVersion, reference: str) -> bool:
+    """Whether ``reference`` is the number of a version, or the beginning of its digest."""
+    if reference == str(version.number):
+        return True
+    return len(reference) >= MIN_DIGEST and version.snapshot.digest.startswith(reference.lower())

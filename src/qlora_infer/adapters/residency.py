@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
+from qlora_infer.errors import AdapterLoadError
+
 if TYPE_CHECKING:
     from qlora_infer.adapters.cache import AdapterVersion
 
@@ -26,30 +28,65 @@ class AdapterMemory(Protocol):
 
 
 class Residency:
-    """Keeps at most ``max_cpu_loras`` adapters in host memory, the least recently used one leaving first.
+    """Keeps adapters in host memory within a budget, the least recently used one leaving first.
 
     vLLM would evict by itself, also an adapter with requests in flight, and read it again from disk in the middle of
-    a step, where a failure ends the engine. So this object decides, and vLLM, which is given one place more, never
-    needs to. It belongs to the driving thread and is not locked.
+    a step, where a failure ends the engine. So this object decides, and vLLM, which is given more places than are
+    used, never needs to. What has requests in flight stays; what is pinned stays; what has requests waiting goes
+    only when nothing else can. It belongs to the driving thread and is not locked.
 
     Args:
         memory: Where the tensors are put.
         max_cpu_loras: How many adapters stay there.
         max_loras: The slots on the device.
+        max_bytes: How many bytes of tensors stay there; ``None`` for no limit. Adapters in flight may take more.
     """
 
-    def __init__(self, memory: AdapterMemory, max_cpu_loras: int, max_loras: int) -> None:
+    def __init__(self, memory: AdapterMemory, max_cpu_loras: int, max_loras: int, max_bytes: int | None = None) -> None:
         self._memory = memory
         self._max_cpu_loras = max_cpu_loras
         self._max_loras = max_loras
+        self._max_bytes = max_bytes
         self._resident: OrderedDict[AdapterVersion, None] = OrderedDict()  # the least recently used first
         self._prefetched: set[AdapterVersion] = set()
         self._in_slots: OrderedDict[AdapterVersion, None] = OrderedDict()  # as vLLM keeps them, the oldest first
         self._num_running: dict[AdapterVersion, int] = {}
+        self._pinned: set[str] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """The tensors in host memory."""
+        return sum(version.manifest.num_bytes for version in self._resident)
 
     def is_resident(self, version: AdapterVersion) -> bool:
         """Whether a version is in host memory, or on its way there."""
         return version in self._resident
+
+    def is_in_slot(self, version: AdapterVersion) -> bool:
+        """Whether a version is in a slot on the device."""
+        return version in self._in_slots
+
+    def pin(self, version: AdapterVersion) -> None:
+        """Load an adapter and keep it in host memory, and later versions of its name in its place.
+
+        Raises:
+            AdapterLoadError: It could not be loaded, or there would be no room left for others.
+        """
+        pinned = self._pinned | {version.name}
+        if len(pinned) + self._max_loras > self._max_cpu_loras:
+            raise AdapterLoadError(
+                version.name,
+                f"adapter {version.name!r} cannot be pinned: host memory has {self._max_cpu_loras} places, "
+                f"{self._max_loras} of them are for adapters that run, and {len(self._pinned)} are pinned "
+                "(raise max_cpu_loras, or unpin one)",
+            )
+        if version not in self._resident:
+            self.load(version)
+        self._pinned = pinned
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter leave host memory again; harmless when it was not pinned."""
+        self._pinned.discard(name)
 
     def enter(self, version: AdapterVersion | None) -> bool:
         """Count a request that starts to run, and load its adapter.
@@ -85,8 +122,8 @@ class Residency:
     def load(self, version: AdapterVersion) -> None:
         """Load an adapter, and evict what is then too much; raises ``AdapterLoadError``.
 
-        With every place in use, the new adapter itself is evicted again: that it loads has been seen, and it is
-        loaded once more when one of its requests starts.
+        When nothing else may leave, the new adapter itself does: that it loads has been seen, and it is loaded once
+        more when one of its requests starts.
         """
         self._prefetched.discard(version)
         self._resident.pop(version, None)
@@ -97,7 +134,7 @@ class Residency:
         """Begin to load an adapter that is wanted soon, if there is a place for it."""
         if version in self._resident:
             self._resident.move_to_end(version)
-        elif len(self._resident) < self._max_cpu_loras or len(self._num_running) < self._max_cpu_loras:
+        elif self._has_room_for(version):
             self._memory.prefetch_adapter(version)
             self._prefetched.add(version)
             self._take_in(version)
@@ -118,7 +155,24 @@ class Residency:
         self._prefetched.clear()
         return resident
 
+    def _has_room_for(self, version: AdapterVersion) -> bool:
+        staying = [other for other in self._resident if not self._may_leave(other)]
+        num_bytes = sum(other.manifest.num_bytes for other in (*staying, version))
+        return len(staying) < self._max_cpu_loras and (self._max_bytes is None or num_bytes <= self._max_bytes)
+
     def _take_in(self, version: AdapterVersion) -> None:
         self._resident[version] = None
-        while len(self._resident) > self._max_cpu_loras:
-            self.drop(next(idle for idle in self._resident if idle not in self._num_running))
+        while self._is_too_much():
+            leaving = [other for other in self._resident if self._may_leave(other)]
+            if not leaving:
+                return
+            # The first without waiting requests, and if all have some, the least recently used.
+            self.drop(next((other for other in leaving if not other.num_uses), leaving[0]))
+
+    def _is_too_much(self) -> bool:
+        if len(self._resident) > self._max_cpu_loras:
+            return True
+        return self._max_bytes is not None and self.num_bytes > self._max_bytes
+
+    def _may_leave(self, version: AdapterVersion) -> bool:
+        return version not in self._num_running and version.name not in self._pinned

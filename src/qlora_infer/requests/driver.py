@@ -136,14 +136,13 @@ class Driver:
             self._work.notify()
         return future
 
-    def forget(self, version: AdapterVersion) -> None:
-        """Drop an adapter that is gone from host memory, and what is remembered of it."""
+    def forget(self, name: str) -> None:
+        """Drop what is remembered of an adapter that is gone."""
 
         def drop() -> None:
-            self._residency.drop(version)
             with self._lock:
-                self._queue.forget(version.name)
-            self._stats.forget(version.name)
+                self._queue.forget(name)
+            self._stats.forget(name)
 
         self.post(drop)
 
@@ -393,13 +392,16 @@ class Driver:
             self._running.clear()
             self._calls.clear()
             self._room.notify_all()
-        for pending, was_running in [*((p, True) for p in running), *((p, False) for p in waiting)]:
+        # Whoever waits hears of it first, whatever may go wrong with the rest.
+        for pending in (*running, *waiting):
             pending.fail(make_error())
-            self._stats.ended(pending, None, was_running=was_running)
-            self._release(pending.request.adapter)
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(make_error())
+        for pendings, was_running in ((running, True), (waiting, False)):
+            for pending in pendings:
+                self._stats.ended(pending, None, was_running=was_running)
+                self._release(pending.request.adapter)
 
 
 def _dead(cause: BaseException) -> EngineDeadError:

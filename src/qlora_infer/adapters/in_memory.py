@@ -1,0 +1,90 @@
+"""An adapter that a trainer hands over, without a file in between."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import Attribute, field, frozen
+
+from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
+from qlora_infer.errors import CorruptAdapterError
+
+# A model's own state_dict has the adapter's name in the name of each factor; a saved adapter does not.
+_NAMED_FACTOR = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|(?<=\.lora_embedding_[AB])\.[^.]+$")
+
+
+def _check_tensors(_: Any, attribute: Attribute[Any], tensors: Any) -> None:
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise TypeError(f"tensors must be a mapping of names to tensors, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not hasattr(tensor, "shape") or not hasattr(tensor, "dtype"):
+            raise TypeError(f"tensors must be torch tensors or numpy arrays by name, got {type(tensor).__name__}")
+
+
+def _as_mapping(config: Any) -> Mapping[str, Any]:
+    """PEFT's configuration objects know how to become a dictionary."""
+    fields = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"config must be PEFT's LoraConfig or a mapping of its fields, got {type(config).__name__}")
+    return fields
+
+
+@frozen
+class AdapterTensors:
+    """The tensors and the configuration of an adapter, as PEFT has them in memory.
+
+    Attributes:
+        tensors: What ``peft.get_peft_model_state_dict(model)`` gives, of torch or numpy. Names with the adapter's own
+            name in them (``...lora_A.default.weight``) are taken too.
+        config: PEFT's ``LoraConfig``, or a mapping of its fields.
+
+    Raises:
+        TypeError: They are something else.
+    """
+
+    tensors: Mapping[str, Any] = field(repr=False, validator=_check_tensors)
+    config: Mapping[str, Any] = field(repr=False, converter=_as_mapping)
+
+    def write(self, adapter: str, folder: Path) -> Path:
+        """Write the two files that PEFT would write, into the new folder ``folder``.
+
+        Raises:
+            CorruptAdapterError: They cannot be written as JSON and safetensors.
+        """
+        folder.mkdir(parents=True)
+        tensors = {_NAMED_FACTOR.sub("", name): tensor for name, tensor in self.tensors.items()}
+        try:
+            (folder / CONFIG_NAME).write_text(json.dumps(self.config, default=_plain))
+            _save(tensors, folder / WEIGHTS_NAME)
+        except Exception as error:
+            raise CorruptAdapterError(adapter, f"its tensors or its config cannot be written: {error}") from error
+        return folder
+
+    def __str__(self) -> str:
+        return "tensors in memory"
+
+
+def _save(tensors: Mapping[str, Any], path: Path) -> None:
+    if all(hasattr(tensor, "detach") for tensor in tensors.values()):
+        from safetensors.torch import save_file
+
+        # A copy, because the trainer may go on, and because safetensors refuses tensors that share memory.
+        save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
+    else:
+        import numpy as np
+        from safetensors.numpy import save_file as save_arrays
+
+        save_arrays({name: np.array(tensor, order="C") for name, tensor in tensors.items()}, path)
+
+
+def _plain(value: Any) -> Any:
+    """What PEFT's configurations hold beside plain values: sets, and enumerations."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if hasattr(value, "value"):
+        return value.value
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -1,0 +1,166 @@
+"""From what a user names to an adapter that serves: prepared, held against the model, loaded, published."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from qlora_infer.adapters import preflight
+from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter
+from qlora_infer.adapters.in_memory import AdapterTensors
+from qlora_infer.adapters.lineage import lineage
+from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.adapters.residency import Residency
+from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.errors import AdapterConflictError
+
+logger = logging.getLogger("qlora_infer")
+
+#: With ``max_lora_rank="auto"``: the rank that is provided for where no adapter is given at the start, and the least.
+DEFAULT_MAX_LORA_RANK = 64
+LEAST_MAX_LORA_RANK = 16
+
+
+class DrivingThread(Protocol):
+    """Where the engine's driving methods may be called."""
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function there, between two steps, and return what it returns."""
+        ...
+
+
+class AdapterLoader:
+    """Loads, replaces, takes back and pins adapters while requests run.
+
+    Any thread may use it. What is slow (downloads, copies, checks) happens on the thread that asks; only the load
+    into the engine happens on the driving thread.
+
+    Args:
+        cache: Names and versions.
+        residency: What is in host memory; only touched on the driving thread.
+        driving: That thread.
+        model: The name of the model that is served.
+        token: The Hub's access token for sources without one of their own.
+    """
+
+    def __init__(
+        self, cache: AdapterCache, residency: Residency, driving: DrivingThread, *, model: str, token: str | None
+    ) -> None:
+        self._cache = cache
+        self._residency = residency
+        self._driving = driving
+        self._model = model
+        self._token = token
+        self.model_modules: Mapping[str, ModuleShape] = {}
+        self.max_lora_rank = 0
+
+    def prepare(
+        self, name: str, source: AdapterSource | AdapterTensors, *, allow_pickle: bool = False
+    ) -> AdapterVersion:
+        """Everything that can be done without the model; raises ``AdapterError``."""
+        version = self._cache.prepare(checked_name(name), source, token=self._token, allow_pickle=allow_pickle)
+        version.lineage = lineage(version.manifest.base_model, self._model)
+        return version
+
+    def replace(
+        self,
+        name: str,
+        source: AdapterSource | AdapterTensors,
+        *,
+        weight: float = 1.0,
+        allow_pickle: bool = False,
+        expect: str | int | None = None,
+    ) -> LoadedAdapter:
+        """Prepare and publish, one at a time under each name."""
+        with self._cache.loading(checked_name(name)):
+            self._cache.require_version(name, expect)
+            return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), weight=weight, expect=expect)
+
+    def publish(
+        self, version: AdapterVersion, *, weight: float = 1.0, expect: str | int | None = None
+    ) -> LoadedAdapter:
+        """Hold a prepared version against the model, load it, and move its name over."""
+        version.weight = weight
+        current = self._cache.current(version.name)
+        if current is not None and current.snapshot.digest == version.snapshot.digest:
+            self._cache.discard(version)
+            current.weight = weight
+            return current.loaded()
+        try:
+            version.fit = preflight.check(
+                version.name, version.manifest, self.model_modules, max_lora_rank=self.max_lora_rank
+            )
+            self._driving.call(self._residency.load, version)
+            self._cache.publish(version, expect=expect)
+        except AdapterConflictError:
+            self._driving.call(self._residency.drop, version)
+            self._cache.discard(version)
+            raise
+        except BaseException:
+            self._cache.discard(version)
+            raise
+        self._tell(version)
+        return version.loaded()
+
+    def rollback(self, name: str) -> LoadedAdapter:
+        """Load the version before, and move the name back to it."""
+        with self._cache.loading(checked_name(name)):
+            self._driving.call(self._residency.load, self._cache.before(name))
+            version = self._cache.rollback(name)
+        logger.info("adapter %r is version %d again", name, version.number)
+        return version.loaded()
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter in host memory."""
+        with self._cache.in_use(name) as version:
+            self._driving.call(self._residency.pin, version)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter leave host memory again."""
+        self._cache.require([name])
+        self._driving.call(self._residency.unpin, name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to read adapters into host memory, as far as there is room."""
+        names = list(names)
+        self._cache.require(names)
+        for name in names:
+            with self._cache.in_use(name) as version:
+                self._driving.call(self._residency.prefetch, version)
+
+    def choose_rank(self, max_lora_rank: int | str, versions: Sequence[AdapterVersion]) -> int:
+        """The rank that the engine has to provide for."""
+        if isinstance(max_lora_rank, int):
+            self.max_lora_rank = max_lora_rank
+        elif not versions:
+            self.max_lora_rank = DEFAULT_MAX_LORA_RANK
+        else:
+            ranks = [version.manifest.rank for version in versions]
+            self.max_lora_rank = preflight.lora_rank_for([LEAST_MAX_LORA_RANK, *ranks])
+        return self.max_lora_rank
+
+    def _tell(self, version: AdapterVersion) -> None:
+        logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)
+        trained_on = version.manifest.base_model
+        if version.lineage == "quantized":
+            logger.info("adapter %r was trained on %s, of which %s is a build", version.name, trained_on, self._model)
+        elif version.lineage == "other":
+            logger.warning(
+                "adapter %r says that it was trained on %s, and this engine serves %s: its shapes fit, and its answers "
+                "may be poor (verify_adapter tells how much it changes)",
+                version.name,
+                trained_on,
+                self._model,
+            )
+
+
+def checked_name(name: str) -> str:
+    """A name that an adapter may have; raises ``TypeError`` and ``ValueError``."""
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a string, got {name!r}")
+    if not name or not name.isprintable():
+        raise ValueError(f"an adapter's name must be printable text, got {name!r}")
+    if "@" in name:
+        raise ValueError(f"an adapter's name must not have an '@', which stands before a version, got {name!r}")
+    return name

@@ -1,0 +1,282 @@
+"""The versions of an adapter: replaced in one step, named exactly, taken back, pushed from memory; on the fake engine."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_infer import AdapterConflictError, AdapterLoadError, AdapterNotLoadedError, CorruptAdapterError
+from qlora_infer.adapters.lineage import lineage
+from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
+
+
+@pytest.fixture
+def backend():
+    return FakeEngine()
+
+
+@pytest.fixture
+def engine(backend):
+    with fake_engine(backend=backend) as engine:
+        yield engine
+
+
+def tensors_of(seed, rank=4):
+    generator = np.random.default_rng(seed)
+    return {
+        f"base_model.model.{name}.lora_{factor}.weight": generator.normal(0, 0.02, shape).astype(np.float32)
+        for name, (in_features, out_features) in TINY_MODEL.items()
+        for factor, shape in (("A", (rank, in_features)), ("B", (out_features, rank)))
+    }
+
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+def test_a_version_can_be_named_by_number_and_by_digest(engine, tmp_path):
+    """name@2, name@<beginning of the digest> run exactly that; the bare name runs the newest."""
+    first = engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1))
+    second = engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2))
+    assert (first.version, second.version) == (1, 2)
+    assert [held.version for held in engine.versions("a")] == [2, 1]
+    names = ["a", "a@1", "a@2", f"a@{first.digest}", f"a@{second.digest[:7]}"]
+    outputs = engine.generate(["x"] * 5, adapter=names)
+    ids = [second.int_id, first.int_id, second.int_id, first.int_id, second.int_id]
+    assert [output.adapter_id for output in outputs] == ids
+    assert [output.text for output in outputs] == ["a says: x"] * 5
+    for wrong in ("a@3", "a@0", "a@", f"a@{first.digest[:6]}", "b@1"):
+        with pytest.raises(AdapterNotLoadedError):
+            engine.generate("x", adapter=wrong)
+    with pytest.raises(AdapterNotLoadedError, match=r"no version '9' now \(held: 1 \("):
+        engine.generate("x", adapter="a@9")
+    with pytest.raises(ValueError, match="'@'"):
+        engine.load_adapter("a@1", tmp_path / "1")
+
+
+def test_only_the_version_before_is_held(engine, backend, tmp_path):
+    """The one that serves and the one before it are on disk; older ones are gone; old ones leave host memory at once."""
+    for seed in range(4):
+        engine.load_adapter("a", write_adapter(tmp_path / str(seed), seed=seed))
+    assert [held.version for held in engine.versions("a")] == [4, 3]
+    with pytest.raises(AdapterNotLoadedError, match="held: 3"):
+        engine.generate("x", adapter="a@2")
+    engine.generate("flush")
+    assert backend.resident == ("a",)
+    assert len(list(engine._cache._store.iterdir())) == 2
+
+
+def test_rollback_goes_back_and_forgets_the_newer(engine, backend, tmp_path):
+    """After rollback the version before serves; running requests finish on theirs; there is no way further back."""
+    engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1))
+    engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2))
+    back = engine.rollback("a")
+    assert back.version == 1
+    assert engine.adapters["a"] == back
+    assert engine.generate("x", adapter="a")[0].adapter_id == back.int_id
+    with pytest.raises(AdapterNotLoadedError, match="no version of 'a' before 1"):
+        engine.rollback("a")
+    with pytest.raises(AdapterNotLoadedError):
+        engine.rollback("nobody")
+    third = engine.load_adapter("a", write_adapter(tmp_path / "3", seed=3))
+    assert third.version == 3
+    assert engine.rollback("a").version == 1
+    engine.generate("flush")
+    assert backend.resident == ("a",)
+    assert len(list(engine._cache._store.iterdir())) == 1
+
+
+def test_a_rollback_that_cannot_be_loaded_changes_nothing(engine, backend, tmp_path):
+    """When the version before does not load, the newer one still serves."""
+    engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1))
+    newer = engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2))
+    engine.generate("flush")
+    backend.refuse("a", "bad luck")
+    with pytest.raises(AdapterLoadError):
+        engine.rollback("a")
+    assert engine.adapters["a"] == newer
+
+
+def test_expect_lets_only_one_of_two_trainers_win(engine, tmp_path):
+    """expect= names the version that must serve now, by number or digest, 0 for none; else nothing changes."""
+    first = engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1), expect=0)
+    with pytest.raises(AdapterConflictError, match="version 1, digest"):
+        engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2), expect=0)
+    with pytest.raises(AdapterConflictError):
+        engine.load_adapter("a", tmp_path / "2", expect=2)
+    with pytest.raises(AdapterConflictError, match="not loaded"):
+        engine.load_adapter("b", tmp_path / "2", expect=1)
+    assert engine.adapters == {"a": first}
+    assert engine.load_adapter("a", tmp_path / "2", expect=first.digest).version == 2
+
+    won, barrier = [], threading.Barrier(8)
+
+    def push(seed):
+        folder = write_adapter(tmp_path / f"race{seed}", seed=100 + seed)
+        barrier.wait()
+        try:
+            won.append(engine.load_adapter("a", folder, expect=2).version)
+        except AdapterConflictError:
+            pass
+
+    threads = [threading.Thread(target=push, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert won == [3]
+
+
+def test_an_adapter_comes_straight_from_memory(engine, tmp_path):
+    """tensors= and config= serve like a folder with the same content, of numpy or torch, with PEFT's own names."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    tensors = tensors_of(1)
+    loaded = engine.load_adapter("a", tensors=tensors, config=CONFIG)
+    assert (loaded.source, loaded.rank, loaded.num_modules) == ("tensors in memory", 4, 14)
+    assert engine.generate("x", adapter="a")[0].text == "a says: x"
+    named = {name.replace(".weight", ".default.weight"): torch.from_numpy(t) for name, t in tensors.items()}
+    again = engine.load_adapter("a", tensors=named, config=CONFIG)
+    assert again.int_id == loaded.int_id  # the same bytes: nothing to load
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert engine.load_adapter("b", tensors=named, config=config).rank == 4
+    for wrong in ({}, [1], {"x": 1}):
+        with pytest.raises(TypeError, match="tensors must be"):
+            engine.load_adapter("c", tensors=wrong, config=CONFIG)
+    with pytest.raises(TypeError, match="config must be"):
+        engine.load_adapter("c", tensors=tensors, config=None)
+    for source in (None, tmp_path):
+        with pytest.raises(TypeError, match="either a source, or tensors="):
+            engine.load_adapter("c", source, **({"tensors": tensors, "config": CONFIG} if source else {}))
+    with pytest.raises(CorruptAdapterError):
+        engine.load_adapter("c", tensors={"lora": np.array([1, 2], dtype=object)}, config=CONFIG)
+    assert set(engine.adapters) == {"a", "b"}
+    assert not [path for path in engine._cache._store.iterdir() if path.name.endswith("scratch")]
+
+
+def test_a_pinned_adapter_stays_in_host_memory(tmp_path):
+    """pin keeps an adapter, and the version that replaces it, while others come and go; unpin lets it leave."""
+    backend = FakeEngine()
+    with fake_engine(backend=backend, max_loras=1, max_cpu_loras=2) as engine:
+        for seed, name in enumerate(["kept", "b", "c", "d"]):
+            engine.load_adapter(name, write_adapter(tmp_path / name, seed=seed))
+        engine.pin("kept")
+        engine.generate(["x"] * 9, adapter=["b", "c", "d"] * 3)
+        assert "kept" in backend.resident
+        engine.load_adapter("kept", write_adapter(tmp_path / "new", seed=9))
+        engine.generate(["x"] * 9, adapter=["b", "c", "d"] * 3)
+        assert "kept" in backend.resident
+        with pytest.raises(AdapterLoadError, match="unpin one"):
+            engine.pin("b")
+        engine.unpin("kept")
+        engine.generate(["x"] * 9, adapter=["b", "c", "d"] * 3)
+        assert "kept" not in backend.resident
+        for call in (engine.pin, engine.unpin, lambda name: engine.prefetch([name])):
+            with pytest.raises(AdapterNotLoadedError):
+                call("nobody")
+
+
+def test_prefetch_reads_ahead(tmp_path):
+    """prefetch brings adapters into host memory before anybody asks for them, as far as there is room."""
+    backend = FakeEngine()
+    with fake_engine(backend=backend, max_loras=1, max_cpu_loras=2) as engine:
+        for seed, name in enumerate("abc"):
+            engine.load_adapter(name, write_adapter(tmp_path / name, seed=seed))
+        assert "a" not in backend.resident
+        engine.prefetch(["a"])
+        assert backend.prefetches == ["a"]
+        assert engine.generate("x", adapter="a")[0].text == "a says: x"
+
+
+def test_a_thousand_adapters_on_eight_slots(tmp_path):
+    """A thousand registered adapters answer through eight slots and few places, each with its own name."""
+    backend = FakeEngine()
+    adapters = {f"a{i}": write_adapter(tmp_path / str(i), rank=1, seed=i) for i in range(1000)}
+    with fake_engine(backend=backend, adapters=adapters, max_loras=8, max_cpu_loras=16) as engine:
+        outputs = engine.generate(["x"] * 1000, adapter=list(adapters))
+        assert [output.text for output in outputs] == [f"{name} says: x" for name in adapters]
+        assert len(backend.resident) <= 16
+
+
+def test_a_thousand_replacements_under_load(tmp_path):
+    """Replaced a thousand times while requests run: each request is answered by one version, and nothing piles up."""
+    backend = FakeEngine()
+    folders = [write_adapter(tmp_path / str(seed), rank=1, seed=seed) for seed in range(4)]
+    with fake_engine(backend=backend, max_loras=2) as engine:
+        engine.load_adapter("a", folders[0])
+        stop, seen = threading.Event(), set()
+
+        def ask():
+            while not stop.is_set():
+                parts = list(engine.stream("one two three", {"max_tokens": 9}, adapter="a"))
+                assert len({part.adapter_id for part in parts}) == 1
+                seen.add(parts[-1].adapter_id)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(1, 1001):
+            loaded = engine.load_adapter("a", folders[number % 4])
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert loaded.version == 1001
+        assert len(seen) > 10
+        engine.generate("flush")
+        gc.collect()
+        assert len(backend.resident) == 1
+        assert len(list(engine._cache._store.iterdir())) == 2
+        assert len(engine.versions("a")) == 2
+        assert engine._cache._num_alive == {"a": 2}
+
+
+def test_replacing_keeps_an_adapter_s_numbers(engine, tmp_path):
+    """stats() counts by name: a new version goes on where the old one was; unloading ends it."""
+    engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1))
+    engine.generate("x", adapter="a")
+    engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2))
+    engine.generate("x", adapter="a")
+    assert engine.stats().adapters["a"].num_finished == 2
+    engine.unload_adapter("a")
+    engine.generate("flush")
+    assert "a" not in engine.stats().adapters
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "served", "expected"),
+    [
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B", "same"),
+        ("meta-llama/Llama-3.1-8B", "/models/Llama-3.1-8B", "quantized"),
+        ("unsloth/Llama-3.1-8B-bnb-4bit", "org/Llama-3.1-8B-AWQ", "quantized"),
+        ("unsloth/Llama-3.1-8B-unsloth-bnb-4bit", "org/Llama-3.1-8B-GPTQ-Int4", "quantized"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v0.3", "TheBloke/TinyLlama-1.1B-Chat-v0.3-AWQ", "quantized"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "/x/demo-v3/SmolLM2-135M-Instruct-none", "quantized"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct", "other"),
+        ("meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3", "other"),
+        ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-0.5B", "other"),
+        (None, "org/model", "unknown"),
+    ],
+)
+def test_lineage_is_read_from_names(trained_on, served, expected):
+    """Another quantization of the same model is told from another model."""
+    assert lineage(trained_on, served) == expected
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_any_name_has_a_lineage(trained_on, served):
+    """Names are untrusted text; comparing them never fails."""
+    assert lineage(trained_on, served) in ("same", "quantized", "other", "unknown")
+
+
+def test_lineage_is_told(tmp_path, caplog):
+    """Loading says when an adapter was trained on another build of the model, and warns when on another model."""
+    with fake_engine("org/Llama-3-8B-AWQ") as engine, caplog.at_level("INFO", logger="qlora_infer"):
+        build = engine.load_adapter("a", write_adapter(tmp_path / "1", base_model="unsloth/Llama-3-8B-bnb-4bit"))
+        other = engine.load_adapter("b", write_adapter(tmp_path / "2", base_model="org/Mistral-7B"))
+    assert (build.lineage, other.lineage) == ("quantized", "other")
+    assert "is a build" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "org/Mistral-7B" in warnings[0]
