@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_infer import AdapterConflictError, AdapterLoadError, AdapterNotLoadedError, CorruptAdapterError
+from qlora_infer import (
+    AdapterConflictError,
+    AdapterLoadError,
+    AdapterNotLoadedError,
+    CorruptAdapterError,
+    IncompatibleAdapterError,
+)
 from qlora_infer.adapters.lineage import lineage
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 
@@ -154,6 +160,45 @@ def test_an_adapter_comes_straight_from_memory(engine, tmp_path):
         engine.load_adapter("c", tensors={"lora": np.array([1, 2], dtype=object)}, config=CONFIG)
     assert set(engine.adapters) == {"a", "b"}
     assert not [path for path in engine._cache._store.iterdir() if path.name.endswith("scratch")]
+
+
+def test_a_blend_serves_like_any_adapter(engine, tmp_path):
+    """load_blend makes an adapter of loaded ones, of exact versions too, which later versions do not change."""
+    engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1, rank=4, alpha=4))
+    engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2, rank=4, alpha=4))
+    engine.load_adapter("b", write_adapter(tmp_path / "3", seed=3, rank=8))
+    blend = engine.load_blend("mix", {"a@1": 0.7, "b": -0.3})
+    assert (blend.rank, blend.version, blend.source) == (12, 1, "linear blend of 0.7 a@1, -0.3 b@1")
+    assert engine.generate("x", adapter="mix")[0].text == "mix says: x"
+    engine.load_adapter("b", write_adapter(tmp_path / "4", seed=4, rank=8))
+    assert engine.adapters["mix"] == blend
+    ties = engine.load_blend("mix", {"a@1": 0.5, "a": 0.5}, method="ties", expect=1)
+    assert (ties.rank, ties.version) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "arguments", "error", "message"),
+    [
+        ({"a": 1, "gone": 1}, {}, AdapterNotLoadedError, "'gone'"),
+        ({}, {}, ValueError, "at least one"),
+        ({"a": float("nan")}, {}, ValueError, "finite"),
+        ({"a": 1}, {"method": "magic"}, ValueError, "dare_ties"),
+        ({"a": 1}, {"method": "ties", "density": 0}, ValueError, "density"),
+        ({"a": 1, "b": 1}, {"method": "ties"}, ValueError, "one rank"),
+        ({"a": 1, "b": 1, "c": 1}, {}, IncompatibleAdapterError, "rank 76"),
+        (["a"], {}, TypeError, "mapping"),
+    ],
+)
+def test_a_blend_that_cannot_be_changes_nothing(adapters, arguments, error, message, tmp_path):
+    """Each mistake is told; what is loaded stays as it was, and no file is left behind."""
+    with fake_engine(max_lora_rank=64) as engine:
+        for name, rank in (("a", 4), ("b", 8), ("c", 64)):
+            engine.load_adapter(name, write_adapter(tmp_path / name, rank=rank))
+        before = engine.adapters
+        with pytest.raises(error, match=message):
+            engine.load_blend("mix", adapters, **arguments)
+        assert engine.adapters == before
+        assert len(list(engine._cache._store.iterdir())) == 3
 
 
 def test_a_pinned_adapter_stays_in_host_memory(tmp_path):

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
-from qlora_infer.adapters.cache import AdapterCache, LoadedAdapter
+from qlora_infer.adapters.blend import BlendMethod
+from qlora_infer.adapters.cache import AdapterCache, LoadedAdapter, Writable
 from qlora_infer.adapters.in_memory import AdapterTensors
 from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.residency import Residency
@@ -233,7 +234,7 @@ class QuantizedLoRAEngine:
             EngineDeadError: The engine core died.
         """
         _check_weight(weight)
-        given: AdapterSource | AdapterTensors
+        given: AdapterSource | Writable
         if source is not None and tensors is None:
             given = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
         elif source is None and tensors is not None:
@@ -242,6 +243,61 @@ class QuantizedLoRAEngine:
             raise TypeError("load_adapter takes either a source, or tensors= and config=")
         self._driver.require_open()
         return self._loader.replace(name, given, weight=weight, allow_pickle=allow_pickle, expect=expect)
+
+    def load_blend(
+        self,
+        name: str,
+        adapters: Mapping[str, float],
+        *,
+        method: BlendMethod = "linear",
+        density: float = 0.5,
+        seed: int = 0,
+        weight: float = 1.0,
+        expect: str | int | None = None,
+    ) -> LoadedAdapter:
+        """Make a new adapter out of loaded ones, which then serves like any other; the base model is not touched.
+
+        ``"linear"`` adds up what the adapters add to the model, exactly; its rank is the sum of their ranks. ``"ties"``
+        (Yadav et al. 2023) and ``"dare_ties"`` (Yu et al. 2023) prune the factors and let the adapters vote on each
+        sign, as PEFT's ``add_weighted_adapter`` does to the bit; they need adapters of one rank.
+
+        Args:
+            name: What requests will call it; when it is loaded already, this is its next version.
+            adapters: The loaded adapters (``"name"``, or ``"name@2"``) and how much of each; a negative number takes
+                an adapter away. Later versions of them do not change the blend.
+            method: ``"linear"``, ``"ties"`` or ``"dare_ties"``.
+            density: With ``"ties"`` and ``"dare_ties"``, the share of numbers that is kept, above 0 and at most 1.
+            seed: With ``"dare_ties"``, what is drawn from.
+            weight: As in ``load_adapter``.
+            expect: As in ``load_adapter``.
+
+        Returns:
+            What was loaded.
+
+        Raises:
+            ValueError: An argument is wrong, or the adapters cannot be blended this way.
+            AdapterNotLoadedError: One of ``adapters`` is not loaded.
+            IncompatibleAdapterError: The blend does not fit this engine; most likely its rank is too large.
+            AdapterLoadError: vLLM refused it.
+            AdapterConflictError: The name does not stand for the version that ``expect`` names.
+            EngineClosedError: The engine was closed.
+            EngineDeadError: The engine core died.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine, write_adapter
+            >>> with fake_engine() as engine:
+            ...     for name in ("pirate", "poet"):
+            ...         _ = engine.load_adapter(name, write_adapter(tmp_path / name, rank=8))
+            ...     engine.load_blend("both", {"pirate": 0.7, "poet": 0.3}).rank
+            16
+        """
+        _check_weight(weight)
+        if not isinstance(adapters, Mapping):
+            raise TypeError(f"adapters must be a mapping of names to numbers, got {type(adapters).__name__}")
+        self._driver.require_open()
+        return self._loader.blend(
+            name, adapters, method=method, density=density, seed=seed, weight=weight, expect=expect
+        )
 
     def rollback(self, name: str) -> LoadedAdapter:
         """Go back to the version before the one that ``name`` stands for, and forget the newer one.

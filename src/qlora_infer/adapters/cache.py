@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from attrs import define, field, frozen
 
-from qlora_infer.adapters.in_memory import AdapterTensors
 from qlora_infer.adapters.lineage import Lineage
 from qlora_infer.adapters.manifest import AdapterManifest, read_manifest
 from qlora_infer.adapters.pickles import convert_pickle
@@ -26,6 +26,14 @@ HELD_VERSIONS = 2
 
 #: So many hexadecimal digits of a digest name a version, at least.
 MIN_DIGEST = 7
+
+
+class Writable(Protocol):
+    """An adapter that is in no place, and is written into one."""
+
+    def write(self, adapter: str, folder: Path) -> Path:
+        """Write the two files that PEFT would write, into a new folder; returns it."""
+        ...
 
 
 @frozen
@@ -153,13 +161,13 @@ class AdapterCache:
         self._int_ids = itertools.count(1)
 
     def prepare(
-        self, name: str, source: AdapterSource | AdapterTensors, *, token: str | None, allow_pickle: bool
+        self, name: str, source: AdapterSource | Writable, *, token: str | None, allow_pickle: bool
     ) -> AdapterVersion:
         """Resolve, copy and check a source, up to everything that can be said without the model.
 
         Args:
             name: The name to be.
-            source: What the user named, or gave.
+            source: What the user named, or what is to be written.
             token: The Hub's access token for sources that have none of their own.
             allow_pickle: Whether a pickled ``adapter_model.bin`` may be converted.
 
@@ -172,10 +180,10 @@ class AdapterCache:
         int_id = next(self._int_ids)
         target, scratch = self._store / str(int_id), self._store / f"{int_id}-scratch"
         try:
-            if isinstance(source, AdapterTensors):
-                folder = source.write(name, scratch)
-            else:
+            if isinstance(source, AdapterSource):
                 folder = source.resolve(name, default_token=token, allow_pickle=allow_pickle)
+            else:
+                folder = source.write(name, scratch)
             if allow_pickle and not (folder / WEIGHTS_NAME).exists():
                 folder = convert_pickle(name, folder, scratch)
             read_manifest(name, folder)

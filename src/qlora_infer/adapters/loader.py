@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter
-from qlora_infer.adapters.in_memory import AdapterTensors
+from qlora_infer.adapters.blend import AdapterBlend, AdapterPart, BlendMethod
+from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter, Writable
 from qlora_infer.adapters.lineage import lineage
 from qlora_infer.adapters.preflight import ModuleShape
 from qlora_infer.adapters.residency import Residency
@@ -55,9 +56,7 @@ class AdapterLoader:
         self.model_modules: Mapping[str, ModuleShape] = {}
         self.max_lora_rank = 0
 
-    def prepare(
-        self, name: str, source: AdapterSource | AdapterTensors, *, allow_pickle: bool = False
-    ) -> AdapterVersion:
+    def prepare(self, name: str, source: AdapterSource | Writable, *, allow_pickle: bool = False) -> AdapterVersion:
         """Everything that can be done without the model; raises ``AdapterError``."""
         version = self._cache.prepare(checked_name(name), source, token=self._token, allow_pickle=allow_pickle)
         version.lineage = lineage(version.manifest.base_model, self._model)
@@ -66,7 +65,7 @@ class AdapterLoader:
     def replace(
         self,
         name: str,
-        source: AdapterSource | AdapterTensors,
+        source: AdapterSource | Writable,
         *,
         weight: float = 1.0,
         allow_pickle: bool = False,
@@ -102,6 +101,27 @@ class AdapterLoader:
             raise
         self._tell(version)
         return version.loaded()
+
+    def blend(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        method: BlendMethod,
+        density: float,
+        seed: int,
+        weight: float,
+        expect: str | int | None,
+    ) -> LoadedAdapter:
+        """Load a blend of adapters that are loaded."""
+        with ExitStack() as stack:
+            versions = [stack.enter_context(self._cache.in_use(part)) for part in weights]
+            parts = [
+                AdapterPart(f"{version.name}@{version.number}", version.manifest, weights[part])
+                for part, version in zip(weights, versions, strict=True)
+            ]
+            blend = AdapterBlend(tuple(parts), method, density, seed)
+            return self.replace(name, blend, weight=weight, expect=expect)
 
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""
