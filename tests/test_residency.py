@@ -46,9 +46,18 @@ class Memory:
         assert version not in self.inside
         self.being_read.add(version)
 
+    def has_read(self, version):
+        return version in self.being_read
+
     def remove_adapter(self, version):
         self.inside.discard(version)
         self.being_read.discard(version)
+
+
+def start(residency, version):
+    residency.enter(version)
+    assert residency.has_read(version)
+    return residency.activate(version)
 
 
 @given(
@@ -65,7 +74,7 @@ def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_lora
     running = []
     for action, version in actions:
         if action == "enter" and len({*running, version}) <= max_cpu_loras:
-            residency.enter(version)
+            start(residency, version)
             running.append(version)
         elif action == "leave" and version in running:
             residency.leave(version)
@@ -88,10 +97,10 @@ def test_a_prefetched_adapter_is_finished_when_it_is_needed():
     for _ in range(2):
         residency.prefetch(a)
     assert (memory.being_read, memory.loads) == ({a}, 0)
-    assert residency.enter(a)
+    assert start(residency, a)
     assert (memory.being_read, memory.loads) == (set(), 1)
-    assert not residency.enter(a)
-    assert not residency.enter(None)
+    assert not start(residency, a)
+    assert not start(residency, None)
     residency.leave(None)
 
 
@@ -101,7 +110,7 @@ def test_slots_are_counted_as_vllm_keeps_them():
     swaps = []
     a, b, c = map(Version, "abc")
     for version in (a, b, a, c, b, a):
-        swaps.append(residency.enter(version))
+        swaps.append(start(residency, version))
         residency.leave(version)
     assert swaps == [True, True, False, True, True, True]
 
@@ -110,7 +119,7 @@ def test_prefetching_evicts_nobody_who_runs():
     """With every place in use, prefetch does nothing."""
     memory, a = Memory(), Version("a")
     residency = Residency(memory, 1, 1)
-    residency.enter(a)
+    start(residency, a)
     residency.prefetch(Version("b"))
     assert memory.inside == {a}
     assert not memory.being_read
@@ -122,7 +131,7 @@ def test_the_least_recently_used_adapter_leaves_first():
     residency = Residency(memory, 2, 2)
     residency.load(a)
     residency.load(b)
-    residency.enter(a)
+    start(residency, a)
     residency.leave(a)
     residency.load(c)
     assert memory.inside == {a, c}
@@ -149,12 +158,12 @@ def test_memory_is_counted_in_bytes():
     assert residency.num_bytes == 50
     residency.load(large)
     assert memory.inside == {large}
-    residency.enter(large)
+    start(residency, large)
     residency.prefetch(middle)
     assert not memory.being_read
     residency.prefetch(small)
     assert memory.being_read == {small}
-    residency.enter(middle)
+    start(residency, middle)
     assert memory.inside == {large, middle}
     residency.leave(large)
     residency.load(small)
@@ -181,11 +190,11 @@ def test_a_pinned_adapter_stays_until_it_is_unpinned():
 def test_an_adapter_that_does_not_load_evicts_nobody():
     """A load that fails leaves what was resident where it was, and counts no request."""
     memory, (good, bad) = Memory(), map(Version, ("good", "bad"))
-    residency = Residency(memory, 1, 1)
+    residency = Residency(memory, 2, 1)
     residency.load(good)
     memory.refused.add(bad)
     with pytest.raises(AdapterLoadError):
-        residency.enter(bad)
+        start(residency, bad)
     residency.leave(bad)
     assert memory.inside == {good}
-    assert residency.enter(good)
+    assert start(residency, good)

@@ -230,9 +230,50 @@ def test_prefetch_reads_ahead(tmp_path):
         for seed, name in enumerate("abc"):
             engine.load_adapter(name, write_adapter(tmp_path / name, seed=seed))
         assert "a" not in backend.resident
+        del backend.prefetches[:]
         engine.prefetch(["a"])
         assert backend.prefetches == ["a"]
         assert engine.generate("x", adapter="a")[0].text == "a says: x"
+
+
+class SlowReader(FakeEngine):
+    """Reads an adapter in the time of twenty steps, and never if there are none."""
+
+    def prefetch_adapter(self, version):
+        super().prefetch_adapter(version)
+        self.begun_at = self.num_steps
+
+    def has_read(self, version):
+        return self.num_steps >= self.begun_at + 20
+
+
+def test_steps_go_on_while_an_adapter_is_read(tmp_path):
+    """Neither load_adapter nor a request of a cold adapter holds up the requests that run."""
+    backend = SlowReader(step_seconds=0.002)
+    with fake_engine(backend=backend, max_loras=1, max_cpu_loras=1) as engine:
+        busy = engine.add_request(" ".join(["word"] * 30_000), {"max_tokens": 30_000})
+        while not backend.num_steps:
+            pass
+        engine.load_adapter("a", write_adapter(tmp_path / "a", seed=1))
+        engine.load_adapter("b", write_adapter(tmp_path / "b", seed=2))
+        assert backend.num_steps >= 40
+        assert backend.resident == ("b",)
+        assert engine.add_request("x", adapter="a").result(timeout=30).text == "a says: x"
+        assert backend.num_steps >= 60
+        cancelled = engine.add_request("x", adapter="b")
+        while backend.prefetches[-1] != "b":
+            pass
+        cancelled.cancel()
+        assert engine.add_request("x", adapter="a").result(timeout=30).text == "a says: x"
+        assert not busy.done()
+
+
+def test_an_adapter_is_read_at_once_while_nothing_else_runs(tmp_path):
+    """With nobody to hold up, the first request of a cold adapter does not wait for steps that never come."""
+    with fake_engine(backend=FakeEngine(load_seconds=0.1), max_loras=1, max_cpu_loras=1) as engine:
+        for seed, name in enumerate("ab"):
+            engine.load_adapter(name, write_adapter(tmp_path / name, seed=seed))
+        assert engine.add_request("x", adapter="a").result(timeout=30).text == "a says: x"
 
 
 def test_a_thousand_adapters_on_eight_slots(tmp_path):

@@ -172,12 +172,13 @@ class VLLMBackend:
         ``add_lora`` fills a slot too, which shows that the adapter fits, and may push another one out of its slot. So
         afterwards the adapter is only read.
         """
+        is_seen, was_begun = version.int_id in self._seen_to_load, version.int_id in self._being_read
         self._being_read.discard(version.int_id)
         with _translated_death():
             try:
-                if version.int_id in self._seen_to_load:
+                if is_seen or was_begun:
                     self._rpc("qlora_finish_load", version.vllm_name, version.int_id, str(version.path))
-                else:
+                if not is_seen:
                     self._engine.add_lora(_lora_request(version))
                     self._seen_to_load.add(version.int_id)
             except Exception as error:
@@ -191,6 +192,10 @@ class VLLMBackend:
         """The workers read it on a thread of their own."""
         self._being_read.add(version.int_id)
         self._rpc("qlora_begin_load", version.vllm_name, version.int_id, str(version.path))
+
+    def has_read(self, version: AdapterVersion) -> bool:
+        """Asked of the workers."""
+        return version.int_id not in self._being_read or all(self._rpc("qlora_has_read", version.int_id))
 
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Out of the slots and of host memory."""

@@ -53,6 +53,10 @@ class WorkerExtension:
             read = self.model_runner.lora_manager._load_adapter
             self._qlora_reads[int_id] = self._qlora_reader.submit(read, LoRARequest(name, int_id, path))
 
+    def qlora_has_read(self, int_id: int) -> bool:
+        """Whether the reading of an adapter has ended, well or badly."""
+        return self._qlora_reads[int_id].done()
+
     def qlora_finish_load(self, name: str, int_id: int, path: str) -> None:
         """Have an adapter in host memory, waiting for its reading where need be; unlike vLLM's, without a slot.
 

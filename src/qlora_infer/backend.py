@@ -77,6 +77,10 @@ class Backend(Protocol):
         """Begin to read a version into host memory, so that ``load_adapter`` finds it read."""
         ...
 
+    def has_read(self, version: AdapterVersion) -> bool:
+        """Whether the reading that ``prefetch_adapter`` began has ended, well or badly."""
+        ...
+
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Forget a version's tensors, also while they are being read."""
         ...

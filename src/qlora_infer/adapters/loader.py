@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
@@ -14,13 +15,17 @@ from qlora_infer.adapters.lineage import lineage
 from qlora_infer.adapters.preflight import ModuleShape
 from qlora_infer.adapters.residency import Residency
 from qlora_infer.adapters.source import AdapterSource
-from qlora_infer.errors import AdapterConflictError
+from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
 
 logger = logging.getLogger("qlora_infer")
 
 #: With ``max_lora_rank="auto"``: the rank that is provided for where no adapter is given at the start, and the least.
 DEFAULT_MAX_LORA_RANK = 64
 LEAST_MAX_LORA_RANK = 16
+
+#: Seconds that the worker may take to read an adapter, and between two looks at whether it has.
+READ_TIMEOUT = 300.0
+READ_POLL = 0.005
 
 
 class DrivingThread(Protocol):
@@ -90,13 +95,12 @@ class AdapterLoader:
             version.fit = preflight.check(
                 version.name, version.manifest, self.model_modules, max_lora_rank=self.max_lora_rank
             )
+            self._read_ahead(version)
             self._driving.call(self._residency.load, version)
             self._cache.publish(version, expect=expect)
-        except AdapterConflictError:
-            self._driving.call(self._residency.drop, version)
-            self._cache.discard(version)
-            raise
         except BaseException:
+            with contextlib.suppress(EngineClosedError, EngineDeadError):
+                self._driving.call(self._residency.drop, version)
             self._cache.discard(version)
             raise
         self._tell(version)
@@ -114,7 +118,7 @@ class AdapterLoader:
         expect: str | int | None,
     ) -> LoadedAdapter:
         """Load a blend of adapters that are loaded."""
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             versions = [stack.enter_context(self._cache.in_use(part)) for part in weights]
             parts = [
                 AdapterPart(f"{version.name}@{version.number}", version.manifest, weights[part])
@@ -159,6 +163,15 @@ class AdapterLoader:
             ranks = [version.manifest.rank for version in versions]
             self.max_lora_rank = preflight.lora_rank_for([LEAST_MAX_LORA_RANK, *ranks])
         return self.max_lora_rank
+
+    def _read_ahead(self, version: AdapterVersion) -> None:
+        """Have a version read into host memory while steps go on, so that loading it costs the others one copy."""
+        self._driving.call(self._residency.prefetch, version)
+        deadline = time.monotonic() + READ_TIMEOUT
+        while not self._driving.call(self._residency.has_read, version):
+            if time.monotonic() > deadline:
+                raise AdapterLoadError(version.name, f"adapter {version.name!r} was not read within {READ_TIMEOUT:g} s")
+            time.sleep(READ_POLL)
 
     def _tell(self, version: AdapterVersion) -> None:
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)

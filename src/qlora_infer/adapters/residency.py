@@ -22,6 +22,10 @@ class AdapterMemory(Protocol):
         """Begin to read a version into host memory, so that ``load_adapter`` finds it read."""
         ...
 
+    def has_read(self, version: AdapterVersion) -> bool:
+        """Whether the reading that ``prefetch_adapter`` began has ended, well or badly."""
+        ...
+
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Forget a version's tensors, also while they are being read."""
         ...
@@ -88,8 +92,18 @@ class Residency:
         """Let an adapter leave host memory again; harmless when it was not pinned."""
         self._pinned.discard(name)
 
-    def enter(self, version: AdapterVersion | None) -> bool:
-        """Count a request that starts to run, and load its adapter.
+    def enter(self, version: AdapterVersion | None) -> None:
+        """Count a request that is to run, and begin to read its adapter where it is not in memory."""
+        if version is not None:
+            self._num_running[version] = self._num_running.get(version, 0) + 1
+            self.prefetch(version)
+
+    def has_read(self, version: AdapterVersion | None) -> bool:
+        """Whether ``activate`` need not wait for a reading that has begun."""
+        return version not in self._prefetched or version is None or self._memory.has_read(version)
+
+    def activate(self, version: AdapterVersion | None) -> bool:
+        """Load the adapter of a request that runs now, after ``enter``.
 
         Returns:
             Whether the adapter has to be moved into a slot first.
@@ -99,7 +113,6 @@ class Residency:
         """
         if version is None:
             return False
-        self._num_running[version] = self._num_running.get(version, 0) + 1
         if version in self._resident and version not in self._prefetched:
             self._resident.move_to_end(version)
         else:
@@ -112,7 +125,7 @@ class Residency:
         return is_swap
 
     def leave(self, version: AdapterVersion | None) -> None:
-        """Count a request that runs no more."""
+        """Count a request that entered, and runs no more."""
         if version is None:
             return
         self._num_running[version] -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -82,6 +83,7 @@ class Driver:
         self._stats = StatsRecorder()
         self._deadlines = Deadlines(self._expire)
         self._running: dict[str, PendingRequest] = {}
+        self._reading: deque[PendingRequest] = deque()  # of those that run, those whose adapters are being read
         self._num_spare = 0
         self._num_backlog = 0  # requests that the engine has taken and not begun
         self._ended_early: deque[PendingRequest] = deque()  # may be appended to at any moment, without the lock
@@ -252,7 +254,8 @@ class Driver:
         self._drop_ended()
         self._admit()
         self._look_ahead()
-        if self._running:
+        self._hand_over_read()
+        if len(self._running) > len(self._reading):
             began = time.monotonic()
             step = self._backend.step()
             self._take(step, time.monotonic() - began)
@@ -296,13 +299,24 @@ class Driver:
                     return
                 self._room.notify()
                 self._running[pending.request.request_id] = pending
-            self._hand_over(pending)
+            self._stats.admitted(pending)
+            self._residency.enter(pending.request.adapter)
+            self._reading.append(pending)
+
+    def _hand_over_read(self) -> None:
+        """Hand over those whose adapters have been read; steps go on without the others."""
+        reading = list(self._reading)
+        has_read = {adapter: self._residency.has_read(adapter) for adapter in {p.request.adapter for p in reading}}
+        for pending in reading:
+            # While nothing else runs, nobody minds waiting for the first of them.
+            if has_read[pending.request.adapter] or len(self._running) == len(self._reading):
+                self._reading.remove(pending)
+                self._hand_over(pending)
 
     def _hand_over(self, pending: PendingRequest) -> None:
-        self._stats.admitted(pending)
         pending.num_starts += 1
         try:
-            is_swap = self._residency.enter(pending.request.adapter)
+            is_swap = self._residency.activate(pending.request.adapter)
             num_tokens = self._backend.add_request(pending.request)
         except EngineDeadError:
             raise
@@ -345,6 +359,8 @@ class Driver:
 
     def _leave(self, pending: PendingRequest, output: GenerationOutput | None) -> None:
         del self._running[pending.request.request_id]
+        with contextlib.suppress(ValueError):
+            self._reading.remove(pending)
         with self._lock:
             self._queue.leave(pending)
         self._residency.leave(pending.request.adapter)
@@ -358,6 +374,7 @@ class Driver:
         logger.warning("the engine core died (%s): starting another", death)
         with self._lock:
             lost = list(self._running.values())
+        self._reading.clear()
         for pending in lost:
             if pending.num_tokens or pending.num_starts > 1 or pending.done:
                 self._leave(pending, None)

@@ -88,7 +88,7 @@ class FakeEngine:
     Args:
         reply: What answers a prompt.
         step_seconds: How long a step takes.
-        load_seconds: How long loading an adapter takes.
+        load_seconds: How long reading an adapter takes, beside which steps go on.
         model_config: The model's ``config.json``; an AWQ Llama by default.
         modules: The model's modules, name to (in_features, out_features).
 
@@ -122,7 +122,7 @@ class FakeEngine:
         self._modules = {name: ModuleShape(*shape) for name, shape in modules.items()}
         self._words: dict[int, str] = {}
         self._loaded: OrderedDict[int, str] = OrderedDict()
-        self._prefetched: set[int] = set()
+        self._prefetched: dict[int, float] = {}
         self._refused: dict[str, str] = {}
         self._waiting: list[_Running] = []
         self._running: list[_Running] = []
@@ -203,10 +203,8 @@ class FakeEngine:
     def load_adapter(self, version: AdapterVersion) -> None:
         """Count it; the files are not read."""
         self._check_alive()
-        if version.int_id in self._prefetched:
-            self._prefetched.remove(version.int_id)
-        else:
-            time.sleep(self._load_seconds)
+        began = self._prefetched.pop(version.int_id, time.monotonic())
+        time.sleep(max(0.0, began + self._load_seconds - time.monotonic()))
         if version.name in self._refused:
             raise AdapterLoadError(
                 version.name, f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}"
@@ -217,15 +215,20 @@ class FakeEngine:
             self._loaded.popitem(last=False)
 
     def prefetch_adapter(self, version: AdapterVersion) -> None:
-        """Count it; loading it then takes no time."""
+        """Count it; it is being read from now on."""
         self._check_alive()
         self.prefetches.append(version.name)
-        self._prefetched.add(version.int_id)
+        self._prefetched[version.int_id] = time.monotonic()
+
+    def has_read(self, version: AdapterVersion) -> bool:
+        """Whether ``load_seconds`` have passed since."""
+        self._check_alive()
+        return time.monotonic() >= self._prefetched[version.int_id] + self._load_seconds
 
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Forget it."""
         self._check_alive()
-        self._prefetched.discard(version.int_id)
+        self._prefetched.pop(version.int_id, None)
         self._loaded.pop(version.int_id, None)
 
     def add_request(self, request: GenerationRequest) -> int:
