@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
@@ -97,6 +98,8 @@ class VLLMBackend:
             device=current_platform.device_type,
             capability=capability.to_int() if capability else None,
             packages=frozenset(name.lower().replace("_", "-") for name in names if name),
+            device_memory=current_platform.get_device_total_memory(),
+            host_memory=_free_host_memory(),
         )
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
@@ -319,6 +322,19 @@ def require_vllm() -> None:
             "the installed torchvision does not belong to the installed torch, and text models need none: "
             "pip uninstall -y torchvision torchaudio torchcodec"
         ) from error
+
+
+def _free_host_memory() -> int:
+    """What is free, and within the control group's limit where there is one, as containers have."""
+    import psutil  # type: ignore[import-untyped]  # vLLM depends on it
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no such group, or "max"
+        return free
 
 
 def _completion(completion: Any) -> Completion:

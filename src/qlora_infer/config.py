@@ -71,7 +71,8 @@ class EngineConfig:
     Attributes:
         model: A Hub id or a local folder with a checkpoint.
         quantization: ``"auto"``, the name of a registered strategy, or a strategy.
-        max_loras: Adapters that one batch may mix; each takes a slot in the device's memory.
+        max_loras: Adapters that one batch may mix, or ``"auto"``; each takes a slot in the device's memory.
+        max_slot_bytes: Bytes for these slots, from which ``"auto"`` chooses; ``None`` for a share of the memory.
         max_lora_rank: The largest rank that an adapter may have, or ``"auto"``.
         max_cpu_loras: Adapters kept in host memory, ready to move into a slot, or ``"auto"``.
         max_cpu_bytes: Bytes of adapters kept in host memory; ``None`` for no limit but their number.
@@ -87,7 +88,8 @@ class EngineConfig:
 
     model: str = field(validator=validators.and_(validators.instance_of(str), validators.min_len(1)))
     quantization: object
-    max_loras: int = field(validator=_positive)
+    max_loras: int | Literal["auto"] = field(validator=_positive_or_auto)
+    max_slot_bytes: int | None = field(validator=validators.optional(_positive))
     max_lora_rank: int | Literal["auto"] = field(validator=_known_rank)
     max_cpu_loras: int | Literal["auto"] = field(validator=_positive_or_auto)
     max_cpu_bytes: int | None = field(validator=validators.optional(_positive))
@@ -102,8 +104,19 @@ class EngineConfig:
 
     @max_cpu_loras.validator
     def _at_least_the_slots(self, _: Attribute[Any], value: int | Literal["auto"]) -> None:
-        if value != "auto" and value < self.max_loras:
+        if value != "auto" and self.max_loras != "auto" and value < self.max_loras:
             raise ValueError(f"max_cpu_loras ({value}) must be at least max_loras ({self.max_loras})")
+
+    @max_slot_bytes.validator
+    def _in_place_of_a_number(self, _: Attribute[Any], value: int | None) -> None:
+        if value is not None and self.max_loras != "auto":
+            raise ValueError(f'max_slot_bytes and max_loras={self.max_loras} say the same: leave one out (or "auto")')
+
+    @property
+    def num_slots(self) -> int:
+        """``max_loras``, once it has been chosen."""
+        assert self.max_loras != "auto"
+        return self.max_loras
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -112,8 +125,9 @@ class EngineConfig:
 
     @property
     def num_cpu_loras(self) -> int:
-        """Adapters kept in host memory: ``max_cpu_loras``, or four for each slot."""
-        return 4 * self.max_loras if self.max_cpu_loras == "auto" else self.max_cpu_loras
+        """``max_cpu_loras``, once it has been chosen."""
+        assert self.max_cpu_loras != "auto"
+        return self.max_cpu_loras
 
     def vllm_args(self, strategy_args: Mapping[str, Any], *, max_lora_rank: int) -> dict[str, Any]:
         """Everything that vLLM's ``EngineArgs`` is given.

@@ -26,6 +26,7 @@ from qlora_infer.adapters.cache import AdapterCache, LoadedAdapter, Writable
 from qlora_infer.adapters.in_memory import AdapterTensors
 from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.residency import Residency
+from qlora_infer.adapters.room import choose_room
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig
@@ -63,11 +64,14 @@ class QuantizedLoRAEngine:
         quantization: ``"auto"`` reads ``config.json`` and takes what it says; an unquantized checkpoint is quantized
             to 4 bits with bitsandbytes as it loads. Or the name of a registered strategy, or a strategy.
         adapters: Adapters to load at once, by name.
-        max_loras: Adapters that one batch may mix; each takes a slot in the device's memory.
+        max_loras: Adapters that one batch may mix; each takes a slot in the device's memory, of the size that
+            ``max_lora_rank`` needs. ``"auto"`` chooses from that size and the memory, and logs it.
+        max_slot_bytes: With ``max_loras="auto"``, the bytes for all slots; ``None`` for a twentieth of the memory.
         max_lora_rank: The largest rank that an adapter may have: 1, 8, 16, 32, 64, 128, 256, 320 or 512. ``"auto"``
             takes what ``adapters`` need, or 64 where none are given.
-        max_cpu_loras: Adapters kept in host memory, ready to move into a slot. ``"auto"`` keeps four for each slot.
-        max_cpu_bytes: Bytes of adapters kept there; ``None`` for no limit but their number.
+        max_cpu_loras: Adapters kept in host memory, ready to move into a slot. ``"auto"`` chooses from the memory
+            that is free, and logs it.
+        max_cpu_bytes: Bytes of adapters kept there, by their real sizes; ``None`` for no limit but their number.
         max_model_len: Tokens of prompt and answer together; ``None`` takes what the model allows.
         enforce_eager: Run without CUDA graphs: several times slower, for a GPU that is short of memory.
         revision: The model's branch, tag or commit on the Hub.
@@ -103,7 +107,8 @@ class QuantizedLoRAEngine:
         *,
         quantization: str | strategies.QuantizationStrategy = "auto",
         adapters: Mapping[str, Source] | None = None,
-        max_loras: int = 8,
+        max_loras: int | Literal["auto"] = 8,
+        max_slot_bytes: int | None = None,
         max_lora_rank: int | Literal["auto"] = "auto",
         max_cpu_loras: int | Literal["auto"] = "auto",
         max_cpu_bytes: int | None = None,
@@ -121,6 +126,7 @@ class QuantizedLoRAEngine:
             model=os.fspath(model),
             quantization=quantization,
             max_loras=max_loras,
+            max_slot_bytes=max_slot_bytes,
             max_lora_rank=max_lora_rank,
             max_cpu_loras=max_cpu_loras,
             max_cpu_bytes=max_cpu_bytes,
@@ -134,19 +140,22 @@ class QuantizedLoRAEngine:
             restart=restart,
         )
         _require_main_guard()
-        self._config = config
         self._backend = backend or _vllm_backend()
-        strategy_args = _strategy_args(config, self._backend)
+        model_config, platform = self._backend.read_model_config(config), self._backend.platform()
+        strategy = strategies.choose(config, model_config)
+        strategy.check(config, model_config, platform)
+        strategy_args = strategy.engine_args(config, model_config)
+        self._config = config = choose_room(config, platform, model_config)
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
         store = Path(tempfile.mkdtemp(prefix="qlora-infer-"))
-        residency = Residency(self._backend, config.num_cpu_loras, config.max_loras, config.max_cpu_bytes)
+        residency = Residency(self._backend, config.num_cpu_loras, config.num_slots, config.max_cpu_bytes)
         cache = AdapterCache(
             store,
             on_idle=lambda version: _unless_ended(driver.post, residency.drop, version),
             on_gone=lambda name: _unless_ended(driver.forget, name),
         )
-        queue = RequestQueue(config.policy, max_loras=config.max_loras, is_resident=residency.is_resident)
+        queue = RequestQueue(config.policy, max_loras=config.num_slots, is_resident=residency.is_resident)
         driver = Driver(
             self._backend,
             queue,
@@ -577,14 +586,6 @@ def _vllm_backend() -> Backend:
 
     require_vllm()
     return VLLMBackend()
-
-
-def _strategy_args(config: EngineConfig, backend: Backend) -> dict[str, Any]:
-    """What the quantization needs of vLLM, once it is known that it can work here."""
-    model_config = backend.read_model_config(config)
-    strategy = strategies.choose(config, model_config)
-    strategy.check(config, model_config, backend.platform())
-    return strategy.engine_args(config, model_config)
 
 
 def _require_main_guard() -> None:

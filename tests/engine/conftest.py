@@ -31,6 +31,7 @@ class Engines:
                 adapters=demo_adapters(),
                 max_loras=4,
                 max_lora_rank=64,
+                max_cpu_loras=16,
                 max_model_len=512,
                 engine_args=ENGINE_ARGS,
             )

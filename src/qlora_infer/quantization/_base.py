@@ -22,11 +22,15 @@ class Platform:
         device: vLLM's device type, such as ``"cuda"`` or ``"cpu"``.
         capability: CUDA's compute capability times ten (90 for an H100); ``None`` where there is none.
         packages: The installed distributions, by normalized name (``"vllm-bnb-plugin"``).
+        device_memory: The device's memory in bytes; ``None`` where it is not known.
+        host_memory: The host's memory that is free, in bytes; ``None`` where it is not known.
     """
 
     device: str
     capability: int | None
     packages: frozenset[str]
+    device_memory: int | None = None
+    host_memory: int | None = None
 
     def require_package(self, name: str, command: str) -> None:
         """Raise ``MissingDependencyError`` with ``command`` unless the distribution ``name`` is installed."""

@@ -1,0 +1,90 @@
+"""How many adapters there is room for: in slots on the device, and in host memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import evolve
+
+from qlora_infer.config import EngineConfig
+from qlora_infer.quantization import Platform
+
+logger = logging.getLogger("qlora_infer")
+
+#: The share of the device's memory that slots get, and of the free host memory that adapters get.
+SLOT_SHARE = 1 / 20
+HOST_SHARE = 1 / 4
+
+#: vLLM's kernels have been seen to slow down with the slots; host memory has no such limit but a sensible one.
+MAX_SLOTS = 16
+MAX_PLACES = 1024
+
+#: Where nothing is known of the memory, or of the model.
+DEFAULT_SLOTS = 8
+PLACES_PER_SLOT = 4
+
+#: The rank that room is made for while ``max_lora_rank`` is "auto".
+ASSUMED_RANK = 64
+
+
+def choose_room(config: EngineConfig, platform: Platform, model_config: Mapping[str, Any]) -> EngineConfig:
+    """Put numbers where the user said ``"auto"`` for ``max_loras`` and ``max_cpu_loras``, and log them.
+
+    Args:
+        config: What the user asked for.
+        platform: The machine.
+        model_config: The model's ``config.json``.
+    """
+    rank = config.max_lora_rank if isinstance(config.max_lora_rank, int) else ASSUMED_RANK
+    size = adapter_bytes(model_config, rank)
+    if config.max_loras == "auto":
+        config = evolve(config, max_loras=_choose_slots(config, platform, size), max_slot_bytes=None)
+    if config.max_cpu_loras == "auto":
+        config = evolve(config, max_cpu_loras=_choose_places(config, platform, size))
+    return config
+
+
+def adapter_bytes(model_config: Mapping[str, Any], rank: int) -> int | None:
+    """What an adapter of a rank takes that changes every linear layer of a model, in 16 bits; a slot's size, too.
+
+    ``None`` where the ``config.json`` does not tell, as that of no usual decoder.
+    """
+    text = model_config.get("text_config", model_config)
+    try:
+        hidden, inner, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
+        heads = text["num_attention_heads"]
+        head_size = text.get("head_dim") or hidden // heads
+        queries, keys = heads * head_size, (text.get("num_key_value_heads") or heads) * head_size
+        attention = (hidden + queries) + 2 * (hidden + keys) + (queries + hidden)
+        return int(2 * rank * layers * (attention + 3 * (hidden + inner)))
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _choose_slots(config: EngineConfig, platform: Platform, size: int | None) -> int:
+    most = MAX_SLOTS if config.max_cpu_loras == "auto" else min(MAX_SLOTS, config.max_cpu_loras)
+    budget = config.max_slot_bytes or (platform.device_memory and int(platform.device_memory * SLOT_SHARE))
+    if not budget or not size:
+        slots = min(DEFAULT_SLOTS, most)
+        logger.info("max_loras=%d: the memory or the model's size is not known", slots)
+        return slots
+    slots = max(1, min(most, budget // size))
+    logger.info("max_loras=%d: slots of %s, for which there are %s", slots, _say(size), _say(budget))
+    return slots
+
+
+def _choose_places(config: EngineConfig, platform: Platform, size: int | None) -> int:
+    least = PLACES_PER_SLOT * config.num_slots
+    budget = config.max_cpu_bytes or (platform.host_memory and int(platform.host_memory * HOST_SHARE))
+    if not budget or not size:
+        return least
+    # Of adapters smaller than the largest, more would fit; max_cpu_bytes counts them as they are.
+    places = MAX_PLACES if config.max_cpu_bytes else max(least, min(MAX_PLACES, budget // size))
+    logger.info("max_cpu_loras=%d: adapters of up to %s, for which there are %s", places, _say(size), _say(budget))
+    return places
+
+
+def _say(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.1f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):.0f} MiB"
