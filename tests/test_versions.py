@@ -15,6 +15,7 @@ from qlora_infer import (
     CorruptAdapterError,
     IncompatibleAdapterError,
 )
+from qlora_infer.adapters.effect import Scores, effect
 from qlora_infer.adapters.lineage import lineage
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 
@@ -199,6 +200,30 @@ def test_a_blend_that_cannot_be_changes_nothing(adapters, arguments, error, mess
             engine.load_blend("mix", adapters, **arguments)
         assert engine.adapters == before
         assert len(list(engine._cache._store.iterdir())) == 3
+
+
+def test_an_effect_is_measured_on_any_texts(engine, tmp_path):
+    """verify_adapter compares each token but a text's first; what it cannot compare is told at the door."""
+    engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1))
+    engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2))
+    found = engine.verify_adapter("a@1", ["one two three", "four five"])
+    assert (found.adapter, found.num_tokens, found.share_changed, found.mean_shift) == ("a@1", 3, 0.0, 0.0)
+    assert engine.verify_adapter("a").num_tokens > 50
+    with pytest.raises(ValueError, match="at least two tokens"):
+        engine.verify_adapter("a", ["one"])
+    with pytest.raises(ValueError, match="at least one text"):
+        engine.verify_adapter("a", [])
+    with pytest.raises(AdapterNotLoadedError):
+        engine.verify_adapter("gone")
+
+
+def test_scores_are_compared_token_by_token():
+    """The share counts places with another favourite, the shift is the mean distance of log-probabilities."""
+    base = [Scores([-1.0, -2.0], [5, 6]), Scores([-3.0], [7])]
+    adapted = [Scores([-1.5, -2.0], [5, 9]), Scores([-2.0], [8])]
+    found = effect("a@1", base, adapted, (base, base))
+    assert (found.num_tokens, found.share_changed) == (3, pytest.approx(2 / 3))
+    assert (found.mean_shift, found.reference_base_shift, found.reference_shift) == (0.5, 0.0, 0.5)
 
 
 def test_a_pinned_adapter_stays_in_host_memory(tmp_path):

@@ -1,6 +1,7 @@
 """Serve one quantized base model on vLLM with many LoRA adapters that come and go while it runs."""
 
 from qlora_infer.adapters.cache import LoadedAdapter
+from qlora_infer.adapters.effect import AdapterEffect
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import (
@@ -39,6 +40,7 @@ __all__ = [
     "QuantizedLoRAEngine",
     "LoadedAdapter",
     "AdapterSource",
+    "AdapterEffect",
     "GenerationOutput",
     "Completion",
     "RequestTimes",

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 from qlora_infer import quantization as strategies
 from qlora_infer.adapters.blend import BlendMethod
 from qlora_infer.adapters.cache import AdapterCache, LoadedAdapter, Writable
+from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
 from qlora_infer.adapters.in_memory import AdapterTensors
 from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.residency import Residency
@@ -362,6 +363,61 @@ class QuantizedLoRAEngine:
             AdapterNotLoadedError: No adapter has that name.
         """
         self._cache.unload(name)
+
+    def verify_adapter(
+        self, name: str, prompts: Sequence[str] | None = None, *, reference: str | os.PathLike[str] | None = None
+    ) -> AdapterEffect:
+        """Measure whether an adapter does anything, and, against PEFT, whether it does the right thing.
+
+        The base model and the adapter read the same texts, and their opinions of each token are compared. An adapter
+        that was never trained, or is not applied, changes nothing.
+
+        Args:
+            name: A loaded adapter, or one of its versions.
+            prompts: Texts of at least two tokens to read, near to what the adapter is for; by default five of
+                everyday English and code.
+            reference: A checkpoint of the same model that transformers can load, the unquantized one say. It is then
+                loaded too, in this process and host memory, with the adapter on top by PEFT, for comparison.
+
+        Returns:
+            What was found; ``print`` it.
+
+        Raises:
+            ValueError: ``prompts`` is empty, or holds a text of one token.
+            AdapterNotLoadedError: No adapter has that name.
+            MissingDependencyError: With ``reference``, a package is missing.
+            ModelNotFoundError: transformers cannot load ``reference``.
+            What ``generate`` raises.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine, write_adapter
+            >>> with fake_engine() as engine:  # whose adapters change no opinion
+            ...     _ = engine.load_adapter("pirate", write_adapter(tmp_path / "pirate"))
+            ...     engine.verify_adapter("pirate", ["ahoy my hearties"]).share_changed
+            0.0
+        """
+        texts = prompt_list(PROBE if prompts is None else prompts)
+        if not texts:
+            raise ValueError("prompts must hold at least one text")
+        with self._cache.in_use(name) as version:
+            exact = f"{version.name}@{version.number}"
+            outputs = self._intake.answer_all(
+                [*texts, *texts],
+                {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1},
+                [None] * len(texts) + [exact] * len(texts),
+                0,
+                None,
+                use_tqdm=False,
+            )
+            if any(len(output.prompt_token_ids) < 2 for output in outputs):
+                raise ValueError("prompts must be texts of at least two tokens: the first has no probability")
+            scores = [Scores.read(output.prompt_token_ids, output.prompt_logprobs or ()) for output in outputs]
+            base, adapted = scores[: len(texts)], scores[len(texts) :]
+            other = None
+            if reference is not None:
+                token_ids = [output.prompt_token_ids for output in outputs[: len(texts)]]
+                other = reference_scores(os.fspath(reference), version.path, token_ids, token=self._config.token)
+        return effect(exact, base, adapted, other)
 
     # Requests ---------------------------------------------------------------------------------------------------
 
