@@ -494,8 +494,8 @@ def test_a_step_that_hangs_does_not_hang_close(monkeypatch):
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    """import qlora_infer loads neither torch, vllm, transformers, numpy nor huggingface_hub."""
-    heavy = ("torch", "vllm", "transformers", "numpy", "huggingface_hub")
+    """import qlora_infer loads neither torch, vllm, transformers, numpy, huggingface_hub nor fsspec."""
+    heavy = ("torch", "vllm", "transformers", "numpy", "huggingface_hub", "fsspec", "aiohttp")
     code = f"import sys, qlora_infer; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 

@@ -81,9 +81,11 @@ def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(text):
         source.resolve("x")
 
 
-@pytest.mark.parametrize("text", ["", "name", "a b/c", "org/", "org/repo:", "org/repo@", "s3:/x", "s3://a/b", "é/a"])
+@pytest.mark.parametrize(
+    "text", ["", "name", "a b/c", "org/", "org/repo:", "org/repo@", "s3:/x", "nosuch://a/b", "é/a"]
+)
 def test_what_is_neither_is_refused(text):
-    """Text that is no path and no Hub id is a ValueError that shows both forms."""
+    """Text that is no path, no URL and no Hub id is a ValueError that shows the forms."""
     with pytest.raises(ValueError, match="'org/repo'"):
         AdapterSource.parse(text)
 

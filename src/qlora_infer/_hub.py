@@ -22,6 +22,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from qlora_infer._secrets import without_secrets
 from qlora_infer.adapters.pickles import PICKLE_NAMES
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
 from qlora_infer.errors import (
@@ -324,15 +325,7 @@ def _without_secrets(error: BaseException, token: str | None) -> BaseException |
     """The error as a cause, unless it or what led to it spells a token out (an HTTP library may show a header)."""
     from huggingface_hub import get_token
 
-    secrets = [secret for secret in (token, get_token()) if secret]
-    chain, seen = [error], set[int]()
-    while chain:
-        link = chain.pop()
-        if any(secret in f"{link} {link!r}" for secret in secrets):
-            return None
-        seen.add(id(link))
-        chain += [e for e in (link.__cause__, link.__context__) if e is not None and id(e) not in seen]
-    return error
+    return without_secrets(error, [token or "", get_token() or ""])
 
 
 def _is_offline() -> bool:

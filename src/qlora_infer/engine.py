@@ -47,7 +47,7 @@ else:
 
 logger = logging.getLogger("qlora_infer")
 
-#: Where an adapter comes from: a Hub id, a folder, or an ``AdapterSource`` with a revision, a subfolder and a token.
+#: Where an adapter comes from: a Hub id, a folder, a URL, or an ``AdapterSource`` with a revision, a token and so on.
 Source = str | os.PathLike[str] | AdapterSource
 #: vLLM's ``SamplingParams``, a mapping of its fields, or ``None`` for the model's own defaults.
 Sampling: TypeAlias = SamplingParams | Mapping[str, Any] | None
@@ -216,12 +216,15 @@ class QuantizedLoRAEngine:
 
         Args:
             name: What requests will call it.
-            source: A Hub id (``"org/repo"``, ``"org/repo@revision:sub/folder"``) or a local folder.
+            source: A Hub id (``"org/repo"``, ``"org/repo@revision:sub/folder"``), a local folder, or the URL of a
+                folder on any fsspec filesystem (``"s3://bucket/pirate"``, ``"https://host/pirate"``). An
+                ``AdapterSource`` gives a URL its ``storage_options``.
             tensors: In place of a source, the adapter itself: what ``peft.get_peft_model_state_dict(model)`` gives.
             config: With ``tensors``, PEFT's ``LoraConfig``, or a mapping of its fields.
             revision: A branch, tag or commit on the Hub.
             subfolder: Where in the repository or folder the adapter is.
-            token: The Hub's access token for this adapter; by default the engine's. Never printed.
+            token: The Hub's access token for this adapter; by default the engine's. For an http(s) URL, what is sent
+                as ``Authorization: Bearer``; the engine's is not sent there. Never printed.
             weight: Its share of the engine while others wait too; the base model, and an adapter of weight 1, have one
                 share each. Loading the same content again changes the weight only.
             expect: The version that the name stands for now, by number or digest, or 0 for none; for trainers that
@@ -235,6 +238,7 @@ class QuantizedLoRAEngine:
             AdapterNotFoundError: The source does not exist.
             AdapterAccessError: The source needs a token, or another one.
             AdapterDownloadError: The connection failed.
+            MissingDependencyError: The package for this kind of URL is not installed.
             CorruptAdapterError: The files cannot be read.
             UnsafeAdapterError: Reading the files could do harm.
             IncompatibleAdapterError: The adapter does not fit this engine; ``reasons`` lists every reason.

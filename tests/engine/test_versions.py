@@ -6,7 +6,7 @@ import threading
 
 import psutil
 import pytest
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from qlora_infer.demo import demo_adapters, demo_model
 from qlora_infer.testing import write_adapter
@@ -29,6 +29,7 @@ def test_fifty_replacements_under_load(awq, tmp_path):
     assert expected["pirate"][:12] != expected["spanish"][:12]
     folders = demo_adapters()
     content_of = {awq.load_adapter("habit", folders["spanish"]).int_id: "spanish"}
+    print({n: a.num_bytes for n, a in awq.adapters.items()})
     answered, stop = [], threading.Event()
 
     def ask():
@@ -43,7 +44,7 @@ def test_fifty_replacements_under_load(awq, tmp_path):
         for number in range(50):
             content = contents[number % 2]
             content_of[awq.load_adapter("habit", folders[content]).int_id] = content
-            if number in (9, 49):
+            if number % 10 == 9:
                 memory[number] = resident_bytes(awq)
     finally:
         stop.set()
@@ -59,6 +60,7 @@ def test_fifty_replacements_under_load(awq, tmp_path):
     assert len(list(awq._cache._store.iterdir())) == len(awq.adapters)
     in_vllm = set(awq._driver.call(awq._backend._engine.list_loras))
     assert in_vllm <= {adapter.int_id for adapter in awq.adapters.values()}
+    print(memory)
     size = awq.adapters["spanish"].num_bytes
     assert memory[49] - memory[9] < 10 * size, "forty replacements kept the memory of more than ten"
 
@@ -110,7 +112,6 @@ def test_a_blend_of_an_adapter_with_itself_is_that_adapter(awq, tmp_path):
 def test_an_adapter_does_here_what_it_does_in_peft(awq, tmp_path):
     """verify_adapter: pirate changes much, an untrained adapter nothing, and both as in transformers and PEFT."""
     found = awq.verify_adapter("pirate", reference=demo_model("none"))
-    print(found)
     assert found.num_tokens > 80
     assert found.share_changed > 0.2
     assert found.mean_shift > 0.3

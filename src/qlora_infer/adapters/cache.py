@@ -181,11 +181,13 @@ class AdapterCache:
         target, scratch = self._store / str(int_id), self._store / f"{int_id}-scratch"
         try:
             if isinstance(source, AdapterSource):
-                folder = source.resolve(name, default_token=token, allow_pickle=allow_pickle)
+                folder = source.resolve(
+                    name, default_token=token, allow_pickle=allow_pickle, download_to=scratch / "downloaded"
+                )
             else:
-                folder = source.write(name, scratch)
+                folder = source.write(name, scratch / "written")
             if allow_pickle and not (folder / WEIGHTS_NAME).exists():
-                folder = convert_pickle(name, folder, scratch)
+                folder = convert_pickle(name, folder, scratch / "converted")
             read_manifest(name, folder)
             snapshot = take_snapshot(name, folder, target)
             # What is served is what was checked: the copy, which nobody else writes to.

@@ -1,0 +1,23 @@
+"""Errors of other libraries, looked through for secrets before they become the cause of one of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from urllib.parse import unquote
+
+
+def without_secrets(error: BaseException, secrets: Iterable[str]) -> BaseException | None:
+    """The error, to be raised from, unless it or what led to it spells a secret out.
+
+    A library may show a header, or the URL that it asked for, in its own way of quoting.
+    """
+    secrets = [secret for secret in secrets if secret]
+    chain, seen = [error], set[int]()
+    while chain:
+        link = chain.pop()
+        text = f"{link} {link!r}"
+        if any(secret in text or unquote(secret) in unquote(text) for secret in secrets):
+            return None
+        seen.add(id(link))
+        chain += [e for e in (link.__cause__, link.__context__) if e is not None and id(e) not in seen]
+    return error
