@@ -84,7 +84,7 @@ def test_an_engine_serves_an_adapter_from_a_url(kind, server, memory, adapter):
         assert engine.generate("ahoy", adapter="pirate")[0].text == "pirate says: ahoy"
         same = engine.load_adapter("again", adapter)
         assert same.digest == loaded.digest
-        assert not list(engine._cache._store.glob("*-scratch"))
+        assert not list(engine._cache._copies._store.glob("*-scratch"))
 
 
 def test_two_files_are_fetched_and_no_others(server, folder):
@@ -354,7 +354,7 @@ def test_a_failed_replacement_leaves_the_old_version_serving(server):
         with pytest.raises(AdapterDownloadError):
             engine.load_adapter("pirate", f"{server.url}/sub/pirate")
         assert engine.adapters == {"pirate": before}
-        assert not list(engine._cache._store.glob("*-scratch"))
+        assert not list(engine._cache._copies._store.glob("*-scratch"))
 
 
 # Files that are too large -------------------------------------------------------------------------------------------

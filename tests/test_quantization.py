@@ -16,6 +16,7 @@ CONFIG = EngineConfig(
     max_loras=8,
     max_lora_rank="auto",
     max_slot_bytes=None,
+    max_disk_bytes=None,
     max_cpu_loras=32,
     max_cpu_bytes=None,
     max_model_len=None,

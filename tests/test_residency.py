@@ -54,6 +54,13 @@ class Memory:
         self.being_read.discard(version)
 
 
+class Files:
+    """All there."""
+
+    def fetch(self, version):
+        return None
+
+
 def start(residency, version):
     residency.enter(version)
     assert residency.has_read(version)
@@ -70,7 +77,7 @@ def start(residency, version):
 def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_loras, actions):
     """An adapter with running requests is never evicted, and at most max_cpu_loras adapters are resident or read."""
     memory = Memory()
-    residency = Residency(memory, max_cpu_loras, max_cpu_loras)
+    residency = Residency(memory, Files(), max_cpu_loras, max_cpu_loras)
     running = []
     for action, version in actions:
         if action == "enter" and len({*running, version}) <= max_cpu_loras:
@@ -93,7 +100,7 @@ def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_lora
 def test_a_prefetched_adapter_is_finished_when_it_is_needed():
     """prefetch begins a load once, and the first request of the adapter ends it; the base model needs none."""
     memory, a = Memory(), Version("a")
-    residency = Residency(memory, 2, 1)
+    residency = Residency(memory, Files(), 2, 1)
     for _ in range(2):
         residency.prefetch(a)
     assert (memory.being_read, memory.loads) == ({a}, 0)
@@ -106,7 +113,7 @@ def test_a_prefetched_adapter_is_finished_when_it_is_needed():
 
 def test_slots_are_counted_as_vllm_keeps_them():
     """An adapter is moved in when it is not among those used last, as many as there are slots."""
-    residency = Residency(Memory(), 4, 2)
+    residency = Residency(Memory(), Files(), 4, 2)
     swaps = []
     a, b, c = map(Version, "abc")
     for version in (a, b, a, c, b, a):
@@ -118,7 +125,7 @@ def test_slots_are_counted_as_vllm_keeps_them():
 def test_prefetching_evicts_nobody_who_runs():
     """With every place in use, prefetch does nothing."""
     memory, a = Memory(), Version("a")
-    residency = Residency(memory, 1, 1)
+    residency = Residency(memory, Files(), 1, 1)
     start(residency, a)
     residency.prefetch(Version("b"))
     assert memory.inside == {a}
@@ -128,7 +135,7 @@ def test_prefetching_evicts_nobody_who_runs():
 def test_the_least_recently_used_adapter_leaves_first():
     """Using an adapter keeps it in memory longer than one that was loaded later and not used."""
     memory, (a, b, c) = Memory(), map(Version, "abc")
-    residency = Residency(memory, 2, 2)
+    residency = Residency(memory, Files(), 2, 2)
     residency.load(a)
     residency.load(b)
     start(residency, a)
@@ -140,7 +147,7 @@ def test_the_least_recently_used_adapter_leaves_first():
 def test_an_adapter_with_waiting_requests_leaves_last():
     """Among those that do not run, one that nobody waits for makes room, even if it was used later."""
     memory, (a, b, c) = Memory(), map(Version, "abc")
-    residency = Residency(memory, 2, 1)
+    residency = Residency(memory, Files(), 2, 1)
     residency.load(a)
     residency.load(b)
     a.num_uses = 1
@@ -152,7 +159,7 @@ def test_memory_is_counted_in_bytes():
     """max_bytes bounds the tensors, whatever their number; what runs may exceed it, and nothing is read ahead then."""
     memory = Memory()
     small, middle, large = Version("small", 10), Version("middle", 40), Version("large", 90)
-    residency = Residency(memory, 10, 2, max_bytes=100)
+    residency = Residency(memory, Files(), 10, 2, max_bytes=100)
     residency.load(small)
     residency.load(middle)
     assert residency.num_bytes == 50
@@ -173,7 +180,7 @@ def test_memory_is_counted_in_bytes():
 def test_a_pinned_adapter_stays_until_it_is_unpinned():
     """pin loads and keeps an adapter; unpin lets it go; places for adapters that run are never pinned away."""
     memory, (a, b, c, d) = Memory(), map(Version, "abcd")
-    residency = Residency(memory, 3, 2)
+    residency = Residency(memory, Files(), 3, 2)
     residency.pin(a)
     for version in (b, c, d):
         residency.load(version)
@@ -190,7 +197,7 @@ def test_a_pinned_adapter_stays_until_it_is_unpinned():
 def test_an_adapter_that_does_not_load_evicts_nobody():
     """A load that fails leaves what was resident where it was, and counts no request."""
     memory, (good, bad) = Memory(), map(Version, ("good", "bad"))
-    residency = Residency(memory, 2, 1)
+    residency = Residency(memory, Files(), 2, 1)
     residency.load(good)
     memory.refused.add(bad)
     with pytest.raises(AdapterLoadError):

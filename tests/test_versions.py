@@ -72,7 +72,7 @@ def test_only_the_version_before_is_held(engine, backend, tmp_path):
         engine.generate("x", adapter="a@2")
     engine.generate("flush")
     assert backend.resident == ("a",)
-    assert len(list(engine._cache._store.iterdir())) == 2
+    assert len(list(engine._cache._copies._store.iterdir())) == 2
 
 
 def test_rollback_goes_back_and_forgets_the_newer(engine, backend, tmp_path):
@@ -92,7 +92,7 @@ def test_rollback_goes_back_and_forgets_the_newer(engine, backend, tmp_path):
     assert engine.rollback("a").version == 1
     engine.generate("flush")
     assert backend.resident == ("a",)
-    assert len(list(engine._cache._store.iterdir())) == 1
+    assert len(list(engine._cache._copies._store.iterdir())) == 1
 
 
 def test_a_rollback_that_cannot_be_loaded_changes_nothing(engine, backend, tmp_path):
@@ -160,7 +160,7 @@ def test_an_adapter_comes_straight_from_memory(engine, tmp_path):
     with pytest.raises(CorruptAdapterError):
         engine.load_adapter("c", tensors={"lora": np.array([1, 2], dtype=object)}, config=CONFIG)
     assert set(engine.adapters) == {"a", "b"}
-    assert not [path for path in engine._cache._store.iterdir() if path.name.endswith("scratch")]
+    assert not [path for path in engine._cache._copies._store.iterdir() if path.name.endswith("scratch")]
 
 
 def test_a_blend_serves_like_any_adapter(engine, tmp_path):
@@ -199,7 +199,7 @@ def test_a_blend_that_cannot_be_changes_nothing(adapters, arguments, error, mess
         with pytest.raises(error, match=message):
             engine.load_blend("mix", adapters, **arguments)
         assert engine.adapters == before
-        assert len(list(engine._cache._store.iterdir())) == 3
+        assert len(list(engine._cache._copies._store.iterdir())) == 3
 
 
 def test_an_effect_is_measured_on_any_texts(engine, tmp_path):
@@ -262,14 +262,14 @@ def test_prefetch_reads_ahead(tmp_path):
 
 
 class SlowReader(FakeEngine):
-    """Reads an adapter in the time of twenty steps, and never if there are none."""
+    """Reads an adapter in the time of twenty steps, as long as there is anything to step."""
 
     def prefetch_adapter(self, version):
         super().prefetch_adapter(version)
         self.begun_at = self.num_steps
 
     def has_read(self, version):
-        return self.num_steps >= self.begun_at + 20
+        return self.num_steps >= self.begun_at + 20 or not self.num_unfinished
 
 
 def test_steps_go_on_while_an_adapter_is_read(tmp_path):
@@ -338,7 +338,7 @@ def test_a_thousand_replacements_under_load(tmp_path):
         engine.generate("flush")
         gc.collect()
         assert len(backend.resident) == 1
-        assert len(list(engine._cache._store.iterdir())) == 2
+        assert len(list(engine._cache._copies._store.iterdir())) == 2
         assert len(engine.versions("a")) == 2
         assert engine._cache._num_alive == {"a": 2}
 

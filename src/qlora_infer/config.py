@@ -76,6 +76,7 @@ class EngineConfig:
         max_lora_rank: The largest rank that an adapter may have, or ``"auto"``.
         max_cpu_loras: Adapters kept in host memory, ready to move into a slot, or ``"auto"``.
         max_cpu_bytes: Bytes of adapters kept in host memory; ``None`` for no limit but their number.
+        max_disk_bytes: Bytes of private copies on disk; ``None`` for no limit.
         max_model_len: Tokens of prompt and answer together; ``None`` for what the model allows.
         enforce_eager: Run without CUDA graphs. Several times slower; for a device that is short of memory.
         revision: The model's branch, tag or commit on the Hub.
@@ -93,6 +94,7 @@ class EngineConfig:
     max_lora_rank: int | Literal["auto"] = field(validator=_known_rank)
     max_cpu_loras: int | Literal["auto"] = field(validator=_positive_or_auto)
     max_cpu_bytes: int | None = field(validator=validators.optional(_positive))
+    max_disk_bytes: int | None = field(validator=validators.optional(_positive))
     max_model_len: int | None = field(validator=validators.optional(_positive))
     enforce_eager: bool = field(validator=validators.instance_of(bool))
     revision: str | None

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
 from qlora_infer.adapters.blend import BlendMethod
-from qlora_infer.adapters.cache import AdapterCache, LoadedAdapter, Writable
+from qlora_infer.adapters.cache import AdapterCache, LoadedAdapter
+from qlora_infer.adapters.copies import Copies, Writable
 from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
 from qlora_infer.adapters.in_memory import AdapterTensors
 from qlora_infer.adapters.loader import AdapterLoader
@@ -73,6 +74,9 @@ class QuantizedLoRAEngine:
         max_cpu_loras: Adapters kept in host memory, ready to move into a slot. ``"auto"`` chooses from the memory
             that is free, and logs it.
         max_cpu_bytes: Bytes of adapters kept there, by their real sizes; ``None`` for no limit but their number.
+        max_disk_bytes: Bytes of private copies on disk, from which adapters are read; ``None`` for no limit. Over it,
+            copies of idle adapters go, and are made again from their source when they are asked for: keep what the
+            source names as it was.
         max_model_len: Tokens of prompt and answer together; ``None`` takes what the model allows.
         enforce_eager: Run without CUDA graphs: several times slower, for a GPU that is short of memory.
         revision: The model's branch, tag or commit on the Hub.
@@ -113,6 +117,7 @@ class QuantizedLoRAEngine:
         max_lora_rank: int | Literal["auto"] = "auto",
         max_cpu_loras: int | Literal["auto"] = "auto",
         max_cpu_bytes: int | None = None,
+        max_disk_bytes: int | None = None,
         max_model_len: int | None = None,
         enforce_eager: bool = False,
         revision: str | None = None,
@@ -131,6 +136,7 @@ class QuantizedLoRAEngine:
             max_lora_rank=max_lora_rank,
             max_cpu_loras=max_cpu_loras,
             max_cpu_bytes=max_cpu_bytes,
+            max_disk_bytes=max_disk_bytes,
             max_model_len=max_model_len,
             enforce_eager=enforce_eager,
             revision=revision,
@@ -150,9 +156,10 @@ class QuantizedLoRAEngine:
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
         store = Path(tempfile.mkdtemp(prefix="qlora-infer-"))
-        residency = Residency(self._backend, config.num_cpu_loras, config.num_slots, config.max_cpu_bytes)
+        copies = Copies(store, max_bytes=config.max_disk_bytes, token=config.token)
+        residency = Residency(self._backend, copies, config.num_cpu_loras, config.num_slots, config.max_cpu_bytes)
         cache = AdapterCache(
-            store,
+            copies,
             on_idle=lambda version: _unless_ended(driver.post, residency.drop, version),
             on_gone=lambda name: _unless_ended(driver.forget, name),
         )
@@ -166,9 +173,9 @@ class QuantizedLoRAEngine:
             restarts=config.restart == "on-failure",
         )
         self._residency, self._cache, self._driver = residency, cache, driver
-        self._loader = AdapterLoader(cache, residency, driver, model=config.model, token=config.token)
+        self._loader = AdapterLoader(cache, residency, driver, model=config.model)
         self._intake = Intake(self._backend, cache, driver)
-        self._close = weakref.finalize(self, _close, driver, store)
+        self._close = weakref.finalize(self, _close, driver, copies, store)
         try:
             self._start(strategy_args, adapters or {})
         except BaseException:
@@ -631,8 +638,9 @@ class QuantizedLoRAEngine:
         return f"<QuantizedLoRAEngine {self._config.model} {state}, adapters: {', '.join(self.adapters) or 'none'}>"
 
 
-def _close(driver: Driver, store: Path) -> None:
+def _close(driver: Driver, copies: Copies, store: Path) -> None:
     driver.close()
+    copies.close()
     shutil.rmtree(store, ignore_errors=True)
 
 

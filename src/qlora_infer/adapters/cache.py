@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from attrs import define, field, frozen
 
+from qlora_infer.adapters.copies import Copies, Writable
 from qlora_infer.adapters.lineage import Lineage
-from qlora_infer.adapters.manifest import AdapterManifest, read_manifest
-from qlora_infer.adapters.pickles import convert_pickle
+from qlora_infer.adapters.manifest import AdapterManifest
 from qlora_infer.adapters.preflight import Fit
-from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
+from qlora_infer.adapters.snapshot import Snapshot
 from qlora_infer.adapters.source import AdapterSource
-from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
 
 #: Versions of a name that are held: the one that serves, and the one before it.
@@ -26,14 +23,6 @@ HELD_VERSIONS = 2
 
 #: So many hexadecimal digits of a digest name a version, at least.
 MIN_DIGEST = 7
-
-
-class Writable(Protocol):
-    """An adapter that is in no place, and is written into one."""
-
-    def write(self, adapter: str, folder: Path) -> Path:
-        """Write the two files that PEFT would write, into a new folder; returns it."""
-        ...
 
 
 @frozen
@@ -80,7 +69,8 @@ class AdapterVersion:
     Attributes:
         name: What requests call it.
         int_id: Its integer id in vLLM.
-        source: What the user named, without any token.
+        origin: What the user named, token and all, or gave.
+        allow_pickle: Whether it may be read from a pickle.
         snapshot: The private copy that vLLM reads.
         manifest: What the copy says of itself.
         number: Its number under this name, given when it is published.
@@ -94,7 +84,8 @@ class AdapterVersion:
 
     name: str
     int_id: int
-    source: str
+    origin: AdapterSource | Writable
+    allow_pickle: bool
     snapshot: Snapshot
     manifest: AdapterManifest
     number: int = 0
@@ -104,6 +95,11 @@ class AdapterVersion:
     num_uses: int = 0
     retired: bool = False
     freed: bool = False
+
+    @property
+    def source(self) -> str:
+        """What the user named, without any token."""
+        return str(self.origin)
 
     @property
     def vllm_name(self) -> str:
@@ -142,15 +138,18 @@ class AdapterCache:
     nobody.
 
     Args:
-        store: The folder for private copies; this object owns what is inside.
+        copies: The private copies that versions are read from.
         on_idle: Called with each version that new requests do not get by its name, when its last request has ended.
         on_gone: Called with each name that is gone, when the last request of its last version has ended.
     """
 
     def __init__(
-        self, store: Path, on_idle: Callable[[AdapterVersion], None], on_gone: Callable[[str], None] = lambda name: None
+        self,
+        copies: Copies,
+        on_idle: Callable[[AdapterVersion], None],
+        on_gone: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self._store = store
+        self._copies = copies
         self._on_idle = on_idle
         self._on_gone = on_gone
         self._lock = threading.Lock()
@@ -160,15 +159,12 @@ class AdapterCache:
         self._num_alive: dict[str, int] = {}  # versions that are held, or have requests
         self._int_ids = itertools.count(1)
 
-    def prepare(
-        self, name: str, source: AdapterSource | Writable, *, token: str | None, allow_pickle: bool
-    ) -> AdapterVersion:
+    def prepare(self, name: str, source: AdapterSource | Writable, *, allow_pickle: bool) -> AdapterVersion:
         """Resolve, copy and check a source, up to everything that can be said without the model.
 
         Args:
             name: The name to be.
             source: What the user named, or what is to be written.
-            token: The Hub's access token for sources that have none of their own.
             allow_pickle: Whether a pickled ``adapter_model.bin`` may be converted.
 
         Returns:
@@ -178,27 +174,14 @@ class AdapterCache:
             AdapterError: The source cannot be read, or what it holds cannot be an adapter.
         """
         int_id = next(self._int_ids)
-        target, scratch = self._store / str(int_id), self._store / f"{int_id}-scratch"
+        snapshot, manifest = self._copies.make(name, int_id, source, allow_pickle=allow_pickle)
+        version = AdapterVersion(name, int_id, source, allow_pickle, snapshot, manifest)
         try:
-            if isinstance(source, AdapterSource):
-                folder = source.resolve(
-                    name, default_token=token, allow_pickle=allow_pickle, download_to=scratch / "downloaded"
-                )
-            else:
-                folder = source.write(name, scratch / "written")
-            if allow_pickle and not (folder / WEIGHTS_NAME).exists():
-                folder = convert_pickle(name, folder, scratch / "converted")
-            read_manifest(name, folder)
-            snapshot = take_snapshot(name, folder, target)
-            # What is served is what was checked: the copy, which nobody else writes to.
-            manifest = read_manifest(name, target)
-            check_finite(name, target / WEIGHTS_NAME)
+            self._copies.keep(version)
         except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
+            self.discard(version)
             raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return AdapterVersion(name, int_id, str(source), snapshot, manifest)
+        return version
 
     def loading(self, name: str) -> threading.Lock:
         """The lock under which one adapter at a time is loaded under a name, in the order of the calls."""
@@ -262,7 +245,7 @@ class AdapterCache:
 
     def discard(self, version: AdapterVersion) -> None:
         """Throw away a version that was prepared and not published."""
-        shutil.rmtree(version.path, ignore_errors=True)
+        self._copies.remove(version)
 
     def unload(self, name: str) -> None:
         """Forget a name; requests that wait or run finish on the version that they have.
@@ -291,6 +274,7 @@ class AdapterCache:
         with self._lock:
             version = self._find(name)
             version.num_uses += 1
+            self._copies.use(version)
             return version
 
     @contextmanager
@@ -303,6 +287,7 @@ class AdapterCache:
         with self._lock:
             version = self._find(name)
             version.num_uses += 1
+            self._copies.use(version)
         try:
             yield version
         finally:

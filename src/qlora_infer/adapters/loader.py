@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.blend import AdapterBlend, AdapterPart, BlendMethod
-from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter, Writable
+from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter
+from qlora_infer.adapters.copies import Writable
 from qlora_infer.adapters.lineage import lineage
 from qlora_infer.adapters.preflight import ModuleShape
 from qlora_infer.adapters.residency import Residency
@@ -47,23 +48,19 @@ class AdapterLoader:
         residency: What is in host memory; only touched on the driving thread.
         driving: That thread.
         model: The name of the model that is served.
-        token: The Hub's access token for sources without one of their own.
     """
 
-    def __init__(
-        self, cache: AdapterCache, residency: Residency, driving: DrivingThread, *, model: str, token: str | None
-    ) -> None:
+    def __init__(self, cache: AdapterCache, residency: Residency, driving: DrivingThread, *, model: str) -> None:
         self._cache = cache
         self._residency = residency
         self._driving = driving
         self._model = model
-        self._token = token
         self.model_modules: Mapping[str, ModuleShape] = {}
         self.max_lora_rank = 0
 
     def prepare(self, name: str, source: AdapterSource | Writable, *, allow_pickle: bool = False) -> AdapterVersion:
         """Everything that can be done without the model; raises ``AdapterError``."""
-        version = self._cache.prepare(checked_name(name), source, token=self._token, allow_pickle=allow_pickle)
+        version = self._cache.prepare(checked_name(name), source, allow_pickle=allow_pickle)
         version.lineage = lineage(version.manifest.base_model, self._model)
         return version
 
@@ -130,7 +127,9 @@ class AdapterLoader:
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""
         with self._cache.loading(checked_name(name)):
-            self._driving.call(self._residency.load, self._cache.before(name))
+            before = self._cache.before(name)
+            self._read_ahead(before)
+            self._driving.call(self._residency.load, before)
             version = self._cache.rollback(name)
         logger.info("adapter %r is version %d again", name, version.number)
         return version.loaded()
@@ -138,6 +137,7 @@ class AdapterLoader:
     def pin(self, name: str) -> None:
         """Keep an adapter in host memory."""
         with self._cache.in_use(name) as version:
+            self._read_ahead(version)
             self._driving.call(self._residency.pin, version)
 
     def unpin(self, name: str) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 from qlora_infer.errors import AdapterLoadError
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.cache import AdapterVersion
+
+
+#: Seconds that a load waits for files that are being fetched, where it could not be begun before.
+FETCH_TIMEOUT = 300.0
 
 
 class AdapterMemory(Protocol):
@@ -31,6 +36,14 @@ class AdapterMemory(Protocol):
         ...
 
 
+class AdapterFiles(Protocol):
+    """Where adapters are read from: their copies on disk, which may have to be made again."""
+
+    def fetch(self, version: AdapterVersion) -> Future[None] | None:
+        """Begin to make a copy again; ``None`` where it is there."""
+        ...
+
+
 class Residency:
     """Keeps adapters in host memory within a budget, the least recently used one leaving first.
 
@@ -41,18 +54,28 @@ class Residency:
 
     Args:
         memory: Where the tensors are put.
+        files: Where they are read from.
         max_cpu_loras: How many adapters stay there.
         max_loras: The slots on the device.
         max_bytes: How many bytes of tensors stay there; ``None`` for no limit. Adapters in flight may take more.
     """
 
-    def __init__(self, memory: AdapterMemory, max_cpu_loras: int, max_loras: int, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        memory: AdapterMemory,
+        files: AdapterFiles,
+        max_cpu_loras: int,
+        max_loras: int,
+        max_bytes: int | None = None,
+    ) -> None:
         self._memory = memory
+        self._files = files
         self._max_cpu_loras = max_cpu_loras
         self._max_loras = max_loras
         self._max_bytes = max_bytes
         self._resident: OrderedDict[AdapterVersion, None] = OrderedDict()  # the least recently used first
         self._prefetched: set[AdapterVersion] = set()
+        self._fetched: dict[AdapterVersion, Future[None]] = {}  # of these, those whose files are being fetched first
         self._in_slots: OrderedDict[AdapterVersion, None] = OrderedDict()  # as vLLM keeps them, the oldest first
         self._num_running: dict[AdapterVersion, int] = {}
         self._pinned: set[str] = set()
@@ -84,7 +107,7 @@ class Residency:
                 f"{self._max_loras} of them are for adapters that run, and {len(self._pinned)} are pinned "
                 "(raise max_cpu_loras, or unpin one)",
             )
-        if version not in self._resident:
+        if version not in self._resident or version in self._prefetched:
             self.load(version)
         self._pinned = pinned
 
@@ -96,11 +119,22 @@ class Residency:
         """Count a request that is to run, and begin to read its adapter where it is not in memory."""
         if version is not None:
             self._num_running[version] = self._num_running.get(version, 0) + 1
-            self.prefetch(version)
+            if version in self._resident:
+                self._resident.move_to_end(version)
+            else:
+                self._begin(version)
 
     def has_read(self, version: AdapterVersion | None) -> bool:
         """Whether ``activate`` need not wait for a reading that has begun."""
-        return version not in self._prefetched or version is None or self._memory.has_read(version)
+        if version is None or version not in self._prefetched:
+            return True
+        if version in self._fetched:
+            if not self._fetched[version].done():
+                return False
+            if self._fetched.pop(version).exception() is not None:
+                return True  # load will tell why
+            self._memory.prefetch_adapter(version)
+        return self._memory.has_read(version)
 
     def activate(self, version: AdapterVersion | None) -> bool:
         """Load the adapter of a request that runs now, after ``enter``.
@@ -139,8 +173,17 @@ class Residency:
         more when one of its requests starts.
         """
         self._prefetched.discard(version)
+        self._fetched.pop(version, None)
         self._resident.pop(version, None)
-        self._memory.load_adapter(version)
+        fetched = self._files.fetch(version)
+        if fetched is not None:
+            fetched.result(FETCH_TIMEOUT)
+        try:
+            self._memory.load_adapter(version)
+        except AdapterLoadError:
+            if fetched is None:
+                raise
+            self._memory.load_adapter(version)  # a reading had begun when its files made room for others
         self._take_in(version)
 
     def prefetch(self, version: AdapterVersion) -> None:
@@ -148,9 +191,16 @@ class Residency:
         if version in self._resident:
             self._resident.move_to_end(version)
         elif self._has_room_for(version):
+            self._begin(version)
+
+    def _begin(self, version: AdapterVersion) -> None:
+        fetched = self._files.fetch(version)
+        if fetched is None:
             self._memory.prefetch_adapter(version)
-            self._prefetched.add(version)
-            self._take_in(version)
+        else:
+            self._fetched[version] = fetched
+        self._prefetched.add(version)
+        self._take_in(version)
 
     def drop(self, version: AdapterVersion) -> None:
         """Take an adapter out of host memory, if it is there."""
@@ -158,7 +208,8 @@ class Residency:
             del self._resident[version]
             self._in_slots.pop(version, None)
             self._prefetched.discard(version)
-            self._memory.remove_adapter(version)
+            if self._fetched.pop(version, None) is None:
+                self._memory.remove_adapter(version)
 
     def clear(self) -> list[AdapterVersion]:
         """Forget everything, because the memory is gone; tells what was in it."""
@@ -166,6 +217,7 @@ class Residency:
         self._resident.clear()
         self._in_slots.clear()
         self._prefetched.clear()
+        self._fetched.clear()
         return resident
 
     def _has_room_for(self, version: AdapterVersion) -> bool:

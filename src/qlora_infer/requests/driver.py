@@ -47,6 +47,9 @@ PLACES_PER_SPARE = 8
 #: Adapters that are read into host memory before their turn.
 LOOK_AHEAD = 2
 
+#: Seconds between two looks at adapters that are being read, while there is no step to make.
+READ_POLL = 0.002
+
 
 class Driver:
     """Runs the backend in a thread of its own and is spoken to by all others.
@@ -259,6 +262,8 @@ class Driver:
             began = time.monotonic()
             step = self._backend.step()
             self._take(step, time.monotonic() - began)
+        elif self._reading:
+            time.sleep(READ_POLL)
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -308,8 +313,7 @@ class Driver:
         reading = list(self._reading)
         has_read = {adapter: self._residency.has_read(adapter) for adapter in {p.request.adapter for p in reading}}
         for pending in reading:
-            # While nothing else runs, nobody minds waiting for the first of them.
-            if has_read[pending.request.adapter] or len(self._running) == len(self._reading):
+            if has_read[pending.request.adapter]:
                 self._reading.remove(pending)
                 self._hand_over(pending)
 

@@ -1,0 +1,185 @@
+"""The private copies of adapters on disk: made, checked, let go when there is too little room, and made again."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from qlora_infer.adapters.manifest import AdapterManifest, read_manifest
+from qlora_infer.adapters.pickles import convert_pickle
+from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
+from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.adapters.tensors import check_finite
+from qlora_infer.errors import AdapterLoadError, CorruptAdapterError
+
+if TYPE_CHECKING:
+    from qlora_infer.adapters.cache import AdapterVersion
+
+#: What it costs to make a copy again: from a folder, and over a network.
+COST_OF_FOLDER = 1.0
+COST_OF_DOWNLOAD = 8.0
+
+#: Copies that are made again at a time.
+MAX_FETCHES = 4
+
+
+class Writable(Protocol):
+    """An adapter that is in no place, and is written into one."""
+
+    def write(self, adapter: str, folder: Path) -> Path:
+        """Write the two files that PEFT would write, into a new folder; returns it."""
+        ...
+
+
+class Copies:
+    """What vLLM reads adapters from: copies that nobody else writes to, within a budget of bytes.
+
+    Over the budget, copies go that can be made again from their source and whose adapter has no requests. Which of
+    them is GreedyDual's choice (Young, "The k-server dual and loose competitiveness for paging", 1994): the least
+    recently used, where a use counts for more the more it costs to make the copy again. Any thread may use it.
+
+    Args:
+        store: The folder for the copies; this object owns what is inside.
+        max_bytes: The budget; ``None`` for none.
+        token: The Hub's access token for sources that have none of their own.
+    """
+
+    def __init__(self, store: Path, *, max_bytes: int | None = None, token: str | None = None) -> None:
+        self._store = store
+        self._max_bytes = max_bytes
+        self._token = token
+        self._lock = threading.Lock()
+        self._sizes: dict[AdapterVersion, int] = {}  # those that are on disk
+        self._values: dict[AdapterVersion, float] = {}  # the lowest goes first
+        self._clock = 0.0
+        self._fetches: dict[AdapterVersion, Future[None]] = {}
+        self._pool = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="qlora-infer-fetch")
+
+    @property
+    def num_bytes(self) -> int:
+        """What the copies take."""
+        with self._lock:
+            return sum(self._sizes.values())
+
+    def make(
+        self, name: str, int_id: int, source: AdapterSource | Writable, *, allow_pickle: bool
+    ) -> tuple[Snapshot, AdapterManifest]:
+        """Resolve, copy and check a source, up to everything that can be said without the model.
+
+        Raises:
+            AdapterError: The source cannot be read, or what it holds cannot be an adapter.
+        """
+        target, scratch = self._store / str(int_id), self._store / f"{int_id}-scratch"
+        try:
+            if isinstance(source, AdapterSource):
+                folder = source.resolve(
+                    name, default_token=self._token, allow_pickle=allow_pickle, download_to=scratch / "downloaded"
+                )
+            else:
+                folder = source.write(name, scratch / "written")
+            if allow_pickle and not (folder / WEIGHTS_NAME).exists():
+                folder = convert_pickle(name, folder, scratch / "converted")
+            read_manifest(name, folder)
+            snapshot = take_snapshot(name, folder, target)
+            # What is served is what was checked: the copy, which nobody else writes to.
+            manifest = read_manifest(name, target)
+            check_finite(name, target / WEIGHTS_NAME)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return snapshot, manifest
+
+    def keep(self, version: AdapterVersion) -> None:
+        """Count a copy that was made, and let others go where there is too little room.
+
+        Raises:
+            AdapterLoadError: There is too little for it, whatever goes.
+        """
+        with self._lock:
+            self._count(version)
+            if self._max_bytes is None or (needed := sum(self._sizes.values())) <= self._max_bytes:
+                return
+        raise AdapterLoadError(
+            version.name,
+            f"adapter {version.name!r} has no room on disk: with those that are in use, or cannot be fetched again, it "
+            f"would be {needed} bytes, and max_disk_bytes is {self._max_bytes} (unload some, or raise it)",
+        )
+
+    def use(self, version: AdapterVersion) -> None:
+        """Note that an adapter is asked for, so that its copy stays longer than others."""
+        with self._lock:
+            self._use(version)
+
+    def remove(self, version: AdapterVersion) -> None:
+        """Delete a copy that is not wanted any more."""
+        with self._lock:
+            self._sizes.pop(version, None)
+            self._values.pop(version, None)
+        shutil.rmtree(version.path, ignore_errors=True)
+
+    def fetch(self, version: AdapterVersion) -> Future[None] | None:
+        """Begin to make a copy again; ``None`` where it is there.
+
+        The result is an ``AdapterError`` where the source cannot be read, or holds another content now.
+        """
+        with self._lock:
+            if version in self._sizes or not isinstance(version.origin, AdapterSource):
+                return None
+            if version not in self._fetches:
+                self._fetches[version] = self._pool.submit(self._make_again, version)
+            return self._fetches[version]
+
+    def close(self) -> None:
+        """Begin no more work."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _make_again(self, version: AdapterVersion) -> None:
+        try:
+            assert isinstance(version.origin, AdapterSource)
+            snapshot, _ = self.make(version.name, version.int_id, version.origin, allow_pickle=version.allow_pickle)
+            if snapshot.digest != version.snapshot.digest:
+                shutil.rmtree(version.path, ignore_errors=True)
+                raise CorruptAdapterError(
+                    version.name,
+                    f"its copy on disk had made room for others (max_disk_bytes), and {version.source} holds another "
+                    "content now: load it again",
+                )
+        finally:
+            with self._lock:
+                del self._fetches[version]
+        with self._lock:
+            if not version.freed:
+                self._count(version)
+                return
+        self.remove(version)
+
+    def _count(self, version: AdapterVersion) -> None:
+        self._sizes[version] = sum(path.stat().st_size for path in version.path.iterdir())
+        self._use(version)
+        self._make_room(keep=version)
+
+    def _use(self, version: AdapterVersion) -> None:
+        is_folder = not isinstance(version.origin, AdapterSource) or version.origin.is_local
+        self._values[version] = self._clock + (COST_OF_FOLDER if is_folder else COST_OF_DOWNLOAD)
+
+    def _make_room(self, *, keep: AdapterVersion) -> None:
+        while self._max_bytes is not None and sum(self._sizes.values()) > self._max_bytes:
+            may_go = [
+                version
+                for version in self._sizes
+                if version is not keep
+                and version.number  # what is not published yet is being loaded
+                and not version.num_uses
+                and isinstance(version.origin, AdapterSource)
+            ]
+            if not may_go:
+                return
+            going = min(may_go, key=self._values.__getitem__)
+            self._clock = self._values[going]
+            del self._sizes[going]
+            shutil.rmtree(going.path, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""The private copies on disk: within their budget, made again when they are asked for, on the fake engine."""
+
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_infer import AdapterLoadError, AdapterNotFoundError, CorruptAdapterError
+from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
+
+
+class Reader(FakeEngine):
+    """Reads the files of what it loads, as vLLM does."""
+
+    def load_adapter(self, version):
+        self.read(version)
+        super().load_adapter(version)
+
+    def prefetch_adapter(self, version):
+        self.read(version)
+        super().prefetch_adapter(version)
+
+    def read(self, version):
+        if not (version.path / "adapter_model.safetensors").is_file():
+            raise AdapterLoadError(version.name, f"vLLM found no files of {version.name!r}")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [write_adapter(tmp_path / f"source-{number}", seed=number) for number in range(8)]
+
+
+@pytest.fixture
+def size(folders):
+    return sum(path.stat().st_size for path in folders[0].iterdir())
+
+
+def engine_for(max_disk_bytes, **arguments):
+    arguments = {"max_loras": 1, "max_cpu_loras": 1, "backend": Reader(), **arguments}
+    return fake_engine(max_disk_bytes=max_disk_bytes, **arguments)
+
+
+def copies(engine):
+    return sum(path.is_dir() for path in engine._cache._copies._store.iterdir())
+
+
+def test_copies_stay_within_their_budget_and_come_back(folders, size):
+    """Eight adapters in the room of three: all answer, in any order, and never are there more than three copies."""
+    with engine_for(3 * size + size // 2) as engine:
+        for number, folder in enumerate(folders):
+            engine.load_adapter(f"a{number}", folder)
+            assert copies(engine) <= 3
+        for names in ([f"a{number}" for number in range(8)], ["a0", "a7", "a0", "a3"]):
+            outputs = engine.generate(["x"] * len(names), adapter=names)
+            assert [output.text for output in outputs] == [f"{name} says: x" for name in names]
+        engine.generate("x", adapter="a1")
+        assert copies(engine) <= 3
+        assert engine._cache._copies.num_bytes <= 3 * size + size // 2
+
+
+def test_a_source_that_has_changed_is_told(folders, size):
+    """A copy that went is not made again from other content; loading the adapter again makes it right."""
+    with engine_for(size + size // 2) as engine:
+        engine.load_adapter("a", folders[0])
+        engine.load_adapter("b", folders[1])
+        shutil.rmtree(folders[0])
+        with pytest.raises(AdapterNotFoundError):
+            engine.generate("x", adapter="a")
+        shutil.copytree(folders[2], folders[0])
+        with pytest.raises(CorruptAdapterError, match="load it again"):
+            engine.generate("x", adapter="a")
+        assert engine.generate("x", adapter="b")[0].text == "b says: x"
+        engine.load_adapter("a", folders[0])
+        assert engine.generate("x", adapter="a")[0].adapter_id == engine.adapters["a"].int_id
+
+
+def test_what_cannot_be_made_again_stays(folders, size):
+    """Blends and adapters from memory are never let go; without room for another, loading says so and changes nothing."""
+    with engine_for(2 * size + size // 2) as engine:
+        engine.load_adapter("a", folders[0])
+        engine.load_blend("mix", {"a": 1.0})
+        engine.load_blend("more", {"mix": 1.0})
+        before = engine.adapters
+        with pytest.raises(AdapterLoadError, match="max_disk_bytes"):
+            engine.load_blend("most", {"mix": 1.0})
+        assert engine.adapters == before
+        texts = [output.text for output in engine.generate(["x"] * 3, adapter=["a", "mix", "more"])]
+        assert texts == ["a says: x", "mix says: x", "more says: x"]
+
+
+def test_what_has_requests_is_not_let_go(folders, size):
+    """While requests of an adapter run or wait, its copy stays, whatever is loaded."""
+    with engine_for(2 * size + size // 2, backend=Reader(step_seconds=0.001)) as engine:
+        engine.load_adapter("busy", folders[0])
+        running = engine.add_request("word " * 20_000, {"max_tokens": 20_000}, adapter="busy")
+        for number in range(1, 6):
+            engine.load_adapter(f"a{number}", folders[number])
+        version = engine._cache.current("busy")
+        assert version.path.is_dir()
+        running.cancel()
+
+
+def test_a_download_is_kept_longer_than_a_folder(folders, size):
+    """What costs more to make again goes later than its last use alone would say; but it goes."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folders[0]), "/remote", recursive=True)
+    with engine_for(2 * size + size // 2) as engine:
+        engine.load_adapter("remote", "memory://remote")
+        for number in range(1, 4):
+            engine.load_adapter(f"a{number}", folders[number])
+        remote = engine._cache.current("remote")
+        assert remote.path.is_dir()
+        for turn in range(20):
+            engine.generate("x", adapter=f"a{turn % 3 + 1}")
+        assert not remote.path.is_dir()
+        assert engine.generate("x", adapter="remote")[0].text == "remote says: x"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    room=st.integers(1, 4),
+    actions=st.lists(st.tuples(st.sampled_from(["load", "ask", "unload"]), st.integers(0, 4)), max_size=25),
+)
+def test_any_traffic_is_answered_rightly_within_any_budget(room, actions, tmp_path_factory):
+    """Whatever is loaded, asked for and unloaded: answers come from the right adapter, and no copy is left behind."""
+    folder = tmp_path_factory.mktemp("sources")
+    sources = [write_adapter(folder / str(number), seed=number) for number in range(5)]
+    size = sum(path.stat().st_size for path in sources[0].iterdir())
+    with engine_for(room * size + size // 2) as engine:
+        for action, number in actions:
+            name = f"a{number}"
+            if action == "load":
+                engine.load_adapter(name, sources[number])
+            elif name in engine.adapters and action == "ask":
+                assert engine.generate("x", adapter=name)[0].text == f"{name} says: x"
+            elif name in engine.adapters:
+                engine.unload_adapter(name)
+            assert copies(engine) <= room
+        for name in engine.adapters:
+            engine.unload_adapter(name)
+        assert copies(engine) == 0
+    shutil.rmtree(folder)
