@@ -7,6 +7,7 @@ that this library starts. Read in vLLM 0.32.0, ``vllm/v1/worker/worker_base.py``
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -47,7 +48,7 @@ class WorkerExtension:
         from vllm.lora.request import LoRARequest
 
         if self._qlora_reader is None:
-            self._qlora_reader = ThreadPoolExecutor(1, thread_name_prefix="qlora-infer-read")
+            self._qlora_reader = ThreadPoolExecutor(1, "qlora-infer-read", initializer=_leave_the_compute_cores)
             self._qlora_reads = {}
         if int_id not in self._qlora_reads:
             read = self.model_runner.lora_manager._load_adapter
@@ -72,6 +73,12 @@ class WorkerExtension:
             read = self._qlora_reads.pop(int_id, None)
             if read is not None:
                 read.cancel()
+
+
+def _leave_the_compute_cores() -> None:
+    """Let this thread run on any core: on the CPU, vLLM binds a worker to those that compute, which are busy."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def _sizes(module: Any) -> tuple[int, list[int]]:

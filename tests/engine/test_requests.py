@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from engine.conftest import ENGINE_ARGS
-from qlora_infer import EngineDeadError, QuantizedLoRAEngine, RequestTimeoutError
+from qlora_infer import AdapterSource, EngineDeadError, QuantizedLoRAEngine, RequestTimeoutError
 from qlora_infer.demo import demo_adapters, demo_model
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
@@ -142,6 +143,23 @@ def test_an_adapter_that_is_read_ahead_takes_no_slot_from_one_that_runs(awq):
     assert not call(in_host_memory)
     (again,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
     assert again.token_ids == expected.token_ids
+
+
+def test_an_adapter_is_read_once_beside_the_steps(awq, tmp_path):
+    """What the workers have read while steps went on is not read again when it is loaded: its files may be gone."""
+    version = awq._loader.prepare("once", AdapterSource.parse(demo_adapters()["pirate"]))
+    version.fit = awq._cache.current("pirate").fit
+    call, residency = awq._driver.call, awq._residency
+    (expected,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
+    call(residency.prefetch, version)
+    while not call(residency.has_read, version):
+        time.sleep(0.01)
+    shutil.rmtree(version.path)
+    call(residency.load, version)
+    awq._cache.publish(version)
+    (output,) = awq.generate(PROMPT, GREEDY, adapter="once", use_tqdm=False)
+    assert output.token_ids == expected.token_ids
+    awq.unload_adapter("once")
 
 
 def test_a_killed_core_is_replaced(engines):
