@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_hub import everything_told
 
 from qlora_infer import AdapterSource, _fsspec, _hub
+from qlora_infer.adapters.carried import MAX_BYTES
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -87,10 +88,10 @@ def test_an_engine_serves_an_adapter_from_a_url(kind, server, memory, adapter):
         assert not list(engine._cache._copies._store.glob("*-scratch"))
 
 
-def test_two_files_are_fetched_and_no_others(server, folder):
-    """The config and the weights are asked for once each, without a listing."""
+def test_an_adapter_s_files_are_fetched_and_no_others(server, folder):
+    """The config, what an adapter may carry, and the weights are asked for once each, without a listing."""
     assert {path.name for path in resolve(f"{server.url}/sub/pirate/", folder).iterdir()} == NAMES
-    assert server.requests == [f"/sub/pirate/{name}" for name in (CONFIG, WEIGHTS)]
+    assert server.requests == [f"/sub/pirate/{name}" for name in (CONFIG, *MAX_BYTES, WEIGHTS)]
 
 
 def test_a_folder_that_was_written_again_is_a_new_version(memory, tmp_path):
@@ -216,8 +217,9 @@ def test_a_token_is_sent_to_its_server_only(server, files, folder):
     with FileServer(files) as other:
         server.redirect_to = other.url
         resolve(f"{server.url}/sub/pirate", folder, token=TOKEN)
-    assert server.authorizations == [f"Bearer {TOKEN}"] * 2
-    assert other.authorizations == ["", ""]
+    assert set(server.authorizations) == {f"Bearer {TOKEN}"}
+    assert set(other.authorizations) == {""}
+    assert len(server.authorizations) == len(other.authorizations) == 2 + len(MAX_BYTES)
 
 
 def test_a_token_that_no_header_can_hold_is_refused_unsent(server, folder):
@@ -264,12 +266,12 @@ def test_a_secret_is_never_told(kind, failure, server, folder, caplog):
 
 
 def test_a_signed_query_is_sent_with_each_file_and_shown_nowhere(server):
-    """A signed URL of a folder opens both files, as it is written, and the adapter's record does not have it."""
+    """A signed URL of a folder opens its files, as it is written, and the adapter's record does not have it."""
     server.query = "sig=a%2Bb/c%3D&expires=1"
     with fake_engine() as engine:
         loaded = engine.load_adapter("pirate", f"{server.url}/sub?{server.query}", subfolder="pirate")
     assert loaded.source == f"{server.url}/sub/pirate"
-    assert server.requests == [f"/sub/pirate/{name}?{server.query}" for name in (CONFIG, WEIGHTS)]
+    assert server.requests == [f"/sub/pirate/{name}?{server.query}" for name in (CONFIG, *MAX_BYTES, WEIGHTS)]
 
 
 def test_a_signature_that_has_expired_says_so(server, folder):

@@ -24,6 +24,7 @@ from urllib.parse import unquote
 from attrs import evolve, frozen
 
 from qlora_infer._secrets import without_secrets
+from qlora_infer.adapters.carried import MAX_BYTES
 from qlora_infer.adapters.peft_config import MAX_CONFIG_BYTES
 from qlora_infer.adapters.pickles import PICKLE_NAMES
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
@@ -191,6 +192,14 @@ class _Folder:
             _start(file.close)  # not waited for: where reading hangs, this may hang, too
         part.rename(folder / name)
 
+    def fetch_if_there(self, name: str, folder: Path, max_bytes: int) -> None:
+        """Copy a file that may be missing; stores also refuse what does not exist, to those who may not list."""
+        try:
+            self.fetch(name, folder, max_bytes)
+        except Exception as error:
+            if not isinstance(error, (*_NOT_THERE, PermissionError)) and _status(error) not in (403, 410):
+                raise
+
     def _open(self, name: str) -> Any:
         if not self.url.is_http:
             return _in_time(lambda: self.filesystem.open(f"{self.path.rstrip('/')}/{name}", "rb"))
@@ -205,6 +214,8 @@ def _download(adapter: str, url: SourceURL, folder: Path, options: Mapping[str, 
 
     remote = _Folder(adapter, url, *_in_time(lambda: url_to_fs(str(url) if url.is_http else url.text, **options)))
     remote.fetch(CONFIG_NAME, folder, MAX_CONFIG_BYTES)
+    for name, max_bytes in MAX_BYTES.items():
+        remote.fetch_if_there(name, folder, max_bytes)
     with suppress(*_NOT_THERE):
         remote.fetch(WEIGHTS_NAME, folder, MAX_WEIGHTS_BYTES)
         return folder

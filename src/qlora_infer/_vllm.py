@@ -34,6 +34,7 @@ from qlora_infer.requests.request import Completion, GenerationOutput, Generatio
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.carried import Carried
     from qlora_infer.config import EngineConfig
     from qlora_infer.quantization import Platform
 
@@ -139,23 +140,39 @@ class VLLMBackend:
             daemon=True,
         ).start()
 
-    def sampling_params(self, params: object) -> Any:
-        """vLLM's ``SamplingParams`` from a mapping of its fields; ``None`` takes the model's own defaults."""
+    def sampling_params(self, params: object, carried: Carried | None = None) -> Any:
+        """vLLM's ``SamplingParams``, with the stop tokens of the adapter as vLLM adds those of the model."""
+        made = self._sampling_params(params, carried.sampling_defaults if carried else {})
+        if carried is None or not carried.stop_token_ids:
+            return made
+        made = made.clone()
+        made.update_from_generation_config({"eos_token_id": list(carried.stop_token_ids)})
+        return made
+
+    def _sampling_params(self, params: object, defaults: Mapping[str, Any]) -> Any:
         from vllm import SamplingParams
 
         if isinstance(params, SamplingParams):
             return params
         if params is None:
-            return SamplingParams(**self._default_sampling_params)
+            params = {}
         if not isinstance(params, Mapping):
             raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
         unknown = sorted(set(params) - set(SamplingParams.__struct_fields__))
         if unknown:
             raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
         try:
-            return SamplingParams(**params)
+            return SamplingParams(**{**self._default_sampling_params, **defaults, **params})
         except Exception as error:
             raise ValueError(f"sampling_params: {error}") from error
+
+    def special_tokens(self) -> Mapping[str, str]:
+        """Those of the model's tokenizer."""
+        return dict(self._tokenizer.special_tokens_map)
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """That of the model's tokenizer."""
+        return dict(self._tokenizer.get_vocab())
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The conversation as text, ending where the assistant's answer begins."""

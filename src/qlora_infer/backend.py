@@ -9,6 +9,7 @@ from attrs import field, frozen
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.carried import Carried
     from qlora_infer.adapters.preflight import ModuleShape
     from qlora_infer.config import EngineConfig
     from qlora_infer.quantization import Platform
@@ -35,9 +36,10 @@ class StepOutput:
 class Backend(Protocol):
     """What ``QuantizedLoRAEngine`` needs of an engine.
 
-    ``platform``, ``read_model_config``, ``sampling_params`` and ``render_chat`` may be called by any thread, the
-    first two before ``start``. Everything else is called by the one thread that drives the engine, except ``kill``,
-    which comes from another when that one does not return. After ``close`` it may be started again.
+    ``platform``, ``read_model_config``, ``sampling_params``, ``special_tokens``, ``vocabulary`` and ``render_chat``
+    may be called by any thread, the first two before ``start``. Everything else is called by the one thread that
+    drives the engine, except ``kill``, which comes from another when that one does not return. After ``close`` it may
+    be started again.
     """
 
     @property
@@ -57,8 +59,20 @@ class Backend(Protocol):
         """Load the model; raises ``EngineStartError``."""
         ...
 
-    def sampling_params(self, params: object) -> Any:
-        """Turn a mapping of fields into sampling parameters; raises ``ValueError`` and ``TypeError``."""
+    def sampling_params(self, params: object, carried: Carried | None = None) -> Any:
+        """Turn a mapping of fields into sampling parameters; raises ``ValueError`` and ``TypeError``.
+
+        What the mapping leaves out is as the adapter carries it, then as the model does. Answers end at the adapter's
+        stop tokens, too, whatever was given.
+        """
+        ...
+
+    def special_tokens(self) -> Mapping[str, str]:
+        """The tokens that have a role in chat templates, such as ``"eos_token"``."""
+        ...
+
+    def vocabulary(self) -> Mapping[str, int] | None:
+        """All tokens of the model's tokenizer and their ids; ``None`` where any token is known."""
         ...
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:

@@ -173,7 +173,7 @@ class QuantizedLoRAEngine:
             restarts=config.restart == "on-failure",
         )
         self._residency, self._cache, self._driver = residency, cache, driver
-        self._loader = AdapterLoader(cache, residency, driver, model=config.model)
+        self._loader = AdapterLoader(cache, residency, driver, model=config.model, vocabulary=self._backend.vocabulary)
         self._intake = Intake(self._backend, cache, driver)
         self._close = weakref.finalize(self, _close, driver, copies, store)
         try:
@@ -446,8 +446,10 @@ class QuantizedLoRAEngine:
 
         Args:
             prompts: A text, a list of token ids, or a list of either.
-            sampling_params: vLLM's ``SamplingParams``, a mapping of its fields, or one of these per prompt. ``None``
-                takes the model's own defaults. Note vLLM's default of 16 for ``max_tokens``.
+            sampling_params: A mapping of the fields of vLLM's ``SamplingParams``, ``None``, or one of these per
+                prompt; what is left out is as the adapter's ``generation_config.json`` says, then as the model's
+                does, then vLLM's default (16 for ``max_tokens``). Or a ``SamplingParams``, which is taken as it is.
+                Answers end at the stop tokens of model and adapter, unless ``ignore_eos``.
             adapter: The name of a loaded adapter, ``None`` for the base model, or one of these per prompt.
             priority: Lower goes first, over all fairness; one for all, or one per prompt.
             timeout: Seconds that each prompt may take from now, waiting included; ``None`` for no limit.
@@ -478,7 +480,9 @@ class QuantizedLoRAEngine:
         timeout: float | None = None,
         use_tqdm: bool = True,
     ) -> list[GenerationOutput]:
-        """Answer conversations, written with the model's chat template, and wait for all of them.
+        """Answer conversations and wait for all of them.
+
+        Each is written with the chat template that its adapter carries, or else with the model's.
 
         Args:
             messages: One conversation, a list of messages with ``role`` and ``content``, or a list of conversations.
@@ -494,9 +498,8 @@ class QuantizedLoRAEngine:
         Raises:
             ValueError: The template cannot write the messages; and everything that ``generate`` raises.
         """
-        prompts = [self._backend.render_chat(conversation) for conversation in conversation_list(messages)]
-        return self._intake.answer_all(
-            prompts, sampling_params, adapter, priority, timeout, add_special_tokens=False, use_tqdm=use_tqdm
+        return self._intake.answer_chats(
+            conversation_list(messages), sampling_params, adapter, priority, timeout, use_tqdm=use_tqdm
         )
 
     def generate_iter(

@@ -7,7 +7,9 @@ import threading
 import psutil
 import pytest
 from safetensors.torch import load_file
+from vllm import SamplingParams
 
+from qlora_infer import IncompatibleAdapterError
 from qlora_infer.demo import demo_adapters, demo_model
 from qlora_infer.testing import write_adapter
 
@@ -123,3 +125,32 @@ def test_an_adapter_does_here_what_it_does_in_peft(awq, tmp_path):
     nothing = awq.verify_adapter("untrained")
     assert (nothing.share_changed, nothing.mean_shift) == (0.0, 0.0)
     awq.unload_adapter("untrained")
+
+
+def test_what_an_adapter_carries_is_followed(awq, tmp_path):
+    """Its stop tokens end its answers, its defaults shorten them, its template writes its conversations; alone its."""
+    folder = shutil.copytree(demo_adapters()["pirate"], tmp_path / "pirate")
+    (said,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
+    stop = said.token_ids[5]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop], "max_new_tokens": 3}))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    awq.load_adapter("carrying", folder)
+
+    def ask(params, adapter="carrying"):
+        return awq.generate(PROMPT, params, adapter=adapter, use_tqdm=False)[0]
+
+    first = said.token_ids.index(stop)
+    assert ask({"temperature": 0.0}).token_ids == said.token_ids[:3]
+    for params in (GREEDY, SamplingParams(**GREEDY)):
+        stopped = ask(params)
+        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+        assert stopped.token_ids == said.token_ids[: first + 1]
+    assert ask({**GREEDY, "ignore_eos": True}).token_ids == said.token_ids
+    assert ask(GREEDY, adapter="pirate").token_ids == said.token_ids
+    (chatted,) = awq.chat([{"role": "user", "content": PROMPT}], GREEDY, adapter="carrying", use_tqdm=False)
+    assert chatted.prompt == PROMPT
+    assert chatted.token_ids == stopped.token_ids
+    (folder / "added_tokens.json").write_text(json.dumps({"<tool>": 49152}))
+    with pytest.raises(IncompatibleAdapterError, match="<tool>"):
+        awq.load_adapter("carrying", folder)
+    awq.unload_adapter("carrying")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from attrs import define, field, frozen
 
+from qlora_infer.adapters.carried import Carried
 from qlora_infer.adapters.copies import Copies, Writable
 from qlora_infer.adapters.lineage import Lineage
 from qlora_infer.adapters.manifest import AdapterManifest
@@ -34,7 +35,7 @@ class LoadedAdapter:
         version: Its number under this name: 1 for the first content, 2 for the next. ``"name@2"`` names it exactly.
         int_id: Its integer id in vLLM, never used again for another content.
         source: Where it came from, without any token.
-        digest: SHA-256 of its two files, in hexadecimal digits.
+        digest: SHA-256 of its files, in hexadecimal digits.
         rank: The largest rank of its modules.
         num_modules: How many of the model's modules it changes.
         num_model_modules: How many modules of the model an adapter may change.
@@ -43,6 +44,7 @@ class LoadedAdapter:
         lineage: How that compares with the model of this engine: ``"same"``, ``"quantized"`` (another quantization of
             it), ``"other"``, or ``"unknown"``.
         weight: Its share of the engine beside other adapters.
+        carries: The files that it has beside its config and weights, and that its requests follow.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LoadedAdapter:
     base_model: str | None
     lineage: Lineage = "unknown"
     weight: float = 1.0
+    carries: tuple[str, ...] = ()
 
 
 @define(eq=False)
@@ -73,6 +76,7 @@ class AdapterVersion:
         allow_pickle: Whether it may be read from a pickle.
         snapshot: The private copy that vLLM reads.
         manifest: What the copy says of itself.
+        carried: What it has beside its weights: a chat template, generation defaults, tokens.
         number: Its number under this name, given when it is published.
         lineage: How the model that it was trained on compares with this one.
         weight: Its share of the engine beside other adapters.
@@ -88,6 +92,7 @@ class AdapterVersion:
     allow_pickle: bool
     snapshot: Snapshot
     manifest: AdapterManifest
+    carried: Carried
     number: int = 0
     lineage: Lineage = "unknown"
     weight: float = 1.0
@@ -127,6 +132,7 @@ class AdapterVersion:
             base_model=self.manifest.base_model,
             lineage=self.lineage,
             weight=self.weight,
+            carries=self.carried.file_names,
         )
 
 
@@ -174,8 +180,8 @@ class AdapterCache:
             AdapterError: The source cannot be read, or what it holds cannot be an adapter.
         """
         int_id = next(self._int_ids)
-        snapshot, manifest = self._copies.make(name, int_id, source, allow_pickle=allow_pickle)
-        version = AdapterVersion(name, int_id, source, allow_pickle, snapshot, manifest)
+        snapshot, manifest, carried = self._copies.make(name, int_id, source, allow_pickle=allow_pickle)
+        version = AdapterVersion(name, int_id, source, allow_pickle, snapshot, manifest, carried)
         try:
             self._copies.keep(version)
         except BaseException:
@@ -261,18 +267,18 @@ class AdapterCache:
         for version in held:
             self._let_go(version, retire=True)
 
-    def acquire(self, name: str | None) -> AdapterVersion | None:
+    def acquire(self, adapter: str | AdapterVersion | None) -> AdapterVersion | None:
         """The version that a new request runs on; ``release`` it when the request has ended.
 
-        ``None`` is the base model, which needs no version.
+        ``None`` is the base model, which needs no version; a version that is in use is what it is.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
         """
-        if name is None:
+        if adapter is None:
             return None
         with self._lock:
-            version = self._find(name)
+            version = adapter if isinstance(adapter, AdapterVersion) else self._find(adapter)
             version.num_uses += 1
             self._copies.use(version)
             return version
@@ -284,10 +290,8 @@ class AdapterCache:
         Raises:
             AdapterNotLoadedError: No adapter has that name.
         """
-        with self._lock:
-            version = self._find(name)
-            version.num_uses += 1
-            self._copies.use(version)
+        version = self.acquire(name)
+        assert version is not None
         try:
             yield version
         finally:
@@ -300,6 +304,7 @@ class AdapterCache:
         with self._lock:
             version.num_uses -= 1
         self._let_go(version)
+        self._copies.trim()
 
     def loaded(self) -> dict[str, LoadedAdapter]:
         """What may be named now, in the order of loading."""

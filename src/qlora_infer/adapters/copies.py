@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from qlora_infer.adapters.carried import Carried, read_carried
+from qlora_infer.adapters.chat_template import check_template
 from qlora_infer.adapters.manifest import AdapterManifest, read_manifest
 from qlora_infer.adapters.pickles import convert_pickle
 from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
@@ -37,7 +39,7 @@ class Writable(Protocol):
 class Copies:
     """What vLLM reads adapters from: copies that nobody else writes to, within a budget of bytes.
 
-    Over the budget, copies go that can be made again from their source and whose adapter has no requests. Which of
+    Over the budget, copies go that can be made again from their source and whose adapters have no requests. Which of
     them is GreedyDual's choice (Young, "The k-server dual and loose competitiveness for paging", 1994): the least
     recently used, where a use counts for more the more it costs to make the copy again. Any thread may use it.
 
@@ -53,6 +55,7 @@ class Copies:
         self._token = token
         self._lock = threading.Lock()
         self._sizes: dict[AdapterVersion, int] = {}  # those that are on disk
+        self._num_bytes = 0
         self._values: dict[AdapterVersion, float] = {}  # the lowest goes first
         self._clock = 0.0
         self._fetches: dict[AdapterVersion, Future[None]] = {}
@@ -61,12 +64,11 @@ class Copies:
     @property
     def num_bytes(self) -> int:
         """What the copies take."""
-        with self._lock:
-            return sum(self._sizes.values())
+        return self._num_bytes
 
     def make(
         self, name: str, int_id: int, source: AdapterSource | Writable, *, allow_pickle: bool
-    ) -> tuple[Snapshot, AdapterManifest]:
+    ) -> tuple[Snapshot, AdapterManifest, Carried]:
         """Resolve, copy and check a source, up to everything that can be said without the model.
 
         Raises:
@@ -83,16 +85,18 @@ class Copies:
             if allow_pickle and not (folder / WEIGHTS_NAME).exists():
                 folder = convert_pickle(name, folder, scratch / "converted")
             read_manifest(name, folder)
-            snapshot = take_snapshot(name, folder, target)
+            snapshot = take_snapshot(name, folder, target, carried=read_carried(name, folder).file_names)
             # What is served is what was checked: the copy, which nobody else writes to.
-            manifest = read_manifest(name, target)
+            manifest, carried = read_manifest(name, target), read_carried(name, target)
             check_finite(name, target / WEIGHTS_NAME)
+            if carried.chat_template is not None:
+                check_template(name, carried.chat_template)
         except BaseException:
             shutil.rmtree(target, ignore_errors=True)
             raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return snapshot, manifest
+        return snapshot, manifest, carried
 
     def keep(self, version: AdapterVersion) -> None:
         """Count a copy that was made, and let others go where there is too little room.
@@ -102,8 +106,9 @@ class Copies:
         """
         with self._lock:
             self._count(version)
-            if self._max_bytes is None or (needed := sum(self._sizes.values())) <= self._max_bytes:
-                return
+            needed = self._num_bytes
+        if self._max_bytes is None or needed <= self._max_bytes:
+            return
         raise AdapterLoadError(
             version.name,
             f"adapter {version.name!r} has no room on disk: with those that are in use, or cannot be fetched again, it "
@@ -115,10 +120,16 @@ class Copies:
         with self._lock:
             self._use(version)
 
+    def trim(self) -> None:
+        """Let copies go that had to stay, because their adapters had requests, and are too many."""
+        if self._max_bytes is not None and self._num_bytes > self._max_bytes:
+            with self._lock:
+                self._make_room()
+
     def remove(self, version: AdapterVersion) -> None:
         """Delete a copy that is not wanted any more."""
         with self._lock:
-            self._sizes.pop(version, None)
+            self._num_bytes -= self._sizes.pop(version, 0)
             self._values.pop(version, None)
         shutil.rmtree(version.path, ignore_errors=True)
 
@@ -141,7 +152,7 @@ class Copies:
     def _make_again(self, version: AdapterVersion) -> None:
         try:
             assert isinstance(version.origin, AdapterSource)
-            snapshot, _ = self.make(version.name, version.int_id, version.origin, allow_pickle=version.allow_pickle)
+            snapshot, _, _ = self.make(version.name, version.int_id, version.origin, allow_pickle=version.allow_pickle)
             if snapshot.digest != version.snapshot.digest:
                 shutil.rmtree(version.path, ignore_errors=True)
                 raise CorruptAdapterError(
@@ -159,7 +170,9 @@ class Copies:
         self.remove(version)
 
     def _count(self, version: AdapterVersion) -> None:
-        self._sizes[version] = sum(path.stat().st_size for path in version.path.iterdir())
+        size = sum(path.stat().st_size for path in version.path.iterdir())
+        self._num_bytes += size - self._sizes.get(version, 0)
+        self._sizes[version] = size
         self._use(version)
         self._make_room(keep=version)
 
@@ -167,8 +180,8 @@ class Copies:
         is_folder = not isinstance(version.origin, AdapterSource) or version.origin.is_local
         self._values[version] = self._clock + (COST_OF_FOLDER if is_folder else COST_OF_DOWNLOAD)
 
-    def _make_room(self, *, keep: AdapterVersion) -> None:
-        while self._max_bytes is not None and sum(self._sizes.values()) > self._max_bytes:
+    def _make_room(self, *, keep: AdapterVersion | None = None) -> None:
+        while self._max_bytes is not None and self._num_bytes > self._max_bytes:
             may_go = [
                 version
                 for version in self._sizes
@@ -181,5 +194,5 @@ class Copies:
                 return
             going = min(may_go, key=self._values.__getitem__)
             self._clock = self._values[going]
-            del self._sizes[going]
+            self._num_bytes -= self._sizes.pop(going)
             shutil.rmtree(going.path, ignore_errors=True)

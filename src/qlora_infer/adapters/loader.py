@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.blend import AdapterBlend, AdapterPart, BlendMethod
 from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter
+from qlora_infer.adapters.carried import check_tokens
 from qlora_infer.adapters.copies import Writable
 from qlora_infer.adapters.lineage import lineage
 from qlora_infer.adapters.preflight import ModuleShape
@@ -48,13 +49,23 @@ class AdapterLoader:
         residency: What is in host memory; only touched on the driving thread.
         driving: That thread.
         model: The name of the model that is served.
+        vocabulary: Tells the tokens of its tokenizer; ``None`` where any token is known.
     """
 
-    def __init__(self, cache: AdapterCache, residency: Residency, driving: DrivingThread, *, model: str) -> None:
+    def __init__(
+        self,
+        cache: AdapterCache,
+        residency: Residency,
+        driving: DrivingThread,
+        *,
+        model: str,
+        vocabulary: Callable[[], Mapping[str, int] | None],
+    ) -> None:
         self._cache = cache
         self._residency = residency
         self._driving = driving
         self._model = model
+        self._vocabulary = vocabulary
         self.model_modules: Mapping[str, ModuleShape] = {}
         self.max_lora_rank = 0
 
@@ -92,6 +103,8 @@ class AdapterLoader:
             version.fit = preflight.check(
                 version.name, version.manifest, self.model_modules, max_lora_rank=self.max_lora_rank
             )
+            if version.carried.added_tokens or version.carried.stop_token_ids:
+                check_tokens(version.name, version.carried, self._vocabulary())
             self._read_ahead(version)
             self._driving.call(self._residency.load, version)
             self._cache.publish(version, expect=expect)

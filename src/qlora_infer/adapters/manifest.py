@@ -88,7 +88,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         UnsafeAdapterError: The weights are pickled, or a file is a link that leaves the folder.
         CorruptAdapterError: A file is malformed, or the two contradict each other.
     """
-    config = read_config(adapter, _checked_file(adapter, folder, CONFIG_NAME))
+    config = read_config(adapter, checked_file(adapter, folder, CONFIG_NAME))
     unsupported = list(unsupported_features(config))
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         # Its other fields and its tensors have other names; only this can be said of it.
@@ -115,7 +115,14 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
     )
 
 
-def _checked_file(adapter: str, folder: Path, name: str) -> Path:
+def checked_file(adapter: str, folder: Path, name: str) -> Path:
+    """An adapter's file, which is one: no pipe or device, and no link that leaves the folder.
+
+    Raises:
+        AdapterNotFoundError: There is none.
+        AdapterSourceError: It may not be read by this user.
+        UnsafeAdapterError: It is something else.
+    """
     path = folder / name
     if path.is_symlink() and path.exists() and not _stays_inside(folder, path):
         raise UnsafeAdapterError(adapter, f"{path} is a link to a place outside of the adapter: copy the file there")
@@ -166,7 +173,7 @@ def _checked_weights(adapter: str, folder: Path) -> Path:
                 "read: save the adapter again with PEFT, which writes safetensors, or pass "
                 "allow_pickle=True to have it converted",
             )
-    return _checked_file(adapter, folder, WEIGHTS_NAME)
+    return checked_file(adapter, folder, WEIGHTS_NAME)
 
 
 def _pair_factors(

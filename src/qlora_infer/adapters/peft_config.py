@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,16 @@ def read_config(adapter: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def parse_json(adapter: str, path: Path, content: bytes) -> Any:
+def parse_json(adapter: str, path: Path, content: bytes, *, any_keys: bool = False) -> Any:
     """Parse JSON that may be hostile: deep, repeating its keys, with numbers that are none.
 
     Its keys can be shown in messages: they hold no control characters and no broken Unicode.
+
+    Args:
+        adapter: The adapter's name, for messages.
+        path: Where the JSON is from, for messages.
+        content: The JSON.
+        any_keys: Keys may hold any characters; those of a vocabulary are tokens, and a token may be a line break.
 
     Raises:
         CorruptAdapterError: It is not such JSON as an adapter may have.
@@ -61,16 +68,17 @@ def parse_json(adapter: str, path: Path, content: bytes) -> Any:
     if content.count(b"{") + content.count(b"[") > MAX_JSON_NESTS:
         raise CorruptAdapterError(adapter, f"{path} has more than {MAX_JSON_NESTS} objects and lists")
     try:
-        return json.loads(content.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        hook = partial(_without_repeats, any_keys=any_keys)
+        return json.loads(content.decode(), object_pairs_hook=hook, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptAdapterError(adapter, f"{path} is not valid JSON: {error}") from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, Any]], *, any_keys: bool) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key stands in it twice")
-    if not all(key.isprintable() for key in result):
+    if not any_keys and not all(key.isprintable() for key in result):
         raise ValueError("a key holds characters that cannot be shown")
     _check_metadata(result.get("__metadata__"))
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -20,28 +21,37 @@ class Snapshot:
     """One immutable content of an adapter.
 
     Attributes:
-        folder: The copy: ``adapter_config.json`` and ``adapter_model.safetensors``, nothing else.
-        digest: SHA-256 over both files, in hexadecimal digits.
+        folder: The copy: ``adapter_config.json``, ``adapter_model.safetensors``, and what else the adapter carries.
+        digest: SHA-256 over these files, in hexadecimal digits.
     """
 
     folder: Path
     digest: str
 
 
-def take_snapshot(adapter: str, source: Path, folder: Path) -> Snapshot:
-    """Copy an adapter's two files from ``source`` into the new folder ``folder`` and digest what was copied.
+def take_snapshot(adapter: str, source: Path, folder: Path, *, carried: Sequence[str] = ()) -> Snapshot:
+    """Copy an adapter's files from ``source`` into the new folder ``folder`` and digest what was copied.
+
+    Args:
+        adapter: The adapter's name, for messages.
+        source: Where the files are.
+        folder: Where to put them.
+        carried: The names of those that it has beside its config and weights.
 
     Raises:
         AdapterNotFoundError: One of the files is gone.
         CorruptAdapterError: A file changed while it was copied.
     """
-    before = _stamps(adapter, source)
+    names = (CONFIG_NAME, WEIGHTS_NAME, *carried)
+    before = _stamps(adapter, source, names)
     folder.mkdir(parents=True)
     digest = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name in names:
+        if name in carried:
+            digest.update(name.encode())
         size = _copy(source / name, folder / name, digest)
         digest.update(size.to_bytes(8, "little"))
-    if _stamps(adapter, source) != before:
+    if _stamps(adapter, source, names) != before:
         raise CorruptAdapterError(adapter, f"{source} changed while it was read: write to a new folder, then load that")
     return Snapshot(folder, digest.hexdigest())
 
@@ -55,9 +65,9 @@ def _copy(source: Path, target: Path, digest: hashlib._Hash) -> int:
     return size
 
 
-def _stamps(adapter: str, source: Path) -> list[tuple[int, int, int]]:
+def _stamps(adapter: str, source: Path, names: Sequence[str]) -> list[tuple[int, int, int]]:
     try:
-        stats = [(source / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        stats = [(source / name).stat() for name in names]
     except FileNotFoundError as error:
         raise AdapterNotFoundError(adapter, f"{error.filename} is gone: load the adapter again") from error
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qlora_infer.adapters.chat_template import render
 from qlora_infer.requests.arguments import (
     along,
     checked_priority,
@@ -22,12 +24,13 @@ from qlora_infer.requests.window import answered
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.carried import Carried
 
 
 class AdapterNames(Protocol):
     """Where a name is turned into the version that answers."""
 
-    def acquire(self, name: str | None) -> AdapterVersion | None:
+    def acquire(self, adapter: str | AdapterVersion | None) -> AdapterVersion | None:
         """The version that a new request runs on; raises ``AdapterNotLoadedError``."""
         ...
 
@@ -35,21 +38,25 @@ class AdapterNames(Protocol):
         """Count a request that has ended."""
         ...
 
-    def require(self, names: Iterable[str]) -> None:
-        """Raise ``AdapterNotLoadedError`` for the first name that is not loaded."""
-        ...
 
-
-class SamplingReader(Protocol):
-    """What reads sampling parameters, and knows how much fits a batch: the engine underneath."""
+class RequestReader(Protocol):
+    """What reads sampling parameters and conversations, and knows how much fits a batch: the engine underneath."""
 
     @property
     def max_num_seqs(self) -> int:
         """The sequences that one batch holds."""
         ...
 
-    def sampling_params(self, params: object) -> Any:
+    def sampling_params(self, params: object, carried: Carried | None = None) -> Any:
         """Turn a mapping of fields into sampling parameters; raises ``ValueError`` and ``TypeError``."""
+        ...
+
+    def special_tokens(self) -> Mapping[str, str]:
+        """The tokens that have a role in chat templates."""
+        ...
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Write one conversation as a prompt, with the model's chat template."""
         ...
 
 
@@ -57,12 +64,12 @@ class Intake:
     """Checks what callers ask for, and hands it to the driver.
 
     Args:
-        reader: Reads sampling parameters.
+        reader: Reads sampling parameters and conversations.
         adapters: Turns adapters' names into versions.
         driver: Runs requests.
     """
 
-    def __init__(self, reader: SamplingReader, adapters: AdapterNames, driver: Driver) -> None:
+    def __init__(self, reader: RequestReader, adapters: AdapterNames, driver: Driver) -> None:
         self._reader = reader
         self._adapters = adapters
         self._driver = driver
@@ -80,12 +87,13 @@ class Intake:
         block: bool,
     ) -> RequestHandle:
         """Queue one prompt whose partial outputs may be read."""
-        return self._submit(
+        limit = checked_timeout(timeout)
+        return self._take(
             checked_prompt(prompt),
-            self._reader.sampling_params(sampling_params),
+            sampling_params,
             adapter,
             checked_priority(priority),
-            checked_timeout(timeout),
+            limit,
             stream=True,
             block=block,
         )
@@ -98,23 +106,58 @@ class Intake:
         priority: Any,
         timeout: float | None,
         *,
-        add_special_tokens: bool = True,
         use_tqdm: bool,
     ) -> list[GenerationOutput]:
         """Answer a list of prompts; what is wrong with any of them is raised before the first is queued."""
         names = one_per_prompt("adapter", adapter, len(prompts))
+        with self._in_use(names) as versions:
+            return self._answer(
+                prompts, sampling_params, versions, priority, timeout, add_special_tokens=True, use_tqdm=use_tqdm
+            )
+
+    def answer_chats(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: Any,
+        adapter: Any,
+        priority: Any,
+        timeout: float | None,
+        *,
+        use_tqdm: bool,
+    ) -> list[GenerationOutput]:
+        """Answer conversations, each written with its adapter's chat template, or else the model's."""
+        names = one_per_prompt("adapter", adapter, len(conversations))
+        with self._in_use(names) as versions:
+            prompts = [
+                self._write(messages, version) for messages, version in zip(conversations, versions, strict=True)
+            ]
+            # The template writes the special tokens itself.
+            return self._answer(
+                prompts, sampling_params, versions, priority, timeout, add_special_tokens=False, use_tqdm=use_tqdm
+            )
+
+    def _answer(
+        self,
+        prompts: Sequence[str | tuple[int, ...]],
+        sampling_params: Any,
+        versions: Sequence[AdapterVersion | None],
+        priority: Any,
+        timeout: float | None,
+        *,
+        add_special_tokens: bool,
+        use_tqdm: bool,
+    ) -> list[GenerationOutput]:
         priorities = [checked_priority(value) for value in one_per_prompt("priority", priority, len(prompts))]
-        all_params = one_per_prompt("sampling_params", sampling_params, len(prompts))
-        params = {id(given): self._reader.sampling_params(given) for given in all_params}
         limit = checked_timeout(timeout)
-        self._adapters.require(name for name in names if name is not None)
+        given = one_per_prompt("sampling_params", sampling_params, len(prompts))
+        keys = [(id(params), version) for params, version in zip(given, versions, strict=True)]
+        # Usually they are the same for many prompts; what is made once is shared.
+        made = {key: self._sampling(params, key[1]) for key, params in dict(zip(keys, given, strict=True)).items()}
         ids: list[str] = []
 
         def handles() -> Iterator[RequestHandle]:
-            for prompt, given, name, value in zip(prompts, all_params, names, priorities, strict=True):
-                handle = self._submit(
-                    prompt, params[id(given)], name, value, limit, add_special_tokens=add_special_tokens
-                )
+            for prompt, key, value in zip(prompts, keys, priorities, strict=True):
+                handle = self._submit(prompt, made[key], key[1], value, limit, add_special_tokens=add_special_tokens)
                 ids.append(handle.request_id)
                 yield handle
 
@@ -141,10 +184,7 @@ class Intake:
         if max_pending is not None and max_pending < 1:
             raise ValueError(f"max_pending must be at least 1, got {max_pending}")
         rows = zip(prompts, along("sampling_params", sampling_params), along("adapter", adapter))  # noqa: B905
-        handles = (
-            self._submit(checked_prompt(prompt), self._reader.sampling_params(params), name, value, limit)
-            for prompt, params, name in rows
-        )
+        handles = (self._take(checked_prompt(prompt), params, name, value, limit) for prompt, params, name in rows)
         total = len(prompts) if isinstance(prompts, Sized) else None
         outputs = answered(handles, max_pending=max_pending or 4 * self._reader.max_num_seqs, in_order=in_order)
         return self._shown(outputs, total, use_tqdm=use_tqdm)
@@ -156,11 +196,45 @@ class Intake:
             return outputs
         return with_progress(outputs, total=total, num_adapters_waiting=self._driver.num_adapters_waiting)
 
+    @contextmanager
+    def _in_use(self, names: Sequence[str | None]) -> Iterator[list[AdapterVersion | None]]:
+        """The versions of some names, one for each name, which are not freed meanwhile."""
+        versions: dict[str | None, AdapterVersion | None] = {}
+        try:
+            for name in names:
+                if name not in versions:
+                    versions[name] = self._adapters.acquire(name)
+            yield [versions[name] for name in names]
+        finally:
+            for version in versions.values():
+                self._adapters.release(version)
+
+    def _sampling(self, params: Any, version: AdapterVersion | None) -> Any:
+        return self._reader.sampling_params(params, version.carried if version else None)
+
+    def _write(self, messages: Sequence[Mapping[str, Any]], version: AdapterVersion | None) -> str:
+        if version is None or version.carried.chat_template is None:
+            return self._reader.render_chat(messages)
+        special_tokens = {**self._reader.special_tokens(), **version.carried.special_tokens}
+        return render(version.name, version.carried.chat_template, messages, special_tokens=special_tokens)
+
+    def _take(
+        self,
+        prompt: str | tuple[int, ...],
+        params: Any,
+        name: str | None,
+        priority: int,
+        timeout: float | None,
+        **how: bool,
+    ) -> RequestHandle:
+        with self._in_use([name]) as (version,):
+            return self._submit(prompt, self._sampling(params, version), version, priority, timeout, **how)
+
     def _submit(
         self,
         prompt: str | tuple[int, ...],
         params: Any,
-        adapter: str | None,
+        version: AdapterVersion | None,
         priority: int,
         timeout: float | None,
         *,
@@ -168,7 +242,7 @@ class Intake:
         add_special_tokens: bool = True,
         block: bool = True,
     ) -> RequestHandle:
-        version = self._adapters.acquire(adapter)
+        self._adapters.acquire(version)
         request = GenerationRequest(
             request_id=f"{self._id_prefix}-{next(self._numbers)}",
             prompt=prompt,

@@ -20,6 +20,7 @@ from qlora_infer.testing._adapter import TINY_MODEL
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.carried import Carried
     from qlora_infer.config import EngineConfig
 
 #: What answers a prompt: called with the prompt's text and the adapter's name, ``None`` for the base model.
@@ -176,14 +177,13 @@ class FakeEngine:
         self.num_starts += 1
         self._alive = True
 
-    def sampling_params(self, params: object) -> Any:
-        """``FakeSamplingParams`` from a mapping, or any object with these attributes."""
-        if params is None:
-            return FakeSamplingParams()
-        if not isinstance(params, Mapping):
+    def sampling_params(self, params: object, carried: Carried | None = None) -> Any:
+        """``FakeSamplingParams`` from a mapping, or any object with these attributes; stop tokens have no effect."""
+        if params is not None and not isinstance(params, Mapping):
             if hasattr(params, "max_tokens"):
                 return params
             raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
+        params = {**(carried.sampling_defaults if carried else {}), **(params or {})}
         unknown = sorted(set(params) - _SAMPLING_FIELDS)
         if unknown:
             raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
@@ -191,6 +191,14 @@ class FakeEngine:
         if followed.n < 1 or (followed.max_tokens is not None and followed.max_tokens < 1):
             raise ValueError("sampling_params: max_tokens and n must be at least 1")
         return followed
+
+    def special_tokens(self) -> Mapping[str, str]:
+        """None: templates are written without them."""
+        return {}
+
+    def vocabulary(self) -> Mapping[str, int] | None:
+        """Every word is a token."""
+        return None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """``role: content`` for each message."""

@@ -1,0 +1,240 @@
+"""What an adapter may carry beside its weights: a chat template, generation defaults, tokens; read without trust.
+
+The formats are those that transformers 5.19 writes and reads (``tokenization_utils_base.py``,
+``configuration_utils.py``); what counts as a generation default is what vLLM 0.32.0 takes from a model
+(``generation_defaults.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from qlora_infer.adapters.added_tokens import added_tokens_part, read_decoder, read_encoder, read_list
+from qlora_infer.adapters.chat_template import MAX_TEMPLATE_BYTES, checked_template, template_field
+from qlora_infer.adapters.generation_defaults import sampling_defaults, shown, stop_token_ids
+from qlora_infer.adapters.manifest import checked_file
+from qlora_infer.adapters.peft_config import parse_json
+from qlora_infer.errors import (
+    AdapterNotFoundError,
+    AdapterSourceError,
+    CorruptAdapterError,
+    IncompatibleAdapterError,
+)
+
+TEMPLATE_NAME = "chat_template.jinja"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
+ADDED_TOKENS_NAME = "added_tokens.json"
+TOKENIZER_NAME = "tokenizer.json"
+
+#: The most bytes of each file. Gemma 3's tokenizer.json has 33 MB, and its tokenizer_config.json 1.2 MB.
+MAX_BYTES = {
+    TEMPLATE_NAME: MAX_TEMPLATE_BYTES,
+    TOKENIZER_CONFIG_NAME: 8 << 20,
+    GENERATION_NAME: 1 << 20,
+    ADDED_TOKENS_NAME: 8 << 20,
+    TOKENIZER_NAME: 64 << 20,
+}
+MAX_SPECIAL_TOKEN_LENGTH = 256
+#: transformers' names (SPECIAL_TOKENS_ATTRIBUTES).
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@frozen
+class Carried:
+    """What an adapter carries beside its config and weights; an empty one when it carries nothing.
+
+    Attributes:
+        chat_template: Its chat template, the default one where it has several.
+        sampling_defaults: The fields of vLLM's ``SamplingParams`` that its ``generation_config.json`` sets. As in
+            vLLM ``do_sample`` is not one of them: ``{"do_sample": false, "temperature": 0.6}`` samples at 0.6.
+        stop_token_ids: ``eos_token_id`` of its ``generation_config.json``, each once.
+        added_tokens: The tokens that its tokenizer adds to its vocabulary, and their ids.
+        special_tokens: The tokens that its ``tokenizer_config.json`` gives a role, such as ``eos_token``; its chat
+            template is written for these.
+        file_names: The files that all of this was read from.
+    """
+
+    chat_template: str | None = None
+    sampling_defaults: Mapping[str, float] = field(factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    added_tokens: Mapping[str, int] = field(factory=dict)
+    special_tokens: Mapping[str, str] = field(factory=dict)
+    file_names: tuple[str, ...] = ()
+
+
+def read_carried(adapter: str, folder: Path) -> Carried:
+    """Read what an adapter carries beside its weights.
+
+    Args:
+        adapter: The adapter's name, for messages.
+        folder: Where its files are; each of them may be missing.
+
+    Raises:
+        CorruptAdapterError: A file is malformed, too large, or holds a value that it may not have.
+        UnsafeAdapterError: A file is a link that leaves the folder, or no regular file.
+        AdapterSourceError: A file may not be or cannot be read.
+    """
+    files = {name: content for name in MAX_BYTES if (content := _read(adapter, folder, name)) is not None}
+    reader = _Reader(adapter, folder, files)
+    tokenizer_config = reader.mapping(TOKENIZER_CONFIG_NAME)
+    generation_config = reader.mapping(GENERATION_NAME)
+    with reader.blaming(GENERATION_NAME):
+        defaults, stop_ids = sampling_defaults(generation_config), stop_token_ids(generation_config)
+    return Carried(
+        chat_template=reader.chat_template(tokenizer_config),
+        sampling_defaults=defaults,
+        stop_token_ids=stop_ids,
+        added_tokens=reader.added_tokens(tokenizer_config),
+        special_tokens=reader.special_tokens(tokenizer_config),
+        file_names=tuple(files),
+    )
+
+
+def _read(adapter: str, folder: Path, name: str) -> bytes | None:
+    """A file's bytes; nothing where there is no such file."""
+    if not os.path.lexists(folder / name):
+        return None
+    try:
+        with checked_file(adapter, folder, name).open("rb") as file:
+            # As much as there is: read() takes the memory for all that it is asked for.
+            content = file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES[name]) + 1)
+    except AdapterNotFoundError as error:
+        raise CorruptAdapterError(adapter, f"{folder / name} is a link that leads nowhere") from error
+    except AdapterSourceError:
+        raise
+    except OSError as error:
+        raise AdapterSourceError(adapter, f"{folder / name} could not be read: {error}") from error
+    if len(content) > MAX_BYTES[name]:
+        raise CorruptAdapterError(adapter, f"{folder / name} is too large: it may have {MAX_BYTES[name]} bytes")
+    return content
+
+
+@frozen
+class _Reader:
+    """The files' contents, and what they say."""
+
+    adapter: str
+    folder: Path
+    files: Mapping[str, bytes]
+
+    @contextmanager
+    def blaming(self, name: str) -> Iterator[None]:
+        """Say which file it was that an error was found in."""
+        try:
+            yield
+        except CorruptAdapterError:
+            raise
+        except ValueError as error:
+            raise CorruptAdapterError(self.adapter, f"{self.folder / name}: {error}") from error
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """A JSON file's object; empty where there is no such file."""
+        if name not in self.files:
+            return {}
+        content = parse_json(self.adapter, self.folder / name, self.files[name], any_keys=True)
+        with self.blaming(name):
+            if not isinstance(content, dict):
+                raise ValueError(f"it must hold a JSON object, not a {type(content).__name__}")  # noqa: TRY004
+        return content
+
+    def chat_template(self, tokenizer_config: Mapping[str, Any]) -> str | None:
+        """The template; the file of its own goes before the field, as in transformers."""
+        with self.blaming(TOKENIZER_CONFIG_NAME):
+            template = template_field(tokenizer_config.get("chat_template"))
+        if TEMPLATE_NAME not in self.files:
+            return template
+        with self.blaming(TEMPLATE_NAME):
+            text = self.files[TEMPLATE_NAME].decode()
+            return checked_template(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+    def added_tokens(self, tokenizer_config: Mapping[str, Any]) -> dict[str, int]:
+        """All added tokens; where the files contradict each other, tokenizer.json is the one that is used."""
+        with self.blaming(ADDED_TOKENS_NAME):
+            tokens = read_encoder(self.mapping(ADDED_TOKENS_NAME))
+        with self.blaming(TOKENIZER_CONFIG_NAME):
+            tokens |= read_decoder(tokenizer_config.get("added_tokens_decoder") or {})
+        if TOKENIZER_NAME in self.files:
+            with self.blaming(TOKENIZER_NAME):
+                part = added_tokens_part(self.files[TOKENIZER_NAME])
+                tokens |= read_list(parse_json(self.adapter, self.folder / TOKENIZER_NAME, part, any_keys=True))
+        return tokens
+
+    def special_tokens(self, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+        """The texts of the tokens that have a role; each is a text, or an object with its properties."""
+        tokens = {}
+        for name in SPECIAL_TOKENS:
+            value = tokenizer_config.get(name)
+            text = value.get("content") if isinstance(value, dict) else value
+            if value is None:
+                continue
+            with self.blaming(TOKENIZER_CONFIG_NAME):
+                if not isinstance(text, str) or len(text) > MAX_SPECIAL_TOKEN_LENGTH:
+                    raise ValueError(f"{name!r} must be a short text, got {shown(text)}")
+                text.encode()  # half of a surrogate pair, which JSON can hold, is a ValueError
+            tokens[name] = text
+        return tokens
+
+
+def check_tokens(adapter: str, carried: Carried, vocabulary: Mapping[str, int] | None) -> None:
+    """Check that the running model's tokenizer has the tokens that an adapter was trained with.
+
+    A padding token that the model does not have is none of the reasons: it is in no prompt and no answer.
+
+    Args:
+        adapter: The adapter's name, for the message.
+        carried: What the adapter carries.
+        vocabulary: All tokens of the model's tokenizer with their ids, as ``tokenizer.get_vocab()`` gives them;
+            ``None`` where any token is known.
+
+    Raises:
+        IncompatibleAdapterError: The adapter's tokenizer adds tokens or numbers them otherwise, or the adapter stops
+            at ids that the model does not have, which would end the engine.
+    """
+    if vocabulary is None:
+        return
+    missing = [token for token in carried.added_tokens if token not in vocabulary and not _is_padding(carried, token)]
+    moved = [token for token, index in carried.added_tokens.items() if vocabulary.get(token, index) != index]
+    last = max(vocabulary.values(), default=-1)
+    beyond = [index for index in carried.stop_token_ids if index > last]
+    reasons = []
+    if missing:
+        reasons.append(
+            f"Its tokenizer adds {len(missing)} tokens that the model's does not have: "
+            f"{_listed(f'{_name(token)} ({carried.added_tokens[token]})' for token in missing)}; vLLM serves no new "
+            "token embeddings from an adapter: merge it into its base model, or train it without new tokens."
+        )
+    if moved:
+        pairs = (f"{_name(token)} ({carried.added_tokens[token]}, here {vocabulary[token]})" for token in moved)
+        reasons.append(
+            f"Its tokenizer numbers {len(moved)} tokens otherwise than the model's: {_listed(pairs)}; "
+            "it was trained on another model or with another tokenizer."
+        )
+    if beyond:
+        reasons.append(
+            f"Its {GENERATION_NAME} stops at the token ids {_listed(map(str, beyond))}; the model's end at {last}."
+        )
+    if reasons:
+        raise IncompatibleAdapterError(adapter, reasons)
+
+
+def _is_padding(carried: Carried, token: str) -> bool:
+    """Whether the token fills batches in training and is nothing else."""
+    roles = [role for role, text in carried.special_tokens.items() if text == token]
+    return roles == ["pad_token"] and token not in (carried.chat_template or "")
+
+
+def _name(token: str) -> str:
+    return ascii(token[:80])
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(islice(names, 4))
+    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")

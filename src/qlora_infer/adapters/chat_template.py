@@ -1,0 +1,145 @@
+"""Conversations written with an adapter's own chat template, which may be hostile: bounded in time and memory.
+
+Templates are rendered as transformers does it, but in processes of their own (``_template_worker.py``), because what
+a template spends inside of one call into C can be stopped by no check in Python and no watchdog thread:
+``tokenizer.apply_chat_template(chat_template=...)`` would hang or fill the memory of the whole server. A process takes
+some 0.1 s to start and stays for the next conversations, which then take less than a millisecond.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_infer.adapters.template_process import processes
+from qlora_infer.errors import CorruptAdapterError, UnsafeAdapterError
+
+#: Real templates have up to some 25,000 characters.
+MAX_TEMPLATE_BYTES = 1 << 17
+MAX_MESSAGES_BYTES = 1 << 24
+#: A template repeats what it is given once or twice; it may write this much and four times what it is given.
+MAX_EXTRA_CHARACTERS = 1 << 20
+
+_NO_TOKENS: Mapping[str, str] = {}
+
+
+def template_field(value: object) -> str | None:
+    """Take the template from ``chat_template`` of tokenizer_config.json.
+
+    It is a text, or a list of named ones; transformers takes an object of them, too.
+
+    Raises:
+        ValueError: It is something else, or no template that ``checked_template`` takes.
+    """
+    if value is None:
+        return None
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {item["name"]: item.get("template") for item in value if isinstance(item.get("name"), str)}
+    if isinstance(value, dict):
+        value = value.get("default")
+    if not isinstance(value, str):
+        raise ValueError(  # noqa: TRY004
+            "'chat_template' must be a text, or a list of {name, template} with one that is named 'default'"
+        )
+    return checked_template(value)
+
+
+def checked_template(text: str) -> str:
+    """The template, which has a size that one may have and is Unicode.
+
+    Raises:
+        ValueError: It is not.
+    """
+    num_bytes = len(text.encode())  # half of a surrogate pair, which JSON can hold, is a ValueError
+    if not text.strip():
+        raise ValueError("its chat template is empty")
+    if num_bytes > MAX_TEMPLATE_BYTES:
+        raise ValueError(f"its chat template has {num_bytes} bytes, {MAX_TEMPLATE_BYTES} are allowed")
+    return text
+
+
+def render(
+    adapter: str,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    special_tokens: Mapping[str, str] = _NO_TOKENS,
+) -> str:
+    """Write a conversation as a prompt.
+
+    Args:
+        adapter: The adapter's name, for messages.
+        template: Its chat template.
+        messages: The conversation, of what JSON can hold.
+        add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
+        special_tokens: What the template knows as ``bos_token``, ``eos_token`` and so on; those that are missing are
+            undefined in it. It is what a tokenizer of transformers has as ``special_tokens_map``.
+
+    Raises:
+        ValueError: The template refuses these messages or fails on them, or they are too long.
+        TypeError: The messages hold what is not JSON.
+        CorruptAdapterError: The template is malformed.
+        UnsafeAdapterError: The template takes too much time or memory, or reaches for what it must not have.
+        MissingDependencyError: No process for templates can be started.
+    """
+    variables = {
+        **special_tokens,
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return _ask(adapter, template, variables)
+
+
+def check_template(adapter: str, template: str) -> None:
+    """Compile a template, so that a malformed one is found when its adapter is loaded.
+
+    Raises:
+        CorruptAdapterError: The template is malformed.
+        UnsafeAdapterError: It takes too much time or memory.
+        MissingDependencyError: No process for templates can be started.
+    """
+    _ask(adapter, template, None)
+
+
+def _ask(adapter: str, template: str, variables: Mapping[str, Any] | None) -> str:
+    try:
+        checked_template(template)
+    except ValueError as error:
+        raise CorruptAdapterError(adapter, str(error)) from error
+    request = _request(template, variables)
+    with processes.borrow() as process:
+        # Characters take up to four bytes each.
+        answer = process.ask(request, max_bytes=4 * (MAX_EXTRA_CHARACTERS + 4 * len(request)))
+        if answer is None:
+            raise UnsafeAdapterError(adapter, f"its chat template {process.say_end()}: this adapter may be hostile")
+    kind, text = answer[:1], answer[1:].decode()
+    if kind == b"S":
+        raise CorruptAdapterError(adapter, f"its chat template is malformed: {text}")
+    if kind == b"U":
+        raise UnsafeAdapterError(adapter, f"its chat template was stopped: {text}")
+    if kind != b"T":
+        raise ValueError(f"the chat template of adapter {adapter!r} cannot write these messages: {text}")
+    return text
+
+
+def _request(template: str, variables: Mapping[str, Any] | None) -> bytes:
+    try:
+        given = json.dumps(variables, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"messages must hold texts, numbers, lists and mappings only: {error}") from error
+    if len(given) > MAX_MESSAGES_BYTES:
+        raise ValueError(f"these messages have {len(given)} bytes as JSON; a template takes {MAX_MESSAGES_BYTES}")
+    max_characters = MAX_EXTRA_CHARACTERS + 4 * len(given)
+    return f'{{"template":{json.dumps(template)},"max_characters":{max_characters},"variables":{given}}}'.encode()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is none of them")

@@ -1,0 +1,144 @@
+"""An adapter's own template, defaults and tokens are followed by its requests and by no others; on the fake engine."""
+
+import json
+
+import pytest
+
+from qlora_infer import CorruptAdapterError, IncompatibleAdapterError, UnsafeAdapterError
+from qlora_infer.testing import FakeEngine, FakeSamplingParams, fake_engine, write_adapter
+
+LOUD = "{% for message in messages %}{{ message['content'] | upper }}!{% endfor %}"
+QUIET = "{% for message in messages %}{{ message['content'] | lower }}.{% endfor %}"
+HELLO = [{"role": "user", "content": "Hello You"}]
+
+
+class Echo(FakeEngine):
+    """Says the prompt back, knows four tokens, and keeps the parameters that it was given."""
+
+    def __init__(self):
+        super().__init__(reply=lambda prompt, adapter: prompt)
+        self.params = []
+
+    def vocabulary(self):
+        return {"<s>": 0, "</s>": 1, "<pad>": 2, "a": 3}
+
+    def sampling_params(self, params, carried=None):
+        self.params.append((params, carried))
+        return super().sampling_params(params, carried)
+
+
+@pytest.fixture
+def backend():
+    return Echo()
+
+
+@pytest.fixture
+def engine(backend):
+    with fake_engine(backend=backend) as engine:
+        yield engine
+
+
+def carrying(folder, *, template=None, generation=None, tokens=None, seed=0):
+    """An adapter with these files beside its weights."""
+    write_adapter(folder, seed=seed)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    if tokens is not None:
+        (folder / "added_tokens.json").write_text(json.dumps(tokens))
+    return folder
+
+
+def test_a_conversation_is_written_with_its_adapter_s_template(engine, tmp_path):
+    """Each conversation with the template of its own adapter; those without one, and the base, with the model's."""
+    loaded = engine.load_adapter("loud", carrying(tmp_path / "loud", template=LOUD))
+    engine.load_adapter("quiet", carrying(tmp_path / "quiet", template=QUIET, seed=1))
+    engine.load_adapter("plain", carrying(tmp_path / "plain", seed=2))
+    assert loaded.carries == ("chat_template.jinja",)
+    outputs = engine.chat([HELLO] * 4, {"max_tokens": 9}, adapter=["loud", "quiet", "plain", None], use_tqdm=False)
+    assert [output.text for output in outputs] == ["HELLO YOU!", "hello you.", "user: Hello You", "user: Hello You"]
+    assert engine.generate("Hello You", adapter="loud")[0].text == "Hello You"
+
+
+def test_a_template_belongs_to_its_version(engine, tmp_path):
+    """The same weights with another template are another version, named exactly and rolled back like any other."""
+    first = engine.load_adapter("a", carrying(tmp_path / "1", template=LOUD))
+    second = engine.load_adapter("a", carrying(tmp_path / "2", template=QUIET))
+    assert first.digest != second.digest
+
+    def says(adapter):
+        return engine.chat(HELLO, adapter=adapter)[0].text
+
+    assert (says("a"), says("a@1")) == ("hello you.", "HELLO YOU!")
+    engine.rollback("a")
+    assert says("a") == "HELLO YOU!"
+
+
+def test_defaults_are_the_adapter_s_and_the_caller_wins(engine, tmp_path):
+    """generation_config.json sets what a mapping leaves out; SamplingParams are taken as they are."""
+    engine.load_adapter("short", carrying(tmp_path / "short", generation={"max_new_tokens": 2}))
+    prompt = "one two three four"
+
+    def says(params, adapter="short"):
+        return engine.generate(prompt, params, adapter=adapter)[0].text
+
+    assert says(None) == says({}) == says({"n": 1}) == "one two"
+    assert says({"max_tokens": 3}) == "one two three"
+    assert says(FakeSamplingParams(max_tokens=3)) == "one two three"
+    assert says(None, adapter=None) == prompt
+    assert list(engine.stream(prompt, adapter="short"))[-1].text == "one two"
+    assert [output.text for output in engine.generate_iter([prompt], adapter="short")] == ["one two"]
+    texts = [output.text for output in engine.generate([prompt] * 2, adapter=["short", None])]
+    assert texts == ["one two", prompt]
+
+
+def test_stop_tokens_reach_the_engine_underneath(engine, backend, tmp_path):
+    """The ids of eos_token_id are given with each request of the adapter, whatever its parameters, and no other."""
+    engine.load_adapter("stops", carrying(tmp_path / "stops", generation={"eos_token_id": [1, 3]}))
+    backend.params.clear()
+    engine.generate(["x"] * 2, [None, FakeSamplingParams()], adapter="stops")
+    engine.generate("x")
+    assert [carried.stop_token_ids if carried else None for _, carried in backend.params] == [(1, 3), (1, 3), None]
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({"tokens": {"<tool>": 4}}, IncompatibleAdapterError, "'<tool>' \\(4\\)"),
+        ({"tokens": {"a": 7}}, IncompatibleAdapterError, "numbers 1 tokens otherwise"),
+        ({"generation": {"eos_token_id": 99}}, IncompatibleAdapterError, "stops at the token ids 99"),
+        ({"generation": {"temperature": "hot"}}, CorruptAdapterError, "temperature"),
+        ({"template": "{% for %}"}, CorruptAdapterError, "malformed"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_when_it_is_loaded(engine, tmp_path, files, error, message):
+    """Tokens that the base lacks, and nonsense: a typed error, and what serves goes on serving."""
+    engine.load_adapter("a", carrying(tmp_path / "good", template=LOUD, tokens={"a": 3, "</s>": 1}))
+    before = engine.adapters
+    with pytest.raises(error, match=message):
+        engine.load_adapter("a", carrying(tmp_path / "bad", seed=1, **files))
+    assert engine.adapters == before
+    assert engine.chat(HELLO, adapter="a")[0].text == "HELLO YOU!"
+
+
+def test_a_template_that_refuses_the_messages_queues_nothing(engine, tmp_path):
+    """What one conversation lacks is told before the first of the list is queued."""
+    strict = "{% if messages | length > 1 %}{{ raise_exception('one at a time') }}{% endif %}ok"
+    engine.load_adapter("strict", carrying(tmp_path / "strict", template=strict))
+    with pytest.raises(ValueError, match="one at a time"):
+        engine.chat([HELLO, HELLO * 2], adapter="strict")
+    assert engine.stats().num_waiting == engine.stats().num_running == 0
+    assert engine.chat(HELLO, adapter="strict")[0].text == "ok"
+    engine.unload_adapter("strict")
+    assert not engine.adapters
+
+
+def test_a_hostile_template_harms_nobody(engine, tmp_path):
+    """One that would fill the memory or never end is stopped; its conversation fails, and the others are answered."""
+    engine.load_adapter("good", carrying(tmp_path / "good", template=LOUD))
+    for name, template in (("large", "{{ 'a' * 10 ** 10 }}"), ("endless", "{% for i in range(10**9) %}{% endfor %}")):
+        engine.load_adapter(name, carrying(tmp_path / name, template=template))
+        with pytest.raises(UnsafeAdapterError):
+            engine.chat(HELLO, adapter=name)
+    assert engine.chat(HELLO, adapter="good")[0].text == "HELLO YOU!"
