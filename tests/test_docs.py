@@ -10,6 +10,8 @@ import pytest
 from qlora_infer.testing import FakeEngine, write_adapter
 
 MODULES = (
+    "qlora_infer.adapters.effect",
+    "qlora_infer.adapters.lineage",
     "qlora_infer.adapters.source",
     "qlora_infer.demo",
     "qlora_infer.engine",
@@ -17,7 +19,7 @@ MODULES = (
     "qlora_infer.requests.handle",
     "qlora_infer.testing._engine",
 )
-PAGES = ("README.md", "docs/testing.md", "docs/quantization.md", "docs/scheduling.md")
+PAGES = ("README.md", "docs/testing.md", "docs/quantization.md", "docs/scheduling.md", "docs/adapters.md")
 ROOT = Path(__file__).parents[1]
 
 
