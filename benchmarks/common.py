@@ -102,12 +102,12 @@ class Plain:
         }
         self._adapters[None] = None
 
-    def run(self, texts: Sequence[str], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
+    def run(self, texts: Sequence[Any], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
         """Answer prompts, each with the adapter of its name."""
         from vllm import SamplingParams
 
         return self.llm.generate(
-            list(texts),
+            [text if isinstance(text, str) else {"prompt_token_ids": text} for text in texts],
             [SamplingParams(**given) for given in params],
             lora_request=[self._adapters[name] for name in names],
             use_tqdm=False,
@@ -146,7 +146,7 @@ class Ours:
             engine_args=engine_args,
         )
 
-    def run(self, texts: Sequence[str], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
+    def run(self, texts: Sequence[Any], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
         """Answer prompts, each with the adapter of its name."""
         return self.engine.generate(list(texts), list(params), adapter=list(names), use_tqdm=False)
 
