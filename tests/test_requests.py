@@ -183,6 +183,32 @@ def test_a_weight_is_seen_and_checked(tmp_path):
 # Deadlines --------------------------------------------------------------------------------------------------------
 
 
+class Watched(FakeEngine):
+    """Notes how many requests it has at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def step(self):
+        self.seen.append(self.num_unfinished)
+        return super().step()
+
+
+def test_the_next_requests_are_there_before_their_places_are_free():
+    """The engine has a spare request for eight places, and one for each that is about to reach its max_tokens."""
+    backend = Watched()
+    with fake_engine(backend=backend, engine_args={"max_num_seqs": 8}) as engine:
+        all_here = threading.Event()
+        engine._driver.post(all_here.wait)
+        handles = [engine.add_request(" ".join(["word"] * 30), {"max_tokens": 20}) for _ in range(32)]
+        all_here.set()
+        assert [handle.result(timeout=30).num_tokens for handle in handles] == [20] * 32
+    assert set(backend.seen[:16]) == {9}
+    assert set(backend.seen[17:20]) == {17}
+    assert len(backend.seen) == 4 * 20
+
+
 def test_a_request_that_waits_too_long_is_dropped():
     """A timeout passes while the request waits: it raises at once, takes no place, and others go on."""
     backend, engine, blocker = gated()

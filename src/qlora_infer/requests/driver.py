@@ -41,8 +41,10 @@ T = TypeVar("T")
 CLOSE_TIMEOUT = 10.0
 
 #: The engine is given some requests more than its batch holds, so that no place stays empty from the step that frees
-#: it until we hear of it: one for so many places.
+#: it until we hear of it: one for so many places, and one for each request that reaches its ``max_tokens`` within so
+#: many steps. (Requests of one length, begun together, end together.)
 PLACES_PER_SPARE = 8
+STEPS_AHEAD = 4
 
 #: Adapters that are read into host memory before their turn.
 LOOK_AHEAD = 2
@@ -231,9 +233,16 @@ class Driver:
 
     def _start_backend(self) -> None:
         self._backend.start(self._engine_args)
-        self._num_spare = max(1, self._backend.max_num_seqs // PLACES_PER_SPARE)
         with self._lock:
-            self._queue.resize(self._backend.max_num_seqs + self._num_spare)
+            self._queue.resize(self._backend.max_num_seqs)
+        self._spare(0)
+
+    def _spare(self, num_ending: int) -> None:
+        """Have some requests more in the engine than its batch holds, where so many sequences are about to end."""
+        max_num_seqs = self._backend.max_num_seqs
+        self._num_spare = max(1, max_num_seqs // PLACES_PER_SPARE) + min(num_ending, max_num_seqs)
+        with self._lock:
+            self._queue.num_places = max_num_seqs + self._num_spare
 
     def _drive(self) -> bool:
         """Drive until the engine is closed, which gives ``False``, or has died and was started again."""
@@ -342,16 +351,22 @@ class Driver:
         """Pass on what a step gave, and count it."""
         self._num_backlog = step.num_waiting
         given: dict[str | None, int] = {}
+        num_ending = 0
         with self._lock:
             self._queue.count_step()
             for request_id, num_tokens in step.num_tokens.items():
                 pending = self._running.get(request_id)
-                if pending is not None and num_tokens > pending.num_tokens:
+                if pending is None:
+                    continue
+                if 0 < pending.max_num_tokens - num_tokens <= STEPS_AHEAD * pending.num_seqs:
+                    num_ending += pending.num_seqs
+                if num_tokens > pending.num_tokens:
                     new = num_tokens - pending.num_tokens
                     pending.num_tokens = num_tokens
                     self._queue.charge(pending, new)
                     name = pending.request.adapter_name
                     given[name] = given.get(name, 0) + new
+        self._spare(num_ending)
         self._stats.stepped(seconds, step.kv_cache_usage, given)
         for output in step.outputs:
             pending = self._running.get(output.request_id)

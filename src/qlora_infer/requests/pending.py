@@ -23,6 +23,7 @@ class PendingRequest:
     Attributes:
         request: What is asked.
         num_seqs: The places in the engine's batch that it takes: ``n`` of its sampling parameters.
+        max_num_tokens: The most tokens that it can be given.
         number: Its place in the order of arrival, given by the queue.
         num_tokens: The tokens that it has been given so far.
         num_starts: How often it was handed to an engine; twice when the first one died.
@@ -35,6 +36,8 @@ class PendingRequest:
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.num_seqs: int = getattr(request.sampling_params, "n", None) or 1
+        max_tokens: int | None = getattr(request.sampling_params, "max_tokens", None)
+        self.max_num_tokens = math.inf if max_tokens is None else self.num_seqs * max_tokens
         self.number: int | None = None
         self.num_tokens = 0
         self.num_starts = 0

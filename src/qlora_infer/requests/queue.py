@@ -64,11 +64,12 @@ class RequestQueue:
     Args:
         policy: ``"fair"`` or ``"fcfs"``.
         max_loras: The slots.
-        max_num_seqs: The places; ``resize`` changes it.
+        max_num_seqs: The sequences of a batch; ``resize`` changes it.
         is_resident: Whether an adapter is in host memory, so that giving it a slot is quick.
 
     Attributes:
-        max_num_seqs: The places.
+        max_num_seqs: The sequences of a batch.
+        num_places: The places, some more than that where the engine is to have the next ones already.
         num_running: The places taken.
     """
 
@@ -105,8 +106,8 @@ class RequestQueue:
         return len(self._line)
 
     def resize(self, max_num_seqs: int) -> None:
-        """Set the number of places."""
-        self.max_num_seqs = max_num_seqs
+        """Set the size of a batch, and as many places."""
+        self.max_num_seqs = self.num_places = max_num_seqs
         self._quantum = float(QUANTUM_STEPS * max_num_seqs)
 
     def append(self, pending: PendingRequest) -> None:
@@ -135,7 +136,7 @@ class RequestQueue:
 
         ``None`` when every place is taken, or nothing that waits has a slot to run in.
         """
-        if not self._num_waiting or self.num_running >= self.max_num_seqs:
+        if not self._num_waiting or self.num_running >= self.num_places:
             return None
         if self._turns_are_due:
             self._turns_are_due = False
