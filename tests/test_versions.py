@@ -301,6 +301,40 @@ def test_an_adapter_is_read_at_once_while_nothing_else_runs(tmp_path):
         assert engine.add_request("x", adapter="a").result(timeout=30).text == "a says: x"
 
 
+def test_many_calls_for_one_adapter_are_one_or_two(engine, backend, tmp_path):
+    """Threads that ask for the same source at once share its load; one that began before they asked is not theirs."""
+    folder = write_adapter(tmp_path / "a", seed=1)
+    began, go_on = threading.Event(), threading.Event()
+
+    def load_adapter(version):
+        began.set()
+        go_on.wait(30)
+        FakeEngine.load_adapter(backend, version)
+
+    backend.load_adapter = load_adapter
+    results = []
+
+    def load():
+        results.append(engine.load_adapter("a", folder).digest)
+
+    first = threading.Thread(target=load)
+    first.start()
+    began.wait(30)
+    write_adapter(folder, seed=2)
+    others = [threading.Thread(target=load) for _ in range(10)]
+    for thread in others:
+        thread.start()
+    while len(engine._loader._waiting) != 1 or sum(thread.is_alive() for thread in others) < 10:
+        pass
+    go_on.set()
+    for thread in [first, *others]:
+        thread.join(30)
+    assert backend.loads == ["a", "a"]
+    assert len(set(results[1:])) == 1
+    assert results[0] != results[1] == engine.adapters["a"].digest
+    assert not engine._loader._waiting
+
+
 def test_a_thousand_adapters_on_eight_slots(tmp_path):
     """A thousand registered adapters answer through eight slots and few places, each with its own name."""
     backend = FakeEngine()

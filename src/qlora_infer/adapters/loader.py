@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
@@ -66,6 +67,7 @@ class AdapterLoader:
         self._driving = driving
         self._model = model
         self._vocabulary = vocabulary
+        self._waiting: dict[object, Future[LoadedAdapter]] = {}
         self.model_modules: Mapping[str, ModuleShape] = {}
         self.max_lora_rank = 0
 
@@ -84,10 +86,30 @@ class AdapterLoader:
         allow_pickle: bool = False,
         expect: str | int | None = None,
     ) -> LoadedAdapter:
-        """Prepare and publish, one at a time under each name."""
-        with self._cache.loading(checked_name(name)):
-            self._cache.require_version(name, expect)
-            return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), weight=weight, expect=expect)
+        """Prepare and publish, one at a time under each name; equal calls that wait for their turn are one."""
+        call = (checked_name(name), source, weight, allow_pickle)
+
+        def load() -> LoadedAdapter:
+            with self._cache.loading(name):
+                # Who calls from now on may mean what the source holds from now on.
+                self._waiting.pop(call, None)
+                self._cache.require_version(name, expect)
+                return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), weight=weight, expect=expect)
+
+        if expect is not None or not isinstance(source, AdapterSource):
+            return load()
+        mine: Future[LoadedAdapter] = Future()
+        first = self._waiting.setdefault(call, mine)
+        if first is not mine:
+            return first.result()
+        try:
+            mine.set_result(load())
+        except BaseException as error:
+            self._waiting.pop(call, None)
+            interrupted = AdapterLoadError(name, f"the call that loaded adapter {name!r} was interrupted: try again")
+            mine.set_exception(error if isinstance(error, Exception) else interrupted)
+            raise
+        return mine.result()
 
     def publish(
         self, version: AdapterVersion, *, weight: float = 1.0, expect: str | int | None = None
