@@ -806,7 +806,9 @@ def test_what_a_template_leaves_behind_is_thrown_away(
     quick: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A compiled template may hold much memory; its process is replaced before the others' templates run short."""
-    monkeypatch.setattr(template_process, "MAX_IDLE_BYTES", 60 << 20)
+    render("sound", CHATML, USER)
+    pages = int(Path(f"/proc/{quick._idle[0]._popen.pid}/statm").read_text().split()[1])
+    monkeypatch.setattr(template_process, "MAX_IDLE_BYTES", pages * resource.getpagesize() + (45 << 20))
     used = set()
     for number in range(12):
         render("greedy", "{% if messages|length > 1 %}{{ 'a' * 10000000 }}{% endif %}" + str(number), USER)

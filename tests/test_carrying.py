@@ -102,6 +102,31 @@ def test_stop_tokens_reach_the_engine_underneath(engine, backend, tmp_path):
     assert [carried.stop_token_ids if carried else None for _, carried in backend.params] == [(1, 3), (1, 3), None]
 
 
+def test_the_end_token_of_its_tokenizer_ends_its_answers(engine, backend, tmp_path):
+    """eos_token of tokenizer_config.json counts as a stop token, if the model has it."""
+    folder = carrying(tmp_path / "chat", generation={"eos_token_id": 3})
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    engine.load_adapter("chat", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<other>"}))
+    engine.load_adapter("other", folder)
+    backend.params.clear()
+    engine.generate(["x"] * 2, adapter=["chat", "other"])
+    assert [carried.stop_token_ids for _, carried in backend.params] == [(3, 1), (3,)]
+
+
+def test_what_stands_beside_a_pickle_is_kept(engine, tmp_path):
+    """An adapter that is converted from a pickle keeps its template."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = carrying(tmp_path / "old", template=LOUD)
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    weights.unlink()
+    engine.load_adapter("old", folder, allow_pickle=True)
+    assert engine.chat(HELLO, adapter="old")[0].text == "HELLO YOU!"
+
+
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [

@@ -143,7 +143,7 @@ def test_what_an_adapter_carries_is_followed(awq, tmp_path):
     assert ask({"temperature": 0.0}).token_ids == said.token_ids[:3]
     for params in (GREEDY, SamplingParams(**GREEDY)):
         stopped = ask(params)
-        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+        assert (stopped.finish_reason, stopped.completions[0].stop_reason) == ("stop", stop)
         assert stopped.token_ids == said.token_ids[: first + 1]
     assert ask({**GREEDY, "ignore_eos": True}).token_ids == said.token_ids
     assert ask(GREEDY, adapter="pirate").token_ids == said.token_ids

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from qlora_infer.adapters.added_tokens import added_tokens_part, read_decoder, read_encoder, read_list
 from qlora_infer.adapters.chat_template import MAX_TEMPLATE_BYTES, checked_template, template_field
@@ -55,7 +55,8 @@ class Carried:
         chat_template: Its chat template, the default one where it has several.
         sampling_defaults: The fields of vLLM's ``SamplingParams`` that its ``generation_config.json`` sets. As in
             vLLM ``do_sample`` is not one of them: ``{"do_sample": false, "temperature": 0.6}`` samples at 0.6.
-        stop_token_ids: ``eos_token_id`` of its ``generation_config.json``, each once.
+        stop_token_ids: ``eos_token_id`` of its ``generation_config.json``, each once; ``with_end_token`` adds its
+            tokenizer's.
         added_tokens: The tokens that its tokenizer adds to its vocabulary, and their ids.
         special_tokens: The tokens that its ``tokenizer_config.json`` gives a role, such as ``eos_token``; its chat
             template is written for these.
@@ -223,6 +224,17 @@ def check_tokens(adapter: str, carried: Carried, vocabulary: Mapping[str, int] |
         )
     if reasons:
         raise IncompatibleAdapterError(adapter, reasons)
+
+
+def with_end_token(carried: Carried, vocabulary: Mapping[str, int] | None) -> Carried:
+    """What an adapter carries, with the token that its tokenizer ends texts with among those that it stops at.
+
+    Trainers save the tokenizer beside an adapter, and hardly ever a generation config.
+    """
+    end = (vocabulary or {}).get(carried.special_tokens.get("eos_token", ""))
+    if end is None or end in carried.stop_token_ids:
+        return carried
+    return evolve(carried, stop_token_ids=(*carried.stop_token_ids, end))
 
 
 def _is_padding(carried: Carried, token: str) -> bool:

@@ -82,10 +82,13 @@ class Copies:
                 )
             else:
                 folder = source.write(name, scratch / "written")
+            beside = read_carried(name, folder).file_names
             if allow_pickle and not (folder / WEIGHTS_NAME).exists():
-                folder = convert_pickle(name, folder, scratch / "converted")
+                pickled, folder = folder, convert_pickle(name, folder, scratch / "converted")
+                for file_name in beside:
+                    shutil.copyfile(pickled / file_name, folder / file_name)
             read_manifest(name, folder)
-            snapshot = take_snapshot(name, folder, target, carried=read_carried(name, folder).file_names)
+            snapshot = take_snapshot(name, folder, target, carried=beside)
             # What is served is what was checked: the copy, which nobody else writes to.
             manifest, carried = read_manifest(name, target), read_carried(name, target)
             check_finite(name, target / WEIGHTS_NAME)

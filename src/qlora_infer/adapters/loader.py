@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.blend import AdapterBlend, AdapterPart, BlendMethod
 from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter
-from qlora_infer.adapters.carried import check_tokens
+from qlora_infer.adapters.carried import check_tokens, with_end_token
 from qlora_infer.adapters.copies import Writable
 from qlora_infer.adapters.lineage import lineage
 from qlora_infer.adapters.preflight import ModuleShape
@@ -125,8 +125,10 @@ class AdapterLoader:
             version.fit = preflight.check(
                 version.name, version.manifest, self.model_modules, max_lora_rank=self.max_lora_rank
             )
-            if version.carried.added_tokens or version.carried.stop_token_ids:
-                check_tokens(version.name, version.carried, self._vocabulary())
+            if version.carried.file_names:
+                vocabulary = self._vocabulary()
+                check_tokens(version.name, version.carried, vocabulary)
+                version.carried = with_end_token(version.carried, vocabulary)
             self._read_ahead(version)
             self._driving.call(self._residency.load, version)
             self._cache.publish(version, expect=expect)
