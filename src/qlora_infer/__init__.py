@@ -1,8 +1,8 @@
 """Serve one quantized base model on vLLM with many LoRA adapters that come and go while it runs."""
 
-from qlora_infer.adapters.cache import LoadedAdapter
 from qlora_infer.adapters.effect import AdapterEffect
 from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import (
     AdapterAccessError,

@@ -33,8 +33,8 @@ from qlora_infer.errors import (
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.cache import AdapterVersion
     from qlora_infer.adapters.carried import Carried
+    from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
     from qlora_infer.quantization import Platform
 

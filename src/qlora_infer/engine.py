@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
 from qlora_infer.adapters.blend import BlendMethod
-from qlora_infer.adapters.cache import AdapterCache, LoadedAdapter
-from qlora_infer.adapters.copies import Copies, Writable
+from qlora_infer.adapters.cache import AdapterCache
+from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
 from qlora_infer.adapters.in_memory import AdapterTensors
 from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.residency import Residency
 from qlora_infer.adapters.room import choose_room
-from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.adapters.source import AdapterSource, Writable
+from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig
 from qlora_infer.errors import EngineClosedError, EngineDeadError

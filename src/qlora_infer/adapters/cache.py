@@ -6,17 +6,10 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from attrs import define, field, frozen
-
-from qlora_infer.adapters.carried import Carried
-from qlora_infer.adapters.copies import Copies, Writable
-from qlora_infer.adapters.lineage import Lineage
-from qlora_infer.adapters.manifest import AdapterManifest
-from qlora_infer.adapters.preflight import Fit
-from qlora_infer.adapters.snapshot import Snapshot
-from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.adapters.copies import Copies
+from qlora_infer.adapters.source import AdapterSource, Writable
+from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
 
 #: Versions of a name that are held: the one that serves, and the one before it.
@@ -24,116 +17,6 @@ HELD_VERSIONS = 2
 
 #: So many hexadecimal digits of a digest name a version, at least.
 MIN_DIGEST = 7
-
-
-@frozen
-class LoadedAdapter:
-    """An adapter that requests may name.
-
-    Attributes:
-        name: What requests call it.
-        version: Its number under this name: 1 for the first content, 2 for the next. ``"name@2"`` names it exactly.
-        int_id: Its integer id in vLLM, never used again for another content.
-        source: Where it came from, without any token.
-        digest: SHA-256 of its files, in hexadecimal digits.
-        rank: The largest rank of its modules.
-        num_modules: How many of the model's modules it changes.
-        num_model_modules: How many modules of the model an adapter may change.
-        num_bytes: The size of its tensors.
-        base_model: The model that it says it was trained on, if it says so.
-        lineage: How that compares with the model of this engine: ``"same"``, ``"quantized"`` (another quantization of
-            it), ``"other"``, or ``"unknown"``.
-        weight: Its share of the engine beside other adapters.
-        carries: The files that it has beside its config and weights, and that its requests follow.
-    """
-
-    name: str
-    version: int
-    int_id: int
-    source: str
-    digest: str = field(repr=lambda digest: digest[:12])
-    rank: int
-    num_modules: int
-    num_model_modules: int
-    num_bytes: int
-    base_model: str | None
-    lineage: Lineage = "unknown"
-    weight: float = 1.0
-    carries: tuple[str, ...] = ()
-
-
-@define(eq=False)
-class AdapterVersion:
-    """One immutable content under a name: what a request runs on, from its first token to its last.
-
-    ``vllm_name`` and ``int_id`` belong to this content alone. vLLM finds KV blocks by name and path and slots by the
-    integer id, so neither can ever answer for other bytes.
-
-    Attributes:
-        name: What requests call it.
-        int_id: Its integer id in vLLM.
-        origin: What the user named, token and all, or gave.
-        allow_pickle: Whether it may be read from a pickle.
-        snapshot: The private copy that vLLM reads.
-        manifest: What the copy says of itself.
-        carried: What it has beside its weights: a chat template, generation defaults, tokens.
-        number: Its number under this name, given when it is published.
-        lineage: How the model that it was trained on compares with this one.
-        weight: Its share of the engine beside other adapters.
-        fit: How it fits the model; set once that has been checked.
-        num_uses: Requests that wait for it or run on it.
-        retired: Whether no request can name it any more, so that it ends with its last one.
-        freed: Whether it has ended, and its files are gone.
-    """
-
-    name: str
-    int_id: int
-    origin: AdapterSource | Writable
-    allow_pickle: bool
-    snapshot: Snapshot
-    manifest: AdapterManifest
-    carried: Carried
-    number: int = 0
-    lineage: Lineage = "unknown"
-    weight: float = 1.0
-    fit: Fit | None = None
-    num_uses: int = 0
-    retired: bool = False
-    freed: bool = False
-
-    @property
-    def source(self) -> str:
-        """What the user named, without any token."""
-        return str(self.origin)
-
-    @property
-    def vllm_name(self) -> str:
-        """The name that vLLM knows it by."""
-        return f"{self.name}#{self.int_id}@{self.snapshot.digest[:16]}"
-
-    @property
-    def path(self) -> Path:
-        """The folder that vLLM reads it from."""
-        return self.snapshot.folder
-
-    def loaded(self) -> LoadedAdapter:
-        """The record that users see."""
-        assert self.fit is not None
-        return LoadedAdapter(
-            name=self.name,
-            version=self.number,
-            int_id=self.int_id,
-            source=self.source,
-            digest=self.snapshot.digest,
-            rank=self.manifest.rank,
-            num_modules=len(self.manifest.modules),
-            num_model_modules=self.fit.num_model_modules,
-            num_bytes=self.manifest.num_bytes,
-            base_model=self.manifest.base_model,
-            lineage=self.lineage,
-            weight=self.weight,
-            carries=self.carried.file_names,
-        )
 
 
 class AdapterCache:

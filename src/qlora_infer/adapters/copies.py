@@ -6,19 +6,19 @@ import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from qlora_infer.adapters.carried import Carried, read_carried
 from qlora_infer.adapters.chat_template import check_template
 from qlora_infer.adapters.manifest import AdapterManifest, read_manifest
 from qlora_infer.adapters.pickles import convert_pickle
 from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
-from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.errors import AdapterLoadError, CorruptAdapterError
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.version import AdapterVersion
 
 #: What it costs to make a copy again: from a folder, and over a network.
 COST_OF_FOLDER = 1.0
@@ -26,14 +26,6 @@ COST_OF_DOWNLOAD = 8.0
 
 #: Copies that are made again at a time.
 MAX_FETCHES = 4
-
-
-class Writable(Protocol):
-    """An adapter that is in no place, and is written into one."""
-
-    def write(self, adapter: str, folder: Path) -> Path:
-        """Write the two files that PEFT would write, into a new folder; returns it."""
-        ...
 
 
 class Copies:

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.blend import AdapterBlend, AdapterPart, BlendMethod
-from qlora_infer.adapters.cache import AdapterCache, AdapterVersion, LoadedAdapter
+from qlora_infer.adapters.cache import AdapterCache
 from qlora_infer.adapters.carried import check_tokens, with_end_token
-from qlora_infer.adapters.copies import Writable
 from qlora_infer.adapters.lineage import lineage
 from qlora_infer.adapters.preflight import ModuleShape
 from qlora_infer.adapters.residency import Residency
-from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.adapters.source import AdapterSource, Writable
+from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
 
 logger = logging.getLogger("qlora_infer")

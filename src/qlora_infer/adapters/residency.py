@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from qlora_infer.errors import AdapterLoadError
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.version import AdapterVersion
 
 
 #: Seconds that a load waits for files that are being fetched, where it could not be begun before.

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import evolve, field, frozen
 from attrs.validators import optional
@@ -245,6 +245,14 @@ class AdapterSource:
         revision = f"@{self.revision}" if self.revision else ""
         subfolder = f":{self.subfolder}" if self.subfolder else ""
         return f"{self.location}{revision}{subfolder}"
+
+
+class Writable(Protocol):
+    """An adapter that is in no place, and is written into one."""
+
+    def write(self, adapter: str, folder: Path) -> Path:
+        """Write the two files that PEFT would write, into a new folder; returns it."""
+        ...
 
 
 def _without_secrets(location: str) -> str:

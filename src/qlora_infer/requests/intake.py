@@ -23,8 +23,8 @@ from qlora_infer.requests.request import GenerationOutput, GenerationRequest, Pr
 from qlora_infer.requests.window import answered
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.cache import AdapterVersion
     from qlora_infer.adapters.carried import Carried
+    from qlora_infer.adapters.version import AdapterVersion
 
 
 class AdapterNames(Protocol):

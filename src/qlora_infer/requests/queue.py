@@ -22,7 +22,7 @@ from qlora_infer.requests.heap import Heap
 from qlora_infer.requests.pending import PendingRequest
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.version import AdapterVersion
 
 Policy = Literal["fair", "fcfs"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.cache import AdapterVersion
+    from qlora_infer.adapters.version import AdapterVersion
 
 #: Text, or token ids.
 Prompt = str | Sequence[int]

@@ -19,8 +19,8 @@ from qlora_infer.requests.request import Completion, GenerationOutput, Generatio
 from qlora_infer.testing._adapter import TINY_MODEL
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.cache import AdapterVersion
     from qlora_infer.adapters.carried import Carried
+    from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
 
 #: What answers a prompt: called with the prompt's text and the adapter's name, ``None`` for the base model.
