@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import load_pause
 from many_adapters import orders
 
 from qlora_infer.testing import write_adapter
@@ -61,7 +62,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of a prompt, and of an answer")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--pause", action="store_true", help="instead: what others feel while adapters are loaded")
     arguments = parser.parse_args()
+    if arguments.pause:
+        arguments.slots = 1
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 48, 64, 128, 256) if size <= arguments.seqs]
     limits: dict[str, Any] = {
         "max_loras": arguments.slots,
@@ -75,6 +79,9 @@ def main() -> None:
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes},
     }
     with model_and_adapters(arguments) as (model, adapters):
+        if arguments.pause:
+            measure_pause(model, adapters, limits, arguments)
+            return
         engines: dict[str, Any] = {}
         for name, start in (
             ("plain", partial(common.Plain, model, arguments.quantization, adapters, **limits)),
@@ -96,6 +103,26 @@ def main() -> None:
     )
     header = ("order", "plain vLLM", "ours", "ours / plain, same order", "ours / plain, sorted by hand", "swaps")
     print(common.table(header, rows))
+
+
+def measure_pause(
+    model: Path, adapters: dict[str, Path], limits: dict[str, Any], arguments: argparse.Namespace
+) -> None:
+    """Print the table of load_pause.py."""
+    limits = {**limits, "max_model_len": 8192}
+    sides: dict[str, load_pause.Side] = {
+        "plain vLLM": load_pause.PlainSide(common.Plain(model, arguments.quantization, adapters, **limits)),
+        "ours": load_pause.OurSide(common.Ours(model, arguments.quantization, {}, **limits), adapters),
+    }
+    table = load_pause.measure(sides, list(adapters), arguments.seqs // 2, arguments.repeats)
+    for side in sides.values():
+        side.close()
+    print(common.machine())
+    print(
+        f"{arguments.seqs // 2} streams, {arguments.adapters} adapters of rank {arguments.rank}, {arguments.shape} "
+        f"{arguments.quantization}"
+    )
+    print(table)
 
 
 def measure_overhead(engines: dict[str, Any], arguments: argparse.Namespace) -> list[tuple[object, ...]]:

@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import common
 
@@ -42,20 +42,12 @@ def main() -> None:
         "enable_prefix_caching": False,
     }
     total = arguments.adapters * arguments.repeats
-    rows: dict[tuple[str, str], list[tuple[list[float], list[float]]]] = {}
     with common.adapters_for(model, total, rank=arguments.rank) as adapters:
-        names = list(adapters)
-        sides: dict[str, Any] = {
+        sides: dict[str, Side] = {
             "plain vLLM": PlainSide(common.Plain(model, arguments.quantization, adapters, our_kernels=True, **limits)),
             "ours": OurSide(common.Ours(model, arguments.quantization, {}, **limits), adapters),
         }
-        for repeat in range(arguments.repeats):
-            batch = names[repeat * arguments.adapters : (repeat + 1) * arguments.adapters]
-            for side_name, side in list(sides.items())[:: 1 if repeat % 2 == 0 else -1]:
-                for phase, chosen in (("no loads", []), ("cold", batch), ("warm", batch)):
-                    measured = side.measure(arguments.streams, chosen)
-                    rows.setdefault((phase, side_name), []).append(measured)
-                    print(f"  {phase}, {side_name}: {len(measured[1])} gaps", flush=True)
+        table = measure(sides, list(adapters), arguments.streams, arguments.repeats)
         for side in sides.values():
             side.close()
     print(common.machine())
@@ -63,22 +55,39 @@ def main() -> None:
         f"{arguments.streams} streams, {arguments.adapters} adapters of rank {arguments.rank} "
         f"({arguments.repeats} times), {arguments.quantization}"
     )
+    print(table)
+
+
+def measure(sides: dict[str, Side], names: list[str], num_streams: int, repeats: int) -> str:
+    """The table: each side in turn, without loads, with cold ones, with warm ones."""
+    rows: dict[tuple[str, str], list[tuple[list[float], list[float]]]] = {}
+    for repeat in range(repeats):
+        batch = names[repeat::repeats]
+        for side_name, side in list(sides.items())[:: 1 if repeat % 2 == 0 else -1]:
+            for phase, chosen in (("no loads", []), ("cold", batch), ("warm", batch)):
+                measured = side.measure(num_streams, chosen)
+                rows.setdefault((phase, side_name), []).append(measured)
+                print(f"  {phase}, {side_name}: {len(measured[1])} gaps", flush=True)
     table = []
-    for (phase, side_name), runs in rows.items():
+    for (phase, side_name), runs in sorted(rows.items(), key=lambda row: ("no loads", "cold", "warm").index(row[0][0])):
         loads = [load for run in runs for load in run[0]]
         gaps = sorted(gap * 1e3 for run in runs for gap in run[1])
-        table.append(
-            (
-                phase,
-                side_name,
-                statistics.median(loads) * 1e3 if loads else "-",
-                statistics.median(gaps),
-                gaps[int(len(gaps) * 0.99)],
-                gaps[-1],
-            )
-        )
+        load = statistics.median(loads) * 1e3 if loads else "-"
+        table.append((phase, side_name, load, statistics.median(gaps), gaps[int(len(gaps) * 0.99)], gaps[-1]))
     header = ("", "", "load and first token, ms", "gap between tokens, median", "p99", "longest")
-    print(common.table(header, sorted(table, key=lambda row: ("no loads", "cold", "warm").index(str(row[0])))))
+    return common.table(header, table)
+
+
+class Side(Protocol):
+    """One of the two that are compared."""
+
+    def measure(self, num_streams: int, names: list[str]) -> tuple[list[float], list[float]]:
+        """Seconds of each load, and between the tokens of the streams."""
+        ...
+
+    def close(self) -> None:
+        """End its core."""
+        ...
 
 
 class PlainSide:
