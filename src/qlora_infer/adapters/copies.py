@@ -112,8 +112,9 @@ class Copies:
 
     def use(self, version: AdapterVersion) -> None:
         """Note that an adapter is asked for, so that its copy stays longer than others."""
-        with self._lock:
-            self._use(version)
+        if self._max_bytes is not None:
+            with self._lock:
+                self._use(version)
 
     def trim(self) -> None:
         """Let copies go that had to stay, because their adapters had requests, and are too many."""

@@ -157,7 +157,8 @@ class Intake:
 
         def handles() -> Iterator[RequestHandle]:
             for prompt, key, value in zip(prompts, keys, priorities, strict=True):
-                handle = self._submit(prompt, made[key], key[1], value, limit, add_special_tokens=add_special_tokens)
+                version = self._adapters.acquire(key[1])
+                handle = self._submit(prompt, made[key], version, value, limit, add_special_tokens=add_special_tokens)
                 ids.append(handle.request_id)
                 yield handle
 
@@ -227,8 +228,13 @@ class Intake:
         timeout: float | None,
         **how: bool,
     ) -> RequestHandle:
-        with self._in_use([name]) as (version,):
-            return self._submit(prompt, self._sampling(params, version), version, priority, timeout, **how)
+        version = self._adapters.acquire(name)
+        try:
+            params = self._sampling(params, version)
+        except BaseException:
+            self._adapters.release(version)
+            raise
+        return self._submit(prompt, params, version, priority, timeout, **how)
 
     def _submit(
         self,
@@ -242,7 +248,7 @@ class Intake:
         add_special_tokens: bool = True,
         block: bool = True,
     ) -> RequestHandle:
-        self._adapters.acquire(version)
+        """Queue a request, which releases the version when it has ended, or now if it cannot be queued."""
         request = GenerationRequest(
             request_id=f"{self._id_prefix}-{next(self._numbers)}",
             prompt=prompt,
