@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qlora_infer import CorruptAdapterError, IncompatibleAdapterError, UnsafeAdapterError
+from qlora_infer.adapters.carried import Carried
 from qlora_infer.testing import FakeEngine, FakeSamplingParams, fake_engine, write_adapter
 
 LOUD = "{% for message in messages %}{{ message['content'] | upper }}!{% endfor %}"
@@ -91,6 +92,29 @@ def test_defaults_are_the_adapter_s_and_the_caller_wins(engine, tmp_path):
     assert [output.text for output in engine.generate_iter([prompt], adapter="short")] == ["one two"]
     texts = [output.text for output in engine.generate([prompt] * 2, adapter=["short", None])]
     assert texts == ["one two", prompt]
+
+
+def test_vllm_gets_the_caller_s_values_then_the_adapter_s_then_the_model_s():
+    """In vLLM's SamplingParams each field is from whoever sets it first; a SamplingParams only gains stop tokens."""
+    vllm = pytest.importorskip("vllm")
+    from qlora_infer._vllm import VLLMBackend
+
+    backend = VLLMBackend()
+    backend._default_sampling_params = {"temperature": 0.6, "top_p": 0.9, "top_k": 7}
+    carried = Carried(sampling_defaults={"temperature": 0.2, "top_p": 0.8}, stop_token_ids=(5,))
+
+    def fields(params, carried=None):
+        made = backend.sampling_params(params, carried)
+        return made.temperature, made.top_p, made.top_k, made.stop_token_ids
+
+    assert fields(None) == fields({}) == (0.6, 0.9, 7, [])
+    assert fields(None, carried) == (0.2, 0.8, 7, [5])
+    assert fields({"temperature": 0.0}, carried)[::3] == (0.0, [5])
+    assert fields({"top_k": 3, "stop_token_ids": [9]}, carried)[:3] == (0.2, 0.8, 3)
+    given = vllm.SamplingParams(temperature=1.5)
+    assert fields(given, carried) == (1.5, 1.0, 0, [5])
+    assert given.stop_token_ids == []
+    assert backend.sampling_params({"ignore_eos": True}, carried).stop_token_ids == []
 
 
 def test_stop_tokens_reach_the_engine_underneath(engine, backend, tmp_path):

@@ -51,7 +51,8 @@ logger = logging.getLogger("qlora_infer")
 
 #: Where an adapter comes from: a Hub id, a folder, a URL, or an ``AdapterSource`` with a revision, a token and so on.
 Source = str | os.PathLike[str] | AdapterSource
-#: vLLM's ``SamplingParams``, a mapping of its fields over the adapter's and the model's defaults, or ``None`` for these.
+#: A mapping of the fields of vLLM's ``SamplingParams`` over the adapter's and the model's defaults, ``None`` for these,
+#: or a ``SamplingParams``.
 Sampling: TypeAlias = SamplingParams | Mapping[str, Any] | None
 Message = Mapping[str, Any]
 
