@@ -54,13 +54,23 @@ def engines():
 @pytest.fixture(params=QUANTIZATIONS)
 def engine(request, engines):
     """An engine of each quantization, with the demo's adapters."""
-    return engines.get(request.param)
+    engine = engines.get(request.param)
+    yield engine
+    unload_others(engine)
 
 
 @pytest.fixture
 def awq(engines):
     """The AWQ engine, for what does not depend on the quantization."""
-    return engines.get("awq")
+    engine = engines.get("awq")
+    yield engine
+    unload_others(engine)
+
+
+def unload_others(engine):
+    """A test that failed in the middle leaves nothing for the next one."""
+    for name in set(engine.adapters) - {"json", "pirate", "spanish"}:
+        engine.unload_adapter(name)
 
 
 def pytest_collection_modifyitems(items):

@@ -145,7 +145,7 @@ def test_what_an_adapter_carries_is_followed(awq, tmp_path):
         stopped = ask(params)
         assert (stopped.finish_reason, stopped.completions[0].stop_reason) == ("stop", stop)
         assert stopped.token_ids == said.token_ids[: first + 1]
-    assert ask({**GREEDY, "ignore_eos": True}).token_ids == said.token_ids
+    assert ask({**GREEDY, "ignore_eos": True}).token_ids[: len(said.token_ids)] == said.token_ids
     assert ask(GREEDY, adapter="pirate").token_ids == said.token_ids
     (chatted,) = awq.chat([{"role": "user", "content": PROMPT}], GREEDY, adapter="carrying", use_tqdm=False)
     assert chatted.prompt == PROMPT
