@@ -1,21 +1,33 @@
-"""LoRA on the CPU: one pair of matrix products for each adapter in the batch.
+"""LoRA on the CPU: what vLLM's LoRA layers call there.
 
 vLLM 0.32's own kernels (``vllm/lora/punica_wrapper/punica_cpu.py``) index the stacked weights with each token's slot.
 A token without an adapter has slot -1, which indexes the last slot: base requests get somebody else's adapter. They
-also copy a whole weight matrix for each token. Here the tokens are grouped by slot once a step, tokens without one
-are in no group, and each group is multiplied with its slot's weights where they are.
+also copy a whole weight matrix for each token, and multiply at the highest rank that an adapter may have.
+
+Here small products go row by row (``rows.py``) and large ones group by group, each group with its slot's weights
+where they are and at its adapter's own rank. Layers that no adapter of the batch changes cost nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from attrs import define, field
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from qlora_infer.kernels.rows import add_rows, as_bits, compile_for
 
 #: A slot and the rows of the batch that use it.
 Group = tuple[int, slice | torch.Tensor]
+
+#: Up to this many multiplications for each group, rows are faster than torch's products, which cost some 20
+#: microseconds each before they multiply anything (``benchmarks/cpu_lora.py`` measures both).
+ROWS_UP_TO = 2**20
 
 
 def group_rows(slots: torch.Tensor) -> list[Group]:
@@ -38,8 +50,79 @@ def group_rows(slots: torch.Tensor) -> list[Group]:
     return groups
 
 
+@define(slots=False)
+class Batch:
+    """Which slot each row of a step uses.
+
+    Attributes:
+        slots: Of shape ``[num_rows]``; -1 for rows without an adapter.
+        groups: The rows of each slot.
+        num_rows: How many rows have an adapter.
+    """
+
+    slots: npt.NDArray[np.int64] = field(factory=lambda: np.zeros(0, np.int64))
+    groups: list[Group] = field(factory=list)
+    num_rows: int = 0
+
+    @classmethod
+    def of(cls, slots: torch.Tensor) -> Batch:
+        """The batch that vLLM describes with each row's slot; a copy, for vLLM uses the tensor again."""
+        own = slots.numpy().copy()
+        return cls(own, group_rows(slots), int((own >= 0).sum()))
+
+
+@define(slots=False)
+class SlicedWeights:
+    """The stacked weights of one slice of a layer, with what is known about them.
+
+    Attributes:
+        a: ``[max_loras, 1, max_rank, in_features]``.
+        b: ``[max_loras, 1, out_features, max_rank]``; its memory is laid out anew, transposed.
+        version: Changes with each change of the weights, which vLLM makes in place.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    version: tuple[int, int] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # The same tensor object, so that vLLM goes on writing to it: neighbours in memory are now the outputs of a
+        # rank, which one row's loop runs along.
+        self.b.data = self.b.transpose(-1, -2).contiguous().transpose(-1, -2)
+        self.version = self._version()
+
+    def is_current(self) -> bool:
+        """Whether the weights are still those that ``ranks`` was counted in."""
+        return self.version == self._version()
+
+    def _version(self) -> tuple[int, int]:
+        return self.a._version, self.b._version
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """How many ranks each slot uses: what comes after the last row of A that is not zero adds nothing."""
+        is_used = self.a.squeeze(1).ne(0).any(dim=-1).numpy()
+        counts = is_used.shape[1] - is_used[:, ::-1].argmax(axis=1)
+        return [int(count) if any_used else 0 for count, any_used in zip(counts, is_used.any(axis=1), strict=True)]
+
+    @cached_property
+    def rank_array(self) -> npt.NDArray[np.int64]:
+        """``ranks`` for compiled code."""
+        return np.array(self.ranks, np.int64)
+
+    @cached_property
+    def a_bits(self) -> npt.NDArray[Any] | None:
+        """A for compiled code; ``None`` if it cannot be used there."""
+        return as_bits(self.a.squeeze(1)) if self.a.is_contiguous() and self.a.dtype == self.b.dtype else None
+
+    @cached_property
+    def b_bits(self) -> npt.NDArray[Any] | None:
+        """B for compiled code, ``[max_loras, max_rank, out_features]``."""
+        return as_bits(self.b.squeeze(1).transpose(-1, -2))
+
+
 class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
-    """vLLM's interface for LoRA layers, by grouped products.
+    """vLLM's interface for LoRA layers.
 
     Shapes: ``x`` is ``[num_rows, in_features]`` and ``y`` ``[num_rows, out_features]``; the stacked weights of a slice
     are ``[max_loras, 1, rank, in_features]`` for A and ``[max_loras, 1, out_features, rank]`` for B.
@@ -47,14 +130,17 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._token_groups: list[Group] = []
-        self._sampler_groups: list[Group] = []
+        self._tokens = Batch()
+        self._sampled = Batch()
+        self._weights: dict[int, SlicedWeights] = {}
+        if "lora_config" in kwargs:
+            compile_for(kwargs["lora_config"].lora_dtype)
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        """Group the rows of the coming step."""
+        """Learn which slot each row of the coming step uses."""
         super().update_metadata(*args, **kwargs)
-        self._token_groups = group_rows(self.token_lora_indices)
-        self._sampler_groups = group_rows(self.sampler_indices)
+        self._tokens = Batch.of(self.token_lora_indices)
+        self._sampled = Batch.of(self.sampler_indices)
 
     def add_shrink(
         self,
@@ -67,7 +153,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         """``y[i] += x @ A[i].T * scale`` for each slice, in place."""
         x = x.view(-1, x.shape[-1])
         for target, a in zip(y, lora_a_stacked, strict=True):
-            _add_product(target.view(-1, target.shape[-1]), x, a, self._token_groups, scale)
+            _add_product(target.view(-1, target.shape[-1]), x, a, self._tokens.groups, scale)
 
     def add_expand(
         self,
@@ -85,8 +171,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         for source, b, size in zip(x, lora_b_stacked, output_slices, strict=True):
             target = y[:, offset : offset + size]
             if not add_inputs:
-                _zero(target, self._token_groups)
-            _add_product(target, source, b[..., :size, :], self._token_groups)
+                _zero(target, self._tokens.groups)
+            _add_product(target, source, b[..., :size, :], self._tokens.groups)
             offset += size
 
     def add_lora_linear(
@@ -99,17 +185,10 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         output_slices: tuple[int, ...],
         *,
         buffer: tuple[torch.Tensor, ...] | None = None,
-        add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """``y[:, slice_i] += x @ A[i].T @ B[i].T * scale`` for each slice, in place."""
-        if not self._token_groups:
-            return
-        x = x.view(-1, x.shape[-1])
-        if buffer is None:
-            buffer = tuple(x.new_zeros(x.size(0), a.size(-2)) for a in lora_a_stacked)
-        self.add_shrink(buffer, x, lora_a_stacked, scale)
-        self.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
+        """``y[:, slice_i] += x @ A[i].T @ B[i].T * scale`` for each slice, in place; ``buffer`` is not needed."""
+        self._add_lora(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, self._tokens)
 
     def add_lora_embedding(
         self,
@@ -133,16 +212,70 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        """``y += x @ A.T @ B.T * scale``, in place, on one row for each sampled token."""
-        if not self._sampler_groups:
-            return
-        x = x.view(-1, x.shape[-1])
-        y = y.view(-1, y.shape[-1])
-        if buffer is None:
-            buffer = x.new_zeros(x.size(0), lora_a_stacked.size(-2))
-        _add_product(buffer, x, lora_a_stacked, self._sampler_groups, scale)
+        """``y += x @ A.T @ B.T * scale``, in place, on one row for each sampled token; ``buffer`` is not needed."""
         size = min(y.size(-1), lora_b_stacked.size(-2))  # the model and the adapter pad the vocabulary differently
-        _add_product(y[:, :size], buffer, lora_b_stacked[..., :size, :], self._sampler_groups)
+        self._add_lora(y, x, (lora_a_stacked,), (lora_b_stacked,), scale, (size,), self._sampled)
+
+    def _add_lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        sizes: tuple[int, ...],
+        batch: Batch,
+    ) -> None:
+        if not batch.groups:
+            return
+        x = x.reshape(-1, x.shape[-1])
+        y = y.view(-1, y.shape[-1])
+        offset = 0
+        for a, b, size in zip(lora_a_stacked, lora_b_stacked, sizes, strict=True):
+            weights = self._weights_of(a, b)
+            rank = max(weights.ranks[slot] for slot, _ in batch.groups)
+            work = batch.num_rows * rank * (x.shape[-1] + size)
+            if rank and not (work <= ROWS_UP_TO * len(batch.groups) and _add_by_row(y, x, weights, scale, offset, size, batch)):
+                _add_by_group(y[:, offset : offset + size], x, weights, scale, batch.groups)
+            offset += size
+
+    def _weights_of(self, a: torch.Tensor, b: torch.Tensor) -> SlicedWeights:
+        weights = self._weights.get(id(a))
+        if weights is None or not weights.is_current():
+            weights = self._weights[id(a)] = SlicedWeights(a, b)
+        return weights
+
+
+def _add_by_row(
+    y: torch.Tensor, x: torch.Tensor, weights: SlicedWeights, scale: float, offset: int, size: int, batch: Batch
+) -> bool:
+    """Add a slice's LoRA row by row; ``False`` if compiled code does not know such tensors."""
+    a, b = weights.a_bits, weights.b_bits
+    if a is None or b is None or not (y.dtype == x.dtype == weights.a.dtype and y.is_contiguous()):
+        return False
+    add_rows(
+        as_bits(y),
+        as_bits(x.contiguous()),
+        a,
+        b,
+        batch.slots,
+        weights.rank_array,
+        np.float32(scale),
+        offset,
+        size,
+    )
+    return True
+
+
+def _add_by_group(
+    y: torch.Tensor, x: torch.Tensor, weights: SlicedWeights, scale: float, groups: Iterable[Group]
+) -> None:
+    """Add a slice's LoRA group by group, each at its own rank."""
+    for slot, rows in groups:
+        rank = weights.ranks[slot]
+        if rank:
+            inputs = x[rows].to(weights.a.dtype) @ weights.a[slot, 0, :rank].T * scale
+            _add(y, rows, inputs, weights.b[slot, 0, : y.shape[-1], :rank].T)
 
 
 def _add_product(
@@ -155,11 +288,16 @@ def _add_product(
     """``target[rows] += source[rows] @ stacked[slot].T * scale`` for each group, in place."""
     for slot, rows in groups:
         weight = stacked[slot].squeeze(0).T
-        inputs = source[rows].to(weight.dtype)
-        if isinstance(rows, slice) and target.dtype == weight.dtype:
-            target[rows].addmm_(inputs, weight, alpha=scale)
-        else:
-            target[rows] += (inputs @ weight * scale).to(target.dtype)
+        _add(target, rows, source[rows].to(weight.dtype), weight, scale)
+
+
+def _add(
+    target: torch.Tensor, rows: slice | torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, scale: float = 1.0
+) -> None:
+    if isinstance(rows, slice) and target.dtype == weight.dtype:
+        target[rows].addmm_(inputs, weight, alpha=scale)
+    else:
+        target[rows] += (inputs @ weight * scale).to(target.dtype)
 
 
 def _zero(target: torch.Tensor, groups: Iterable[Group]) -> None:
