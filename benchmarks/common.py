@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_infer import QuantizedLoRAEngine
+from qlora_infer import QuantizedLoRAEngine, startup
 from qlora_infer.demo import demo_model
 from qlora_infer.testing import write_adapter
 
@@ -75,8 +75,8 @@ class Plain:
     """``vllm.LLM``, used as its documentation shows.
 
     Args:
-        our_kernels: Whether its workers use this library's LoRA kernels (on the CPU), so that only the scheduling
-            differs.
+        our_kernels: Whether it starts and computes as this library has it do (on the CPU), so that only the
+            scheduling differs.
         **arguments: As ``LLM`` takes them.
     """
 
@@ -93,10 +93,16 @@ class Plain:
         from vllm.lora.request import LoRARequest
 
         if our_kernels:
+            from vllm.platforms import current_platform
+
+            startup.set_environment(device=current_platform.device_type)
+            arguments = startup.with_defaults(arguments, device=current_platform.device_type)
             arguments["worker_extension_cls"] = "qlora_infer._worker.WorkerExtension"
         if quantization == "bitsandbytes":
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         self.llm = LLM(str(model), enable_lora=True, **arguments)
+        if our_kernels:
+            self.llm.collective_rpc("qlora_pack_weights")
         self._adapters: dict[str | None, Any] = {
             name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(adapters.items(), 1)
         }

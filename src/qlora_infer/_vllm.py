@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
+from qlora_infer import startup
 from qlora_infer.adapters.preflight import ModuleShape
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
@@ -112,18 +112,21 @@ class VLLMBackend:
     def start(self, engine_args: Mapping[str, Any]) -> None:
         """Start vLLM with our worker extension; the core is a child process."""
         from vllm import EngineArgs
+        from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        # A forked core hangs for ever once its parent has used torch's threads; see docs/architecture.md.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        device = current_platform.device_type
+        startup.set_environment(device=device)
         own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
+        engine_args = startup.with_defaults(engine_args, device=device)
         try:
             with _shielded_from_ctrl_c():
                 # LLM_CLASS chooses the batch sizes that ``vllm.LLM`` has.
                 self._engine = LLMEngine.from_engine_args(
                     EngineArgs(**{**engine_args, **own}), UsageContext.LLM_CLASS, enable_multiprocessing=True
                 )
+                self._engine.collective_rpc("qlora_pack_weights")
         except Exception as error:
             raise EngineStartError(f"vLLM did not start with {engine_args['model']}: {_innermost(error)}") from error
         # LLMEngine.logger_manager writes to vLLM's log and to Prometheus' global registry; in its place stands what

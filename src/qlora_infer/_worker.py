@@ -7,11 +7,15 @@ that this library starts. Read in vLLM 0.32.0, ``vllm/v1/worker/worker_base.py``
 
 from __future__ import annotations
 
+import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from qlora_infer import kernels
+from qlora_infer.kernels import bitsandbytes_cpu
+
+logger = logging.getLogger("qlora_infer")
 
 kernels.install()
 
@@ -20,8 +24,16 @@ class WorkerExtension:
     """Methods that the driving process calls by name through ``collective_rpc``."""
 
     model_runner: Any
+    device: Any
     _qlora_reader: ThreadPoolExecutor | None = None
     _qlora_reads: dict[int, Future[Any]]
+
+    def qlora_pack_weights(self) -> None:
+        """Lay the base model's weights out as this machine's CPU reads them fastest."""
+        if self.device.type == "cpu":
+            num_packed = bitsandbytes_cpu.pack_weights(self.model_runner.model)
+            if num_packed:
+                logger.info("%d bitsandbytes weights are packed for this CPU's AVX512-BF16 kernel", num_packed)
 
     def qlora_lora_modules(self) -> dict[str, tuple[int, int]]:
         """The input and output sizes of each module that an adapter may change, by its name in a checkpoint.

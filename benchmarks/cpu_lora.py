@@ -1,0 +1,209 @@
+"""What LoRA costs on a CPU: against plain vLLM, against transformers and PEFT, and against no adapter at all.
+
+    python benchmarks/cpu_lora.py                    # whole engines, tokens/s
+    python benchmarks/cpu_lora.py --layer            # one layer's arithmetic, microseconds, and its floor
+
+All three are in one process tree and take turns; two vLLM engines and PEFT fit into 12 GiB. Plain vLLM is as its
+documentation shows it, with its own kernels and settings. PEFT has the same weights where transformers can read them
+(bitsandbytes, none), and for AWQ and GPTQ the unquantized ones, which are faster for it. LoRA's own parameters are bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+
+MAX_ADAPTERS = 4
+
+
+class Peft:
+    """transformers and PEFT, whose ``generate`` takes an adapter for each row."""
+
+    def __init__(self, quantization: str, adapters: Mapping[str, Path]) -> None:
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+        options: dict[str, Any] = {"dtype": torch.bfloat16}
+        if quantization == "bitsandbytes":
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+        folder = common.model_for("none")
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        for name, path in adapters.items():
+            if isinstance(self._model, PeftModel):
+                self._model.load_adapter(path, name, autocast_adapter_dtype=False)
+            else:
+                self._model = PeftModel.from_pretrained(self._model, path, name, autocast_adapter_dtype=False)
+        self._model.eval()
+
+    def speed(self, texts: Sequence[str], num_tokens: int, names: Sequence[str | None]) -> float:
+        """Tokens/s of one batch."""
+        import torch
+
+        batch = self._tokenizer(list(texts), return_tensors="pt", padding=True)
+        if len(set(names)) == 1:  # the quicker way, where all have one
+            self._model.set_adapter(names[0])
+            extra = {}
+        else:
+            extra = {"adapter_names": [name or "__base__" for name in names]}
+        with torch.inference_mode():
+            began = time.perf_counter()
+            self._model.generate(
+                **batch, **extra, min_new_tokens=num_tokens, max_new_tokens=num_tokens, do_sample=False
+            )
+            return len(texts) * num_tokens / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantization", nargs="+", default=["awq"], choices=["awq", "gptq", "bitsandbytes", "none"])
+    parser.add_argument("--rank", nargs="+", type=int, default=[16])
+    parser.add_argument("--requests", nargs="+", type=int, default=[1, 8, 16, 32])
+    parser.add_argument("--adapters", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layer", action="store_true")
+    arguments = parser.parse_args()
+    print(common.machine(), flush=True)
+    if arguments.layer:
+        print(layers(arguments.rank))
+        return
+    for quantization in arguments.quantization:
+        for rank in arguments.rank:
+            print(f"\n{quantization}, rank {rank}\n", flush=True)
+            print(engines(quantization, rank, arguments), flush=True)
+
+
+def engines(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
+    """A table of one quantization and one rank."""
+    model = common.model_for(quantization)
+    max_rank = next(allowed for allowed in (8, 16, 32, 64) if allowed >= rank)
+    limits: dict[str, Any] = {"max_loras": MAX_ADAPTERS, "max_lora_rank": max_rank, "max_cpu_loras": 8}
+    limits |= {"max_model_len": 256, "max_num_seqs": max(arguments.requests), "enable_prefix_caching": False}
+    with common.adapters_for(model, MAX_ADAPTERS, rank=rank) as adapters:
+        # Plain vLLM first: what ours sets in the environment at its start, plain vLLM must not find there.
+        plain = common.Plain(model, quantization, adapters, **limits)
+        ours = common.Ours(model, quantization, adapters, **limits)
+        peft = Peft(quantization, adapters)
+        rows = []
+        for num_requests in arguments.requests:
+            for num_adapters in arguments.adapters:
+                if num_adapters > num_requests:
+                    continue
+                texts = common.prompts(num_requests)
+                names = [f"a{i % num_adapters}" for i in range(num_requests)]
+                base: list[str | None] = [None] * num_requests
+                runs = {
+                    "base": partial(_speed, ours, texts, arguments.tokens, base),
+                    "ours": partial(_speed, ours, texts, arguments.tokens, names),
+                    "plain base": partial(_speed, plain, texts, arguments.tokens, base),
+                    "plain": partial(_speed, plain, texts, arguments.tokens, names),
+                    "peft": partial(peft.speed, texts, arguments.tokens, names),
+                }
+                for run in runs.values():
+                    run()
+                measured = common.in_turn(arguments.repeats, runs)
+                ratios = (common.ratio(measured, "ours", to) for to in ("base", "plain", "peft"))
+                speeds = (statistics.median(measured[name]) for name in ("plain base", "plain", "peft", "base", "ours"))
+                rows.append((num_requests, num_adapters, *speeds, *ratios))
+        plain.close()
+        ours.close()
+    header = ("requests", "adapters", "plain vLLM, base", "plain vLLM", "PEFT", "ours, base", "ours")
+    return common.table((*header, "ours / ours, base", "ours / plain vLLM", "ours / PEFT"), rows)
+
+
+def _speed(
+    engine: common.Plain | common.Ours, texts: Sequence[str], num_tokens: int, names: Sequence[str | None]
+) -> float:
+    params = {"temperature": 0.0, "ignore_eos": True, "max_tokens": num_tokens}
+    return common.tokens_per_second(partial(engine.run, texts, [params] * len(texts), names))
+
+
+def layers(ranks: Sequence[int]) -> str:
+    """A table of the arithmetic of a merged gate and up projection of two models, with the least that it can cost."""
+    import torch
+
+    peak, bandwidth = _peak(torch), _bandwidth(torch)
+    rows = []
+    for model, hidden, inner in (("135M", 576, 1536), ("1.1B", 2048, 5632)):
+        for rank in ranks:
+            for num_rows, num_adapters in ((1, 1), (8, 1), (8, 4), (32, 1), (32, 4), (512, 1)):
+                ours, vllm, group = _layer(torch, hidden, inner, rank, num_rows, num_adapters)
+                flops = 2 * num_rows * rank * 2 * (hidden + inner)
+                size = 2 * (num_adapters * rank * 2 * (hidden + inner) + num_rows * (hidden + 4 * inner))
+                floor = max(flops / peak, size / bandwidth)
+                rows.append((model, rank, num_rows, num_adapters, vllm, group, ours, floor * 1e6))
+    title = f"{peak / 1e9:.0f} GFLOP/s in bf16 and {bandwidth / 1e9:.0f} GB/s, measured; {torch.get_num_threads()} threads\n"
+    header = ("model", "rank", "rows", "adapters", "vLLM, us", "F.linear for each adapter, us", "ours, us", "floor, us")
+    return title + "\n" + common.table(header, rows)
+
+
+def _layer(torch: Any, hidden: int, inner: int, rank: int, num_rows: int, num_adapters: int) -> list[float]:
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from qlora_infer.kernels.cpu import GroupedPunicaWrapper
+
+    x = torch.randn(num_rows, hidden).bfloat16()
+    y = torch.zeros(num_rows, 2 * inner).bfloat16()
+    a = tuple(torch.randn(MAX_ADAPTERS, 1, rank, hidden).bfloat16() for _ in range(2))
+    b = tuple(torch.randn(MAX_ADAPTERS, 1, inner, rank).bfloat16() for _ in range(2))
+    ids = tuple(1 + i % num_adapters for i in range(num_rows))
+    times = []
+    for wrapper_class in (GroupedPunicaWrapper, PunicaWrapperCPU):
+        wrapper = wrapper_class(max_num_batched_tokens=512, max_batches=512, device="cpu")
+        mapping = LoRAMapping(ids, ids, is_prefill=num_rows > 32)
+        wrapper.update_metadata(mapping, list(range(1, MAX_ADAPTERS + 1)), MAX_ADAPTERS + 1, 512)
+        own = tuple(tensor.clone() for tensor in b)
+        times.append(_microseconds(lambda w=wrapper, own=own: w.add_lora_linear(y, x, a, own, 1.0, (inner, inner))))
+    rows = [torch.arange(i, num_rows, num_adapters) for i in range(num_adapters)]
+
+    def by_adapter() -> None:
+        for index, where in enumerate(rows):
+            for number in range(2):
+                shrunk = torch.nn.functional.linear(x[where], a[number][index, 0])
+                y[where, number * inner : (number + 1) * inner] += torch.nn.functional.linear(
+                    shrunk, b[number][index, 0]
+                )
+
+    return [*times, _microseconds(by_adapter)]
+
+
+def _microseconds(run: Callable[[], object]) -> float:
+    run()
+    began, number = time.perf_counter(), 0
+    times = []
+    while number < 5 or time.perf_counter() - began < 0.3:
+        before = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - before)
+        number += 1
+    return statistics.median(times) * 1e6
+
+
+def _peak(torch: Any) -> float:
+    """Floating-point operations a second of a large product in bf16."""
+    left, right = torch.randn(1024, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
+    return 2 * 1024**3 / (_microseconds(lambda: left @ right) * 1e-6)
+
+
+def _bandwidth(torch: Any) -> float:
+    """Bytes a second that are read from memory."""
+    large = torch.zeros(2**27)
+    return large.numel() * 4 / (_microseconds(large.sum) * 1e-6)
+
+
+if __name__ == "__main__":
+    main()
