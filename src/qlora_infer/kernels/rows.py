@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 _HALF, _WORD = ir.IntType(16), ir.IntType(32)
@@ -34,7 +34,7 @@ def as_bits(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
     return None
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _read(context: Any, value: Any) -> Any:
     """A number of any of the three types, as float32."""
 
@@ -49,7 +49,7 @@ def _read(context: Any, value: Any) -> Any:
     return types.float32(value), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _write(context: Any, value: Any, like: Any) -> Any:
     """A float32 as a number of another's type, rounded to the nearest, ties to even."""
 
@@ -68,10 +68,21 @@ def _write(context: Any, value: Any, like: Any) -> Any:
     return like(types.float32, like), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(context: Any, address: Any, array: Any) -> Any:
+    """An address as a pointer to numbers of an array's type."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(array.dtype)(types.int64, array), generate
+
+
 @njit(fastmath=_SUMS, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def add_rows(
-    y: npt.NDArray[Any],
-    x: npt.NDArray[Any],
+    y_address: int,
+    y_width: int,
+    x_address: int,
     a: npt.NDArray[Any],
     b: npt.NDArray[Any],
     slots: npt.NDArray[np.int64],
@@ -82,11 +93,14 @@ def add_rows(
 ) -> None:
     """``y[i, offset:offset + size] += x[i] @ a[slots[i]].T @ b[slots[i]] * scale`` for each row, in place.
 
-    All sums are made in float32 and rounded once, when they are written.
+    All sums are made in float32 and rounded once, when they are written. Nothing is checked: y and x must be
+    contiguous, of the weights' type, and have at least as many rows as ``slots``. They come as addresses, because
+    numpy takes longer to look at two tensors than this takes for one row.
 
     Args:
-        y: Outputs, ``[num_rows, out_features]``.
-        x: Inputs, ``[num_rows, in_features]``.
+        y_address: Where the outputs are, ``[num_rows, y_width]``.
+        y_width: How wide they are, all slices together.
+        x_address: Where the inputs are, ``[num_rows, in_features]``.
         a: All slots' A, ``[max_loras, max_rank, in_features]``.
         b: All slots' B, transposed, ``[max_loras, max_rank, at least size]``.
         slots: Each row's slot, ``[num_rows or fewer]``; rows with -1, and rows beyond, are not touched.
@@ -95,7 +109,9 @@ def add_rows(
         offset: Where in y the slice begins.
         size: How wide the slice is.
     """
-    inputs = np.empty(x.shape[1], np.float32)
+    y = carray(_pointer(y_address, a), (len(slots), y_width))
+    x = carray(_pointer(x_address, a), (len(slots), a.shape[2]))
+    inputs = np.empty(a.shape[2], np.float32)
     outputs = np.empty(size, np.float32)
     for i in range(len(slots)):
         slot = slots[i]
@@ -146,7 +162,7 @@ def _add_row(
 
 def compile_for(dtype: torch.dtype) -> None:
     """Compile the loops for a type of weights now, rather than in somebody's first request."""
-    one = as_bits(torch.zeros(1, 1, dtype=dtype))
-    if one is not None:
-        slot = np.zeros(1, np.int64)
-        add_rows(one, one, one[None], one[None], slot, slot, np.float32(1), 0, 1)
+    one = torch.zeros(1, 1, 1, dtype=dtype)
+    weights, slot = as_bits(one), np.zeros(1, np.int64)
+    if weights is not None:
+        add_rows(one.data_ptr(), 1, one.data_ptr(), weights, weights, slot, slot, np.float32(1), 0, 1)
