@@ -11,11 +11,17 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
+RUFF = "ruff>=0.17,<0.18"
+
+# mkdocstrings breaks the lines of signatures with ruff.
+DOCS_REQUIREMENTS = ("mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2", RUFF)
+
 TEST_REQUIREMENTS = (
     *("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17"),
     *("fsspec>=2024.6", "aiohttp>=3.9"),  # adapters from URLs
     *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27"),  # a web service around the engine
     *("nbclient>=0.10", "ipykernel>=6.29"),  # a notebook
+    *DOCS_REQUIREMENTS,
 )
 
 # torch's CPU builds are not on PyPI.
@@ -71,7 +77,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and common mistakes."""
-    session.install("ruff>=0.17,<0.18")
+    session.install(RUFF)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -81,6 +87,13 @@ def types(session: nox.Session) -> None:
     """Type checks."""
     session.install("mypy>=1.18", "-e", ".")
     session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, into site/; any warning is an error. The package is read, not imported, nor installed."""
+    session.install(*DOCS_REQUIREMENTS)
+    session.run("mkdocs", "build", "--strict", *session.posargs)
 
 
 if __name__ == "__main__":

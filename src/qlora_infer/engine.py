@@ -400,7 +400,7 @@ class QuantizedLoRAEngine:
             AdapterNotLoadedError: No adapter has that name.
             MissingDependencyError: With ``reference``, a package is missing.
             ModelNotFoundError: transformers cannot load ``reference``.
-            What ``generate`` raises.
+            Exception: What ``generate`` raises.
 
         Example:
             >>> from qlora_infer.testing import fake_engine, write_adapter
@@ -533,7 +533,8 @@ class QuantizedLoRAEngine:
             One output per prompt. Leaving the loop early cancels what is on its way.
 
         Raises:
-            What ``generate`` raises, when the prompt in question is read or its output due; the rest is cancelled.
+            Exception: What ``generate`` raises, when the prompt in question is read or its output due; the rest is
+                cancelled.
 
         Example:
             >>> from qlora_infer.testing import fake_engine
@@ -577,7 +578,7 @@ class QuantizedLoRAEngine:
             timeout: As in ``generate``.
 
         Raises:
-            What ``generate`` raises; what is wrong with the arguments, already when it is called.
+            Exception: What ``generate`` raises; what is wrong with the arguments, already when it is called.
         """
         return iter(self.add_request(prompt, sampling_params, adapter=adapter, priority=priority, timeout=timeout))
 

@@ -1,0 +1,106 @@
+"""The documentation's site: built without a warning, and complete without any other host."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from doc_blocks import ROOT
+
+import qlora_infer
+from qlora_infer import testing
+
+#: What a browser fetches by itself; a link (``<a href>``) is followed by the reader only.
+FETCHED = {
+    *(("script", "src"), ("img", "src"), ("img", "srcset"), ("source", "src"), ("iframe", "src"), ("object", "data")),
+    *(("link", "href"), ("image", "href"), ("use", "href"), ("video", "src"), ("audio", "src"), ("embed", "src")),
+}
+
+
+class Fetches(HTMLParser):
+    """Collects what a page makes a browser fetch, and the text of its styles and scripts."""
+
+    def __init__(self):
+        super().__init__()
+        self.urls = []
+        self.classes = set()
+        self.inline = ""
+        self._inside = None
+
+    def handle_starttag(self, tag, attrs):
+        self.urls += [value for name, value in attrs if (tag, name) in FETCHED and value]
+        self.classes.update((dict(attrs).get("class") or "").split())
+        self.inline += dict(attrs).get("style") or ""
+        self._inside = tag
+
+    def handle_data(self, data):
+        self.inline += data if self._inside == "style" else ""
+
+
+def foreign(text):
+    """The addresses in a stylesheet that lead to another host."""
+    return re.findall(r"(?:url\(|@import)\s*[\"']?\s*((?:https?:)?//[^\"')\s]+)", text)
+
+
+def fetches(html):
+    """What a page fetches."""
+    parser = Fetches()
+    parser.feed(html)
+    return parser
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, as ``nox -s docs`` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_no_page_fetches_from_another_host(site):
+    """No script, style, font or image of the built site is on another host."""
+    found = list(site.rglob("*.html"))
+    assert len(found) > 10
+    for path in found:
+        page = fetches(path.read_text(encoding="utf-8"))
+        assert [url for url in page.urls if re.match(r"(?:https?:)?//", url)] == [], path
+        assert foreign(page.inline) == [], path
+        # For diagrams of this kind the theme's script would fetch another from a foreign host.
+        assert "mermaid" not in page.classes, path
+
+
+def test_no_style_or_picture_fetches_from_another_host(site):
+    """No stylesheet and no SVG imports anything from elsewhere."""
+    found = [*site.rglob("*.css"), *site.rglob("*.svg")]
+    assert {path.suffix for path in found} == {".css", ".svg"}
+    for path in found:
+        text = path.read_text(encoding="utf-8")
+        assert foreign(text) == [], path
+        assert re.findall(r"href=\"(?:https?:)?//", text) == [], path
+
+
+def test_a_foreign_host_is_noticed():
+    """The check itself."""
+    html = '<link rel="stylesheet" href="https://a.example/x.css"><a href="https://b.example">b</a><script src="//c.example/x.js">'
+    assert fetches(html).urls == ["https://a.example/x.css", "//c.example/x.js"]
+    assert foreign('@font-face { src: url("https://d.example/f.woff2") } p { color: url(#a) }') == [
+        "https://d.example/f.woff2"
+    ]
+
+
+@pytest.mark.parametrize("module", [qlora_infer, testing], ids=lambda module: module.__name__)
+def test_the_reference_has_every_public_name(site, module):
+    """Each name of ``__all__`` is on the API reference, with an anchor to link to."""
+    page = (site / "api" / "index.html").read_text(encoding="utf-8")
+    anchors = {anchor.rpartition(".")[2] for anchor in re.findall(r'id="(qlora_infer\.[\w.]+)"', page)}
+    assert set(module.__all__) - anchors == {"__version__"} & set(module.__all__)
+
+
+def test_the_readme_is_told_of_every_page():
+    """Each page of the documentation is in the README, for those who read on GitHub; but the site's own first page and the reference."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in found if f"({page})" not in readme} == {"docs/index.md", "docs/api.md"}
