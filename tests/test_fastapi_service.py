@@ -177,7 +177,11 @@ def test_what_cannot_be_done_is_a_bad_request(tmp_path, asked, words, stream):
 
 def test_each_error_has_its_status(tmp_path):
     """An unknown model, no key, a long body, a path that is none: OpenAI's exceptions, and its shape on the wire."""
-    with served(tmp_path, max_body_bytes=10_000, max_prompt_chars=5_000) as (url, _), client(url) as ai, wire(url) as http:
+    with (
+        served(tmp_path, max_body_bytes=10_000, max_prompt_chars=5_000) as (url, _),
+        client(url) as ai,
+        wire(url) as http,
+    ):
         with pytest.raises(openai.NotFoundError, match="no adapter is loaded as 'parrot'") as caught:
             ai.chat.completions.create(model="parrot", messages=HELLO)
         assert caught.value.code == "AdapterNotLoadedError"
