@@ -19,7 +19,7 @@ DOCS_REQUIREMENTS = ("mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2",
 TEST_REQUIREMENTS = (
     *("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17"),
     *("fsspec>=2024.6", "aiohttp>=3.9"),  # adapters from URLs
-    *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27"),  # a web service around the engine
+    *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50"),  # a web service around the engine
     *("nbclient>=0.10", "ipykernel>=6.29"),  # a notebook
     *DOCS_REQUIREMENTS,
 )

@@ -62,6 +62,21 @@ def test_a_conversation_is_written_with_its_adapter_s_template(engine, tmp_path)
     assert engine.generate("Hello You", adapter="loud")[0].text == "Hello You"
 
 
+def test_a_request_may_be_a_conversation(engine, tmp_path):
+    """add_request and stream write a conversation as chat does; what the template refuses is told at once."""
+    engine.load_adapter("loud", carrying(tmp_path / "loud", template=LOUD))
+    engine.load_adapter("strict", carrying(tmp_path / "strict", template="{{ raise_exception('no') }}", seed=1))
+    for adapter in ("loud", None):
+        (expected,) = engine.chat(HELLO, adapter=adapter, use_tqdm=False)
+        handle = engine.add_request(HELLO, adapter=adapter)
+        assert (handle.result(10).prompt, handle.result(10).text) == (expected.prompt, expected.text)
+        assert [part.text for part in engine.stream(HELLO, adapter=adapter)][-1] == expected.text
+        assert handle._pending.request.add_special_tokens is False
+    with pytest.raises(ValueError, match="no"):
+        engine.add_request(HELLO, adapter="strict")
+    assert engine._cache.current("strict").num_uses == 0
+
+
 def test_a_template_belongs_to_its_version(engine, tmp_path):
     """The same weights with another template are another version, named exactly and rolled back like any other."""
     first = engine.load_adapter("a", carrying(tmp_path / "1", template=LOUD))

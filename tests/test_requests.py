@@ -445,6 +445,20 @@ def test_cancelling_a_thousand_waiting_requests_leaves_the_others_in_order():
 # asyncio ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("end", ["close", "die"])
+def test_whether_it_runs_can_be_asked(end):
+    """is_running is true until the engine is closed or found dead."""
+    backend = FakeEngine()
+    with fake_engine(backend=backend) as engine:
+        assert engine.is_running
+        getattr(engine if end == "close" else backend, end)()
+        if end == "die":
+            with pytest.raises(EngineDeadError):
+                engine.add_request("a").result(10)
+            wait_until(lambda: not engine.is_running)
+        assert not engine.is_running
+
+
 def test_a_handle_can_be_awaited():
     """await handle gives the output or raises the error, beside other coroutines, for any number of tasks."""
     _, engine = slow_engine(step_seconds=0.001)

@@ -558,7 +558,7 @@ class QuantizedLoRAEngine:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Sequence[Message],
         sampling_params: Sampling = None,
         *,
         adapter: str | None = None,
@@ -571,7 +571,7 @@ class QuantizedLoRAEngine:
         cancels the request.
 
         Args:
-            prompt: A text, or a list of token ids.
+            prompt: A text, a list of token ids, or a conversation as in ``chat``.
             sampling_params: As in ``generate``.
             adapter: As in ``generate``.
             priority: As in ``generate``.
@@ -584,7 +584,7 @@ class QuantizedLoRAEngine:
 
     def add_request(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Sequence[Message],
         sampling_params: Sampling = None,
         *,
         adapter: str | None = None,
@@ -595,7 +595,7 @@ class QuantizedLoRAEngine:
         """Queue one prompt and return at once.
 
         Args:
-            prompt: A text, or a list of token ids.
+            prompt: A text, a list of token ids, or a conversation as in ``chat``.
             sampling_params: As in ``generate``.
             adapter: As in ``generate``.
             priority: As in ``generate``.
@@ -608,7 +608,7 @@ class QuantizedLoRAEngine:
             handle that is thrown away cancels its request.
 
         Raises:
-            ValueError: A sampling parameter is out of range.
+            ValueError: A sampling parameter is out of range, or the template cannot write the conversation.
             AdapterNotLoadedError: The adapter is not loaded.
             QueueFullError: ``max_waiting`` requests wait, and ``block`` is false.
             RequestTimeoutError: There was no room within ``timeout``.
@@ -625,6 +625,14 @@ class QuantizedLoRAEngine:
         yield from outputs  # a generator holds on to its object, so that the engine is not closed before the last
 
     # Life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are accepted: it is neither closed nor known to be dead; for health checks.
+
+        A core that dies while it has nothing to do is noticed at the next request.
+        """
+        return self._driver.is_open
 
     def close(self) -> None:
         """End the engine and free the device's memory; what is unfinished fails with ``EngineClosedError``.

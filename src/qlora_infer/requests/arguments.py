@@ -16,6 +16,11 @@ def checked_prompt(prompt: Any) -> str | tuple[int, ...]:
     raise TypeError(f"a prompt must be a string or a list of token ids, got {str(prompt)[:80]!r}")
 
 
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
+    return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
+
+
 def prompt_list(prompts: Any) -> list[str | tuple[int, ...]]:
     """Prompts as a list, whether one was given or several; raises ``TypeError``."""
     if isinstance(prompts, str):

@@ -177,6 +177,11 @@ class Driver:
             self._thread.join(CLOSE_TIMEOUT)
         self._end(lambda: EngineClosedError("the engine was closed"))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether anything more is accepted."""
+        return self._end_error is None and not self._closing
+
     def require_open(self) -> None:
         """Raise ``EngineClosedError`` or ``EngineDeadError`` when nothing more is accepted."""
         if self._end_error is not None:

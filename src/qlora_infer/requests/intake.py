@@ -14,6 +14,7 @@ from qlora_infer.requests.arguments import (
     checked_priority,
     checked_prompt,
     checked_timeout,
+    is_conversation,
     one_per_prompt,
 )
 from qlora_infer.requests.driver import Driver
@@ -86,10 +87,10 @@ class Intake:
         *,
         block: bool,
     ) -> RequestHandle:
-        """Queue one prompt whose partial outputs may be read."""
+        """Queue one prompt, or one conversation, whose partial outputs may be read."""
         limit = checked_timeout(timeout)
         return self._take(
-            checked_prompt(prompt),
+            prompt if is_conversation(prompt) else checked_prompt(prompt),
             sampling_params,
             adapter,
             checked_priority(priority),
@@ -221,7 +222,7 @@ class Intake:
 
     def _take(
         self,
-        prompt: str | tuple[int, ...],
+        prompt: Any,
         params: Any,
         name: str | None,
         priority: int,
@@ -231,6 +232,8 @@ class Intake:
         version = self._adapters.acquire(name)
         try:
             params = self._sampling(params, version)
+            if is_conversation(prompt):  # whose template writes the special tokens itself
+                prompt, how = self._write(prompt, version), {**how, "add_special_tokens": False}
         except BaseException:
             self._adapters.release(version)
             raise
