@@ -73,6 +73,8 @@ def test_an_error_is_one_message(tmp_path):
         ("--engine-args", "[1]"),
         ("--engine-args", '{"model": "x"}'),
         ("--sampling-params", "{"),
+        ("--sampling-params", '{"temprature": 0}'),
+        ("--timeout", "-1"),
         ("--adapter", "pirate"),
         ("--adapter", "pirate=not a source"),
         ("--output", "answers.jsonl"),

@@ -194,6 +194,17 @@ def test_a_file_that_is_not_ours_is_not_touched(workplace):
     assert workplace.run("--prompts", workplace.output, "--output", workplace.output).returncode == 2
 
 
+def test_files_that_cannot_be_opened_are_usage_errors(workplace):
+    """No such prompts, and no folder for the answers: with 2, before any engine starts."""
+    workplace.write({"prompt": "one"})
+    nowhere = workplace.folder / "none" / "file.jsonl"
+    for arguments in (("--prompts", nowhere), ("--prompts", workplace.prompts, "--output", nowhere)):
+        found = workplace.run(*arguments)
+        assert found.returncode == 2
+        assert "Traceback" not in found.stderr
+        assert "started" not in found.stderr
+
+
 def test_a_dead_engine_ends_the_command(workplace):
     """With 1 and one message; what was answered stays, and later lines are not written off as errors."""
     workplace.write({"prompt": "one"}, {"prompt": "deadly"}, *({"prompt": f"n {i}"} for i in range(50)))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import typer
 from tqdm import tqdm
@@ -30,9 +30,14 @@ def generate(
     ctx: typer.Context,
     model: start.Model,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts as JSON lines; - for standard input.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Prompts as JSON lines; - for standard input.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file for the answers to --prompts; resumed if it exists.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", dir_okay=False, help="The file for the answers to --prompts; resumed if it exists."
+        ),
     ] = None,
     use: Annotated[
         str | None,
@@ -89,7 +94,7 @@ def generate(
         restart=restart,
     )
     if prompt:
-        with opening as engine:
+        with opening as engine, start.usage_errors():
             for answer in engine.generate(prompt, sampling_params, adapter=use, timeout=timeout):
                 typer.echo(answer.text)
     elif prompts:
@@ -113,8 +118,8 @@ def _answer_lines(
         if not num_left:
             return
     with ExitStack() as stack:
-        lines = unanswered(read_lines(stack.enter_context(_opened(prompts)), adapter=use), answered)
-        file = stack.enter_context(output.open("ab")) if output else sys.stdout.buffer
+        lines = unanswered(read_lines(stack.enter_context(_opened(prompts, "rb")), adapter=use), answered)
+        file = stack.enter_context(_opened(output, "ab")) if output else sys.stdout.buffer
         engine = stack.enter_context(opening)
         bar = stack.enter_context(
             tqdm(total=num_lines, initial=len(answered), desc="Answered", unit="prompt", disable=None)
@@ -130,19 +135,19 @@ def _answer_lines(
     raise typer.Exit(1 if answering.num_failed else 0)
 
 
-def _opened(prompts: Path) -> BinaryIO:
-    if prompts == STDIN:
+def _opened(path: Path, mode: Literal["rb", "ab"]) -> BinaryIO:
+    if path == STDIN and mode == "rb":
         return sys.stdin.buffer
     try:
-        return prompts.open("rb")
+        return path.open(mode)
     except OSError as error:
-        raise typer.BadParameter(f"{prompts} cannot be read: {error.strerror}") from error
+        raise typer.BadParameter(f"{path} cannot be opened: {error.strerror}") from error
 
 
 def _count(prompts: Path, use: str | None, answered: dict[int, int]) -> tuple[int, int]:
     """How many lines there are, and how many are left; a wrong --output shows before the engine starts."""
     num_lines = num_left = 0
-    with _opened(prompts) as file:
+    with _opened(prompts, "rb") as file:
         for line in read_lines(file, adapter=use):
             num_lines += 1
             num_left += sum(1 for _ in unanswered([line], answered))

@@ -111,14 +111,21 @@ def started(
     """
     _log_to_stderr(is_debugging=ctx.find_root().params["debug"])
     given = {name: value for name, value in arguments.items() if value is not None}
-    try:
+    with usage_errors():
         engine = ctx.obj(model, adapters=_by_name(adapters or ()), **given)
+    with engine:
+        yield engine
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Tell of an argument that the library refuses as of a wrong option."""
+    try:
+        yield
     except QLoRAInferError:
         raise
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
-    with engine:
-        yield engine
 
 
 def _by_name(adapters: Sequence[tuple[str, str]]) -> dict[str, str]:
