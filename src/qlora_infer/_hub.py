@@ -121,6 +121,31 @@ def read_model_config(model: str, *, revision: str | None, token: str | None) ->
     return config
 
 
+def read_tensor_shapes(model: str, *, revision: str | None, token: str | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of a Hub model's tensors, from the headers of its safetensors files; nothing else is fetched.
+
+    Empty where they cannot be had: the model has no such files, or the Hub is out of reach.
+
+    Args:
+        model: ``"org/model"``, whose config could be read.
+        revision: A branch, tag or commit; ``None`` for the default branch.
+        token: The Hub's access token; ``None`` for the one that ``HF_TOKEN`` or ``hf auth login`` left.
+    """
+    from huggingface_hub import HfApi
+
+    if _is_offline():
+        return {}
+    try:
+        found = HfApi(endpoint=_endpoint(), token=token and token.strip()).get_safetensors_metadata(
+            model, revision=revision
+        )
+    except Exception as error:  # connections fail in the words of several libraries, which may show a token
+        logger.info("the safetensors headers of %s cannot be read (%s)", model, type(error).__name__)
+        return {}
+    files = found.files_metadata.values()
+    return {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
+
+
 def _download_config(model: str, revision: str | None, token: str | None) -> Path:
     repository = _Repository(model, revision, token and token.strip())
 

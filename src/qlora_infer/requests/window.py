@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
@@ -25,16 +26,25 @@ def answered(
     Raises:
         The error of the first request that failed; the others are cancelled then, as they are when the caller stops.
     """
+    with closing(ended(handles, max_pending=max_pending, in_order=in_order)) as handles_that_ended:
+        for handle in handles_that_ended:
+            yield handle.result()
+
+
+def ended(
+    handles: Iterable[RequestHandle], *, max_pending: int | None, in_order: bool
+) -> Generator[RequestHandle, None, None]:
+    """The same, with each request's handle when it has ended, well or badly: one that failed stops no other."""
     window = _InOrder() if in_order else _AsFinished()
     source = iter(handles)
     try:
         for handle in islice(source, max_pending):
             window.add(handle)
         while window:
-            output = window.next().result()
+            handle_that_ended = window.next()
             for handle in islice(source, 1):
                 window.add(handle)
-            yield output
+            yield handle_that_ended
     finally:  # Ctrl-C too: nothing of this call may show up in the next one
         for handle in window:
             handle.cancel()

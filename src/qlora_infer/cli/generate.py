@@ -1,0 +1,238 @@
+"""``qlora-infer generate``: answers to a few prompts on the screen, or to a file of them in a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+import typer
+from tqdm import tqdm
+
+from qlora_infer.cli import start
+from qlora_infer.cli.answer_file import answered_lines, unanswered, write_record
+from qlora_infer.cli.prompt_lines import PromptLine, read_lines
+from qlora_infer.engine import QuantizedLoRAEngine
+from qlora_infer.errors import AdapterError, EngineDeadError, RequestError
+from qlora_infer.requests.handle import RequestHandle
+from qlora_infer.requests.request import GenerationOutput
+from qlora_infer.requests.window import ended
+
+STDIN = Path("-")
+
+#: What fails one line and not the others.
+_FAULTS = (AdapterError, RequestError, ValueError, TypeError)
+
+
+def generate(
+    ctx: typer.Context,
+    model: start.Model,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Prompts as JSON lines; - for standard input.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", dir_okay=False, help="The file for the answers to --prompts; resumed if it exists."
+        ),
+    ] = None,
+    use: Annotated[
+        str | None,
+        typer.Option(help="The adapter of prompts that name none; by default the only one, or the base model."),
+    ] = None,
+    sampling_params: start.SamplingParams = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that a prompt may take.")] = None,
+    max_pending: Annotated[int, typer.Option(min=1, help="Prompts read ahead of the answers.")] = 1024,
+    adapter: start.Adapters = None,
+    quantization: start.Quantization = None,
+    max_loras: start.MaxLoras = None,
+    max_slot_bytes: start.MaxSlotBytes = None,
+    max_lora_rank: start.MaxLoraRank = None,
+    max_cpu_loras: start.MaxCpuLoras = None,
+    max_cpu_bytes: start.MaxCpuBytes = None,
+    max_disk_bytes: start.MaxDiskBytes = None,
+    max_model_len: start.MaxModelLen = None,
+    enforce_eager: start.EnforceEager = False,
+    revision: start.Revision = None,
+    engine_args: start.EngineArgs = None,
+    policy: start.Policy = None,
+    restart: start.Restart = None,
+) -> None:
+    """Answer prompts with a model and its adapters.
+
+    With --prompts, a line is {"prompt": …} and may have "adapter", "sampling_params" and "id"; an answer is a line, as
+    they finish. The same command again goes on after an interruption. Ends with 0 when all lines were answered, with 1
+    when some failed, with 130 after Ctrl-C.
+    """
+    if bool(prompt) == bool(prompts):
+        raise typer.BadParameter("give either --prompt, or --prompts")
+    if output and not prompts:
+        raise typer.BadParameter("--output is for the answers to --prompts")
+    if prompts and output and prompts.exists() and output.exists() and prompts.samefile(output):
+        raise typer.BadParameter("--output is the file of the prompts")
+    if use is None and adapter and len(adapter) == 1:
+        use = adapter[0][0]
+    opening = start.started(
+        ctx,
+        model,
+        adapter,
+        quantization=quantization,
+        max_loras=max_loras,
+        max_slot_bytes=max_slot_bytes,
+        max_lora_rank=max_lora_rank,
+        max_cpu_loras=max_cpu_loras,
+        max_cpu_bytes=max_cpu_bytes,
+        max_disk_bytes=max_disk_bytes,
+        max_model_len=max_model_len,
+        enforce_eager=enforce_eager,
+        revision=revision,
+        engine_args=engine_args,
+        policy=policy,
+        restart=restart,
+    )
+    if prompt:
+        with opening as engine, start.usage_errors():
+            for answer in engine.generate(prompt, sampling_params, adapter=use, timeout=timeout):
+                typer.echo(answer.text)
+    elif prompts:
+        _answer_lines(opening, prompts, output, use, sampling_params or {}, timeout, max_pending)
+
+
+def _answer_lines(
+    opening: AbstractContextManager[QuantizedLoRAEngine],
+    prompts: Path,
+    output: Path | None,
+    use: str | None,
+    sampling_params: Mapping[str, Any],
+    timeout: float | None,
+    max_pending: int,
+) -> None:
+    answered = answered_lines(output) if output else {}
+    num_lines = None
+    if prompts != STDIN:
+        num_lines, num_left = _count(prompts, use, answered)
+        typer.echo(f"{num_left} of {num_lines} prompts are left", err=True)
+        if not num_left:
+            return
+    with ExitStack() as stack:
+        lines = unanswered(read_lines(stack.enter_context(_opened(prompts, "rb")), adapter=use), answered)
+        file = stack.enter_context(_opened(output, "ab")) if output else sys.stdout.buffer
+        engine = stack.enter_context(opening)
+        bar = stack.enter_context(
+            tqdm(total=num_lines, initial=len(answered), desc="Answered", unit="prompt", disable=None)
+        )
+        answering = _Answering(engine, sampling_params, timeout, file, bar)
+        try:
+            answering.run(lines, max_pending)
+        except KeyboardInterrupt:
+            if output:
+                typer.echo(f"{answering.num_answered} more answers are in {output}: run the same again", err=True)
+            raise
+    typer.echo(f"{answering.num_answered} answered, {answering.num_failed} failed", err=True)
+    raise typer.Exit(1 if answering.num_failed else 0)
+
+
+def _opened(path: Path, mode: Literal["rb", "ab"]) -> BinaryIO:
+    if path == STDIN and mode == "rb":
+        return sys.stdin.buffer
+    try:
+        return path.open(mode)
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be opened: {error.strerror}") from error
+
+
+def _count(prompts: Path, use: str | None, answered: dict[int, int]) -> tuple[int, int]:
+    """How many lines there are, and how many are left; a wrong --output shows before the engine starts."""
+    num_lines = num_left = 0
+    with _opened(prompts, "rb") as file:
+        for line in read_lines(file, adapter=use):
+            num_lines += 1
+            num_left += sum(1 for _ in unanswered([line], answered))
+    return num_lines, num_left
+
+
+class _Answering:
+    """Asks lines and writes what comes, whichever comes first."""
+
+    def __init__(
+        self,
+        engine: QuantizedLoRAEngine,
+        sampling_params: Mapping[str, Any],
+        timeout: float | None,
+        file: BinaryIO,
+        bar: Any,
+    ) -> None:
+        self._engine = engine
+        self._sampling_params = sampling_params
+        self._timeout = timeout
+        self._file = file
+        self._bar = bar
+        self._asked: dict[RequestHandle, PromptLine] = {}
+        self.num_answered = 0
+        self.num_failed = 0
+
+    def run(self, lines: Iterable[PromptLine], max_pending: int) -> None:
+        """Answer all lines; when that is interrupted, what has finished is written all the same."""
+        try:
+            with closing(ended(self._handles(lines), max_pending=max_pending, in_order=False)) as handles:
+                for handle in handles:
+                    self._finish(handle)
+        except BaseException:
+            self._write_finished()
+            raise
+
+    def _handles(self, lines: Iterable[PromptLine]) -> Iterator[RequestHandle]:
+        for line in lines:
+            try:
+                handle = self._ask(line)
+            except _FAULTS as error:
+                self._fail(line, error)
+                continue
+            self._asked[handle] = line
+            yield handle
+
+    def _ask(self, line: PromptLine) -> RequestHandle:
+        if line.fault:
+            raise ValueError(line.fault)
+        # A mapping that is empty lets an adapter's and the model's own defaults stand, as None does.
+        params = {**self._sampling_params, **(line.sampling_params or {})}
+        return self._engine.add_request(line.prompt, params, adapter=line.adapter, timeout=self._timeout)
+
+    def _finish(self, handle: RequestHandle) -> None:
+        line = self._asked.pop(handle)
+        try:
+            output = handle.result()
+        except (*_FAULTS, EngineDeadError) as error:  # what is asked after the engine's death raises it again
+            self._fail(line, error)
+        else:
+            self._write(line, output)
+
+    def _write_finished(self) -> None:
+        for handle, line in self._asked.items():
+            if handle.done():
+                try:
+                    output = handle.result()
+                except Exception:  # cancelled, most of them: they are asked again
+                    continue
+                self._write(line, output)
+
+    def _write(self, line: PromptLine, output: GenerationOutput) -> None:
+        fields: dict[str, Any] = {
+            "text": output.text,
+            "finish_reason": output.finish_reason,
+            "num_prompt_tokens": len(output.prompt_token_ids),
+            "num_tokens": output.num_tokens,
+        }
+        if len(output.completions) > 1:
+            fields["texts"] = [completion.text for completion in output.completions]
+        write_record(self._file, line.record(**fields))
+        self.num_answered += 1
+        self._bar.update()
+
+    def _fail(self, line: PromptLine, error: Exception) -> None:
+        write_record(self._file, line.record(error=str(error), error_type=type(error).__name__))
+        self.num_failed += 1
+        self._bar.update()

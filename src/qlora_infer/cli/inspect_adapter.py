@@ -1,0 +1,167 @@
+"""``qlora-infer inspect-adapter``: what an adapter is, and whether it fits a base model, without loading either."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from attrs import asdict, evolve, frozen
+
+from qlora_infer.adapters import preflight
+from qlora_infer.adapters.carried import Carried
+from qlora_infer.adapters.checkpoint import read_checkpoint
+from qlora_infer.adapters.copies import Copies
+from qlora_infer.adapters.lineage import lineage
+from qlora_infer.adapters.manifest import AdapterManifest
+from qlora_infer.adapters.peft_config import read_config
+from qlora_infer.adapters.snapshot import CONFIG_NAME
+from qlora_infer.adapters.source import AdapterSource
+from qlora_infer.config import ALLOWED_RANKS
+from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
+
+DOES_NOT_FIT = 1
+UNREADABLE = 2
+
+
+@frozen
+class Inspection:
+    """What is told of an adapter.
+
+    Attributes:
+        source: What the user named, without secrets.
+        digest: SHA-256 of its files, as in ``LoadedAdapter``.
+        rank: The largest rank of its modules.
+        alpha: ``lora_alpha``.
+        modules: The kinds of modules that it changes, such as ``q_proj``, and how many of each.
+        num_bytes: The size of its tensors.
+        base_model: The model that it says it was trained on.
+        carries: What it has beside its weights, in words.
+        pickled: Whether its weights are a pickle, which was converted.
+        base: The model that it was held against.
+        lineage: How that compares with ``base_model``.
+        checked: What was checked of that model.
+        reasons: Why it cannot be served (on ``base``, where one is given); empty where nothing stands against it.
+    """
+
+    source: str
+    digest: str
+    rank: int
+    alpha: float | None
+    modules: dict[str, int]
+    num_bytes: int
+    base_model: str | None
+    carries: tuple[str, ...]
+    pickled: bool
+    base: str | None = None
+    lineage: str | None = None
+    checked: str | None = None
+    reasons: tuple[str, ...] = ()
+
+
+def inspect_adapter(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(help="A Hub id, a folder or a URL, as load_adapter takes it.")],
+    base: Annotated[str | None, typer.Option(help="A base model to hold it against: a Hub id or a folder.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="The base model's branch, tag or commit.")] = None,
+    max_lora_rank: Annotated[
+        int, typer.Option(help="The largest rank that the engine would have room for.")
+    ] = ALLOWED_RANKS[-1],
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Convert pickled weights to look at.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what an adapter is, and whether it fits a base model, without loading a model.
+
+    Every check that load_adapter makes before a model is asked is made here. Ends with 0 when nothing stands against
+    the adapter, with 1 when it cannot be served (on this base), with 2 when it or the base cannot be read.
+    """
+    try:
+        found = _inspect(source, base, base_revision, max_lora_rank=max_lora_rank, allow_pickle=allow_pickle)
+    except (QLoRAInferError, ValueError) as error:
+        if ctx.find_root().params["debug"]:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(UNREADABLE) from error
+    typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(_lines(found)))
+    raise typer.Exit(DOES_NOT_FIT if found.reasons else 0)
+
+
+def _inspect(
+    source: str, base: str | None, base_revision: str | None, *, max_lora_rank: int, allow_pickle: bool
+) -> Inspection:
+    found, manifest = _read(AdapterSource.parse(source), allow_pickle=allow_pickle)
+    if base is None:
+        return evolve(found, reasons=manifest.unsupported)
+    checkpoint = read_checkpoint(base, revision=base_revision)
+    try:
+        preflight.check(str(source), manifest, checkpoint.modules, max_lora_rank=max_lora_rank)
+        reasons: tuple[str, ...] = ()
+    except IncompatibleAdapterError as error:
+        reasons = error.reasons
+    return evolve(
+        found, base=base, lineage=lineage(manifest.base_model, base), checked=checkpoint.checked, reasons=reasons
+    )
+
+
+def _read(source: AdapterSource, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
+    """Everything that an engine would do with it up to the model, on a copy that is thrown away."""
+    name = str(source)
+    with tempfile.TemporaryDirectory(prefix="qlora-infer-") as store:
+        copies = Copies(Path(store))
+        try:
+            snapshot, manifest, carried = copies.make(name, 1, source, allow_pickle=False)
+            pickled = False
+        except UnsafeAdapterError:
+            if not allow_pickle:
+                raise
+            snapshot, manifest, carried = copies.make(name, 1, source, allow_pickle=True)
+            pickled = True
+        finally:
+            copies.close()
+        config = read_config(name, snapshot.folder / CONFIG_NAME)
+    found = Inspection(
+        source=name,
+        digest=snapshot.digest,
+        rank=manifest.rank,
+        alpha=config.get("lora_alpha"),
+        modules=dict(Counter(module.rpartition(".")[2] for module in manifest.modules)),
+        num_bytes=manifest.num_bytes,
+        base_model=manifest.base_model,
+        carries=tuple(_carries(carried)),
+        pickled=pickled,
+    )
+    return found, manifest
+
+
+def _carries(carried: Carried) -> Iterator[str]:
+    if carried.chat_template is not None:
+        yield "a chat template"
+    if carried.sampling_defaults:
+        yield f"generation defaults {json.dumps(dict(carried.sampling_defaults))}"
+    if carried.stop_token_ids:
+        yield f"stop tokens {', '.join(map(str, carried.stop_token_ids))}"
+    if carried.added_tokens:
+        yield f"{len(carried.added_tokens)} added tokens"
+
+
+def _lines(found: Inspection) -> Iterator[str]:
+    modules = ", ".join(f"{name} ({count})" for name, count in found.modules.items())
+    yield f"adapter     {found.source}"
+    yield f"digest      {found.digest[:12]}"
+    yield f"rank        {found.rank}, alpha {found.alpha if found.alpha is not None else 'not given'}"
+    yield f"modules     {sum(found.modules.values())}: {modules or 'none'}"
+    yield f"size        {found.num_bytes} bytes"
+    yield f"trained on  {found.base_model or 'it does not say'}"
+    yield f"carries     {', '.join(found.carries) or 'nothing beside its weights'}"
+    yield f"weights     {'pickled (converted to be looked at)' if found.pickled else 'safetensors'}"
+    if found.base:
+        yield f"base        {found.base} (lineage: {found.lineage})"
+        yield f"checked     {found.checked}"
+        yield f"fits        {'no' if found.reasons else 'yes'}"
+    elif found.reasons:
+        yield "served      no, on any base"
+    yield from (f"  - {reason}" for reason in found.reasons)

