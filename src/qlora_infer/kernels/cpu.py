@@ -101,8 +101,9 @@ class StackedWeights:
 
     def __attrs_post_init__(self) -> None:
         # The same tensor object, so that vLLM goes on writing to it: neighbours in memory are now the outputs of a
-        # rank, which one row's loop runs along.
-        self.b.data = self.b.transpose(-1, -2).contiguous().transpose(-1, -2)
+        # rank, which one row's loop runs along. A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.b.data = self.b.transpose(-1, -2).contiguous().transpose(-1, -2)
         self.version = self._version()
 
     def is_current(self) -> bool:
