@@ -15,11 +15,19 @@ MODULES = (
     "qlora_infer.adapters.source",
     "qlora_infer.demo",
     "qlora_infer.engine",
+    "qlora_infer.metrics",
     "qlora_infer.quantization._base",
     "qlora_infer.requests.handle",
     "qlora_infer.testing._engine",
 )
-PAGES = ("README.md", "docs/testing.md", "docs/quantization.md", "docs/scheduling.md", "docs/adapters.md")
+PAGES = (
+    "README.md",
+    "docs/testing.md",
+    "docs/quantization.md",
+    "docs/scheduling.md",
+    "docs/adapters.md",
+    "docs/metrics.md",
+)
 ROOT = Path(__file__).parents[1]
 
 
