@@ -64,7 +64,7 @@ def register(
         ...     _ = register(engine, name="chat", registry=registry)
         ...     _ = engine.generate("hello there")
         ...     registry.get_sample_value("qlora_infer_prompt_tokens_total", {"engine": "chat", "adapter": "@base"})
-        2.0
+        2
     """
     with _lock:
         collector = _collectors.get(registry)
