@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import Counter
 
-from attrs import evolve, frozen
+from attrs import define
 
 from qlora_infer.durations import NONE, Durations
 
 
-@frozen
+@define
 class AdapterResidency:
-    """Where an adapter is, and how often it moved, over all versions of its name.
+    """Where an adapter is, and how often it moved, over all versions of its name; a copy of its own.
 
     Attributes:
         num_resident: Versions in host memory now, or on their way there: 1, or 0 while it is on disk only. More while
@@ -42,30 +43,26 @@ class ResidencyRecorder:
         """An adapter was loaded into host memory, for which the engine stood still for so long."""
         with self._lock:
             counts = self._of(name)
-            load_time = counts.load_time.plus(seconds)
-            self._adapters[name] = evolve(counts, num_loads=counts.num_loads + 1, load_time=load_time)
+            counts.num_loads += 1
+            counts.load_time = counts.load_time.plus(seconds)
 
     def evicted(self, name: str) -> None:
         """An adapter has made room for another."""
         with self._lock:
-            counts = self._of(name)
-            self._adapters[name] = evolve(counts, num_evictions=counts.num_evictions + 1)
+            self._of(name).num_evictions += 1
 
     def moved(self, name: str, *, resident: int = 0, in_slots: int = 0) -> None:
         """So many versions more, or less where negative, are in host memory and in slots."""
         with self._lock:
             counts = self._of(name)
-            self._adapters[name] = evolve(
-                counts,
-                num_resident=max(0, counts.num_resident + resident),  # the memory may have been emptied before
-                num_in_slots=max(0, counts.num_in_slots + in_slots),
-            )
+            counts.num_resident = max(0, counts.num_resident + resident)  # the memory may have been emptied before
+            counts.num_in_slots = max(0, counts.num_in_slots + in_slots)
 
     def emptied(self) -> None:
         """The memory is gone, with everything in it."""
         with self._lock:
-            for name, counts in self._adapters.items():
-                self._adapters[name] = evolve(counts, num_resident=0, num_in_slots=0)
+            for counts in self._adapters.values():
+                counts.num_resident = counts.num_in_slots = 0
 
     def failed(self, error: BaseException) -> None:
         """An adapter could not be loaded; it is not named, because nobody bounds the names of those."""
@@ -76,12 +73,12 @@ class ResidencyRecorder:
         """Drop an adapter that is gone, unless a version of it is in memory."""
         with self._lock:
             if not self._of(name).num_resident:
-                self._adapters.pop(name, None)
+                del self._adapters[name]
 
     def adapters(self) -> dict[str, AdapterResidency]:
         """The numbers of this moment."""
         with self._lock:
-            return self._adapters.copy()
+            return {name: copy.copy(counts) for name, counts in self._adapters.items()}
 
     def errors(self) -> dict[str, int]:
         """How many loads have failed, by the error's class."""
@@ -89,4 +86,4 @@ class ResidencyRecorder:
             return dict(self._errors)
 
     def _of(self, name: str) -> AdapterResidency:
-        return self._adapters.get(name, AdapterResidency())
+        return self._adapters.setdefault(name, AdapterResidency())
