@@ -1,8 +1,10 @@
 """Serve one quantized base model on vLLM with many LoRA adapters that come and go while it runs."""
 
 from qlora_infer.adapters.effect import AdapterEffect
+from qlora_infer.adapters.residency_stats import AdapterResidency
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.adapters.version import LoadedAdapter
+from qlora_infer.durations import Durations
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import (
     AdapterAccessError,
@@ -32,7 +34,7 @@ from qlora_infer.errors import (
 )
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.request import Completion, GenerationOutput, RequestTimes
-from qlora_infer.requests.stats import AdapterStats, Durations, EngineStats
+from qlora_infer.requests.stats import AdapterStats, EngineStats
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ __all__ = [
     "PartialOutputs",
     "EngineStats",
     "AdapterStats",
+    "AdapterResidency",
     "Durations",
     "QLoRAInferError",
     "MissingDependencyError",

@@ -176,7 +176,7 @@ class QuantizedLoRAEngine:
         )
         self._residency, self._cache, self._driver = residency, cache, driver
         self._loader = AdapterLoader(cache, residency, driver, model=config.model, vocabulary=self._backend.vocabulary)
-        self._intake = Intake(self._backend, cache, driver)
+        self._intake = Intake(self._backend, cache, driver, model=config.model)
         self._close = weakref.finalize(self, _close, driver, copies, store)
         try:
             self._start(strategy_args, adapters or {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ class AdapterLoader:
         call = (checked_name(name), source, weight, allow_pickle)
 
         def load() -> LoadedAdapter:
-            with self._cache.loading(name):
+            with self._cache.loading(name), self._counting_errors():
                 # Who calls from now on may mean what the source holds from now on.
                 self._waiting.pop(call, None)
                 self._cache.require_version(name, expect)
@@ -135,6 +135,8 @@ class AdapterLoader:
         except BaseException:
             with contextlib.suppress(EngineClosedError, EngineDeadError):
                 self._driving.call(self._residency.drop, version)
+                if self._cache.current(version.name) is None:
+                    self._driving.call(self._residency.recorder.forget, version.name)
             self._cache.discard(version)
             raise
         self._tell(version)
@@ -200,6 +202,14 @@ class AdapterLoader:
             ranks = [version.manifest.rank for version in versions]
             self.max_lora_rank = preflight.lora_rank_for([LEAST_MAX_LORA_RANK, *ranks])
         return self.max_lora_rank
+
+    @contextlib.contextmanager
+    def _counting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._residency.recorder.failed(error)
+            raise
 
     def _read_ahead(self, version: AdapterVersion) -> None:
         """Have a version read into host memory while steps go on, so that loading it costs the others one copy."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
+from qlora_infer.adapters.residency_stats import ResidencyRecorder
 from qlora_infer.errors import AdapterLoadError
 
 if TYPE_CHECKING:
@@ -58,6 +60,9 @@ class Residency:
         max_cpu_loras: How many adapters stay there.
         max_loras: The slots on the device.
         max_bytes: How many bytes of tensors stay there; ``None`` for no limit. Adapters in flight may take more.
+
+    Attributes:
+        recorder: Counts what happens; any thread may read it.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Residency:
         self._in_slots: OrderedDict[AdapterVersion, None] = OrderedDict()  # as vLLM keeps them, the oldest first
         self._num_running: dict[AdapterVersion, int] = {}
         self._pinned: set[str] = set()
+        self.recorder = ResidencyRecorder()
 
     @property
     def num_bytes(self) -> int:
@@ -154,8 +160,10 @@ class Residency:
         is_swap = version not in self._in_slots
         self._in_slots[version] = None
         self._in_slots.move_to_end(version)
+        if is_swap:
+            self.recorder.moved(version.name, in_slots=+1)
         if len(self._in_slots) > self._max_loras:
-            self._in_slots.popitem(last=False)
+            self._leave_slot(next(iter(self._in_slots)))
         return is_swap
 
     def leave(self, version: AdapterVersion | None) -> None:
@@ -172,9 +180,10 @@ class Residency:
         When nothing else may leave, the new adapter itself does: that it loads has been seen, and it is loaded once
         more when one of its requests starts.
         """
+        began = time.monotonic()
         self._prefetched.discard(version)
         self._fetched.pop(version, None)
-        self._resident.pop(version, None)
+        self._leave_memory(version)
         fetched = self._files.fetch(version)
         if fetched is not None:
             fetched.result(FETCH_TIMEOUT)
@@ -184,6 +193,7 @@ class Residency:
             if fetched is None:
                 raise
             self._memory.load_adapter(version)  # a reading had begun when its files made room for others
+        self.recorder.loaded(version.name, time.monotonic() - began)
         self._take_in(version)
 
     def prefetch(self, version: AdapterVersion) -> None:
@@ -205,8 +215,8 @@ class Residency:
     def drop(self, version: AdapterVersion) -> None:
         """Take an adapter out of host memory, if it is there."""
         if version in self._resident:
-            del self._resident[version]
-            self._in_slots.pop(version, None)
+            self._leave_memory(version)
+            self._leave_slot(version)
             self._prefetched.discard(version)
             if self._fetched.pop(version, None) is None:
                 self._memory.remove_adapter(version)
@@ -218,6 +228,7 @@ class Residency:
         self._in_slots.clear()
         self._prefetched.clear()
         self._fetched.clear()
+        self.recorder.emptied()
         return resident
 
     def _has_room_for(self, version: AdapterVersion) -> bool:
@@ -225,14 +236,27 @@ class Residency:
         num_bytes = sum(other.manifest.num_bytes for other in (*staying, version))
         return len(staying) < self._max_cpu_loras and (self._max_bytes is None or num_bytes <= self._max_bytes)
 
+    def _leave_memory(self, version: AdapterVersion) -> None:
+        if version in self._resident:
+            del self._resident[version]
+            self.recorder.moved(version.name, resident=-1)
+
+    def _leave_slot(self, version: AdapterVersion) -> None:
+        if version in self._in_slots:
+            del self._in_slots[version]
+            self.recorder.moved(version.name, in_slots=-1)
+
     def _take_in(self, version: AdapterVersion) -> None:
         self._resident[version] = None
+        self.recorder.moved(version.name, resident=+1)
         while self._is_too_much():
             leaving = [other for other in self._resident if self._may_leave(other)]
             if not leaving:
                 return
             # The first without waiting requests, and if all have some, the least recently used.
-            self.drop(next((other for other in leaving if not other.num_uses), leaving[0]))
+            evicted = next((other for other in leaving if not other.num_uses), leaving[0])
+            self.drop(evicted)
+            self.recorder.evicted(evicted.name)
 
     def _is_too_much(self) -> bool:
         if len(self._resident) > self._max_cpu_loras:

@@ -121,7 +121,11 @@ class Driver:
         """
         pending = PendingRequest(request)
         with self._lock:
-            self._wait_for_room(request, block=block)
+            try:
+                self._wait_for_room(request, block=block)
+            except (QueueFullError, RequestTimeoutError):
+                self._stats.refused(request)
+                raise
             self._queue.append(pending)
             self._stats.queued(pending)
             self._work.notify()
@@ -150,12 +154,18 @@ class Driver:
             with self._lock:
                 self._queue.forget(name)
             self._stats.forget(name)
+            self._residency.recorder.forget(name)
 
         self.post(drop)
 
     def stats(self) -> EngineStats:
         """The numbers of this moment; also after the end."""
-        return self._stats.snapshot(num_adapters_waiting=self.num_adapters_waiting())
+        return self._stats.snapshot(
+            num_adapters_waiting=self.num_adapters_waiting(),
+            residency=self._residency.recorder.adapters(),
+            load_errors=self._residency.recorder.errors(),
+            is_running=self._end_error is None and not self._closing,
+        )
 
     def num_adapters_waiting(self) -> int:
         """Adapters that wait for a slot."""
@@ -304,7 +314,7 @@ class Driver:
                 was_waiting = self._queue.remove(pending)
                 self._room.notify()
             if was_waiting:
-                self._stats.ended(pending, None, was_running=False)
+                self._stats.ended(pending, None, pending.error, was_running=False)
                 self._release(pending.request.adapter)
 
     def _admit(self) -> None:
@@ -318,7 +328,8 @@ class Driver:
                     return
                 self._room.notify()
                 self._running[pending.request.request_id] = pending
-            self._stats.admitted(pending)
+            pending.admitted = time.monotonic()
+            self._stats.admitted(pending, pending.admitted)
             self._residency.enter(pending.request.adapter)
             self._reading.append(pending)
 
@@ -339,7 +350,7 @@ class Driver:
         except EngineDeadError:
             raise
         except Exception as error:
-            self._leave(pending, None)
+            self._leave(pending, None, error)
             pending.fail(error)
             return
         self._stats.begun(pending, num_tokens, is_swap=is_swap)
@@ -381,14 +392,16 @@ class Driver:
                 self._leave(pending, None if pending.done else output)
             pending.advance(output)
 
-    def _leave(self, pending: PendingRequest, output: GenerationOutput | None) -> None:
+    def _leave(
+        self, pending: PendingRequest, output: GenerationOutput | None, error: BaseException | None = None
+    ) -> None:
         del self._running[pending.request.request_id]
         with contextlib.suppress(ValueError):
             self._reading.remove(pending)
         with self._lock:
             self._queue.leave(pending)
         self._residency.leave(pending.request.adapter)
-        self._stats.ended(pending, output, was_running=True)
+        self._stats.ended(pending, output, pending.error or error, was_running=True)
         self._release(pending.request.adapter)
 
     # The end ----------------------------------------------------------------------------------------------------
@@ -401,8 +414,9 @@ class Driver:
         self._reading.clear()
         for pending in lost:
             if pending.num_tokens or pending.num_starts > 1 or pending.done:
-                self._leave(pending, None)
-                pending.fail(_lost(pending, death))
+                error = _lost(pending, death)
+                self._leave(pending, None, error)
+                pending.fail(error)
                 continue
             del self._running[pending.request.request_id]
             self._residency.leave(pending.request.adapter)
@@ -417,8 +431,8 @@ class Driver:
         for version in resident:
             try:
                 self._residency.load(version)
-            except AdapterLoadError as error:  # its requests will get the error
-                logger.warning("adapter %r was not loaded again: %s", version.name, error)
+            except AdapterLoadError as refusal:  # its requests will get the error
+                logger.warning("adapter %r was not loaded again: %s", version.name, refusal)
         self._stats.restarted()
         logger.warning("the engine runs again")
 
@@ -441,8 +455,9 @@ class Driver:
                 future.set_exception(make_error())
         for pendings, was_running in ((running, True), (waiting, False)):
             for pending in pendings:
-                self._stats.ended(pending, None, was_running=was_running)
+                self._stats.ended(pending, None, pending.error, was_running=was_running)
                 self._release(pending.request.adapter)
+        self._residency.recorder.emptied()
 
 
 def _dead(cause: BaseException) -> EngineDeadError:

@@ -22,6 +22,7 @@ from qlora_infer.requests.handle import RequestHandle
 from qlora_infer.requests.progress import with_progress
 from qlora_infer.requests.request import GenerationOutput, GenerationRequest, Prompt
 from qlora_infer.requests.window import answered
+from qlora_infer.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.carried import Carried
@@ -68,14 +69,16 @@ class Intake:
         reader: Reads sampling parameters and conversations.
         adapters: Turns adapters' names into versions.
         driver: Runs requests.
+        model: The model's name, for traces.
     """
 
-    def __init__(self, reader: RequestReader, adapters: AdapterNames, driver: Driver) -> None:
+    def __init__(self, reader: RequestReader, adapters: AdapterNames, driver: Driver, *, model: str) -> None:
         self._reader = reader
         self._adapters = adapters
         self._driver = driver
         self._id_prefix = uuid.uuid4().hex[:8]
         self._numbers = itertools.count()
+        self._tracer = RequestTracer.find(model)
 
     def take_one(
         self,
@@ -262,8 +265,14 @@ class Intake:
             priority=priority,
             timeout=timeout,
         )
+        trace = self._tracer.start(request) if self._tracer is not None else None
         try:
-            return self._driver.submit(request, block=block)
-        except BaseException:
+            handle = self._driver.submit(request, block=block)
+        except BaseException as error:
             self._adapters.release(version)
+            if trace is not None:
+                trace.fail(error)
             raise
+        if trace is not None:
+            trace.follow(handle._pending)
+        return handle

@@ -26,6 +26,7 @@ class PendingRequest:
         max_num_tokens: The most tokens that it can be given.
         number: Its place in the order of arrival, given by the queue.
         num_tokens: The tokens that it has been given so far.
+        admitted: When it last left the queue, in seconds of ``time.monotonic()``; ``None`` before that.
         num_starts: How often it was handed to an engine; twice when the first one died.
         output: The newest output.
         num_outputs: How many there have been.
@@ -40,6 +41,7 @@ class PendingRequest:
         self.max_num_tokens = math.inf if max_tokens is None else self.num_seqs * max_tokens
         self.number: int | None = None
         self.num_tokens = 0
+        self.admitted: float | None = None
         self.num_starts = 0
         self.output: GenerationOutput | None = None
         self.num_outputs = 0

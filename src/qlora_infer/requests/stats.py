@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from collections.abc import Mapping
 
 from attrs import define, field, frozen
 
+from qlora_infer.adapters.residency_stats import AdapterResidency
+from qlora_infer.durations import NONE, Durations
 from qlora_infer.requests.pending import PendingRequest
-from qlora_infer.requests.request import GenerationOutput
-
-
-@frozen
-class Durations:
-    """Several measured times, in seconds.
-
-    Attributes:
-        count: How many.
-        total: Their sum.
-        max: The longest.
-    """
-
-    count: int = 0
-    total: float = 0.0
-    max: float = 0.0
-
-    @property
-    def mean(self) -> float | None:
-        """Their mean; ``None`` while there are none."""
-        return self.total / self.count if self.count else None
-
-    def plus(self, seconds: float) -> Durations:
-        """These and one more."""
-        return Durations(self.count + 1, self.total + seconds, max(self.max, seconds))
+from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 
 
 @define
@@ -50,7 +27,9 @@ class AdapterStats:
         generation_tokens: Tokens generated.
         num_swaps: How often the adapter was moved into a slot on the device.
         queue_time: How long requests waited in the queue.
-        time_to_first_token: How long requests took from their making to their first token.
+        time_to_first_token: How long requests that finished took from their making to their first token.
+        num_refused: Requests that were not taken, because ``max_waiting`` others waited.
+        errors: How many requests failed, by the class of their error; ``num_failed`` in all.
     """
 
     num_waiting: int = 0
@@ -60,8 +39,10 @@ class AdapterStats:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_swaps: int = 0
-    queue_time: Durations = Durations()
-    time_to_first_token: Durations = Durations()
+    queue_time: Durations = NONE
+    time_to_first_token: Durations = NONE
+    num_refused: int = 0
+    errors: Mapping[str, int] = {}  # replaced, never changed, so that copies may share it
 
 
 @frozen
@@ -77,6 +58,9 @@ class EngineStats:
         step_time: How long steps took.
         kv_cache_usage: The share of the KV cache's blocks that requests hold, 0 to 1, after the newest step.
         adapters: By name; the base model is ``None``. An adapter is here from its first request until it is unloaded.
+        residency: Loads, evictions and places in memory. An adapter is here from its load until it is unloaded.
+        load_errors: How many calls of ``load_adapter`` and ``load_blend`` have failed, by the class of the error.
+        is_running: Whether requests are taken; not after ``close``, nor after the death of the engine core.
     """
 
     num_waiting: int
@@ -87,6 +71,9 @@ class EngineStats:
     step_time: Durations
     kv_cache_usage: float
     adapters: Mapping[str | None, AdapterStats] = field(repr=False)
+    residency: Mapping[str, AdapterResidency] = field(factory=dict, repr=False)
+    load_errors: Mapping[str, int] = field(factory=dict)
+    is_running: bool = True
 
     @property
     def prompt_tokens(self) -> int:
@@ -107,7 +94,7 @@ class StatsRecorder:
         self._adapters: dict[str | None, AdapterStats] = {}
         self._num_steps = 0
         self._num_restarts = 0
-        self._step_time = Durations()
+        self._step_time = NONE
         self._kv_cache_usage = 0.0
 
     def queued(self, pending: PendingRequest) -> None:
@@ -115,9 +102,14 @@ class StatsRecorder:
         with self._lock:
             self._of(pending).num_waiting += 1
 
-    def admitted(self, pending: PendingRequest) -> None:
+    def refused(self, request: GenerationRequest) -> None:
+        """There was no room in the queue for a request."""
+        with self._lock:
+            self._adapters.setdefault(request.adapter_name, AdapterStats()).num_refused += 1
+
+    def admitted(self, pending: PendingRequest, now: float) -> None:
         """A request has left the queue for the engine."""
-        waited = time.monotonic() - pending.request.queued
+        waited = now - pending.request.queued
         with self._lock:
             counts = self._of(pending)
             counts.num_waiting -= 1
@@ -140,8 +132,15 @@ class StatsRecorder:
             for name, number in num_tokens.items():
                 self._adapters[name].generation_tokens += number
 
-    def ended(self, pending: PendingRequest, output: GenerationOutput | None, *, was_running: bool) -> None:
-        """A request has ended; without an output when it failed."""
+    def ended(
+        self,
+        pending: PendingRequest,
+        output: GenerationOutput | None,
+        error: BaseException | None,
+        *,
+        was_running: bool,
+    ) -> None:
+        """A request has ended, with an output or with an error."""
         with self._lock:
             counts = self._of(pending)
             if was_running:
@@ -149,7 +148,9 @@ class StatsRecorder:
             else:
                 counts.num_waiting -= 1
             if output is None:
+                kind = type(error).__name__
                 counts.num_failed += 1
+                counts.errors = {**counts.errors, kind: counts.errors.get(kind, 0) + 1}
                 return
             counts.num_finished += 1
             if output.times.time_to_first_token is not None:
@@ -174,8 +175,15 @@ class StatsRecorder:
             if counts is not None and not counts.num_waiting and not counts.num_running:
                 del self._adapters[name]
 
-    def snapshot(self, *, num_adapters_waiting: int) -> EngineStats:
-        """The numbers of this moment."""
+    def snapshot(
+        self,
+        *,
+        num_adapters_waiting: int,
+        residency: Mapping[str, AdapterResidency],
+        load_errors: Mapping[str, int],
+        is_running: bool,
+    ) -> EngineStats:
+        """The numbers of this moment, with those that others count."""
         with self._lock:
             adapters = {name: copy.copy(counts) for name, counts in self._adapters.items()}
             return EngineStats(
@@ -187,6 +195,9 @@ class StatsRecorder:
                 step_time=self._step_time,
                 kv_cache_usage=self._kv_cache_usage,
                 adapters=adapters,
+                residency=residency,
+                load_errors=load_errors,
+                is_running=is_running,
             )
 
     def _of(self, pending: PendingRequest) -> AdapterStats:
