@@ -20,7 +20,7 @@ KNOWN_NAMES = frozenset(
 
 
 def install() -> None:
-    """Have vLLM use our kernels in this process, on the devices that we have kernels for: the CPU.
+    """Have vLLM use our kernels in this process, on the devices that we have kernels for.
 
     ``Platform.get_punica_wrapper`` names the class whose methods vLLM's LoRA layers call (read in vLLM 0.32.0,
     ``vllm/lora/punica_wrapper/punica_selector.py``). Where vLLM's class is not the one that ours was written for,
@@ -31,13 +31,35 @@ def install() -> None:
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
+    name = None
+    if current_platform.is_cpu():
+        name = _for_a_cpu()
+    elif current_platform.is_cuda():
+        name = _for_a_gpu(current_platform)
+    if name is not None:
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)
+
+
+def _for_a_cpu() -> str | None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    if ours_can_replace(PunicaWrapperCPU):
-        platform_class = type(current_platform)
-        platform_class.get_punica_wrapper = classmethod(lambda cls: "qlora_infer.kernels.cpu.GroupedPunicaWrapper")
+    return "qlora_infer.kernels.cpu.GroupedPunicaWrapper" if ours_can_replace(PunicaWrapperCPU) else None
+
+
+def _for_a_gpu(platform: Any) -> str | None:
+    """Ours, on the GPUs that they were measured on: Hopper's."""
+    if not platform.is_device_capability(90):
+        logger.info("vLLM's own LoRA kernels are used: ours were not tried on this GPU")
+        return None
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    from qlora_infer.kernels.gpu import FusedPunicaWrapper
+
+    differences = differences_between(PunicaWrapperGPU, FusedPunicaWrapper)
+    if differences:
+        logger.warning("vLLM's own LoRA kernels are used, ours do not know this vLLM: %s", "; ".join(differences))
+        return None
+    return "qlora_infer.kernels.gpu.FusedPunicaWrapper"
 
 
 def ours_can_replace(theirs: type[Any]) -> bool:
