@@ -21,6 +21,7 @@ CONFIG = EngineConfig(
     max_cpu_bytes=None,
     max_model_len=None,
     enforce_eager=False,
+    startup="fast",
     revision=None,
     token=None,
     engine_args={},
