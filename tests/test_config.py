@@ -16,6 +16,7 @@ VALID = {
     "max_model_len": None,
     "enforce_eager": False,
     "startup": "fast",
+    "lora_kernels": "auto",
     "revision": None,
     "token": None,
     "engine_args": {},
@@ -47,6 +48,7 @@ VALID = {
         ("max_model_len", -1, ValueError),
         ("enforce_eager", "yes", TypeError),
         ("startup", "slow", ValueError),
+        ("lora_kernels", "mine", ValueError),
     ],
 )
 def test_a_wrong_argument_is_refused_by_its_name(argument, value, error):

@@ -22,6 +22,7 @@ CONFIG = EngineConfig(
     max_model_len=None,
     enforce_eager=False,
     startup="fast",
+    lora_kernels="auto",
     revision=None,
     token=None,
     engine_args={},

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, validators
 
-from qlora_infer.startup import Startup
+from qlora_infer.startup import LoraKernels, Startup
 
 #: The ranks that vLLM takes for ``max_lora_rank`` (read in vLLM 0.32, ``vllm/config/lora.py``).
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -87,6 +87,7 @@ class EngineConfig:
         max_model_len: Tokens of prompt and answer together; ``None`` for what the model allows.
         enforce_eager: Whether to run without CUDA graphs, or ``"auto"``: only on a GPU that is short of memory.
         startup: On a GPU, ``"fast"`` for CUDA graphs without torch.compile, or ``"compiled"``.
+        lora_kernels: On a GPU, ``"auto"`` for our LoRA kernels where they were tried, or ``"vllm"``.
         revision: The model's branch, tag or commit on the Hub.
         token: The Hub's access token; never printed.
         engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
@@ -106,6 +107,7 @@ class EngineConfig:
     max_model_len: int | None = field(validator=validators.optional(_positive))
     enforce_eager: bool | Literal["auto"] = field(validator=_yes_no_or_auto)
     startup: Startup = field(validator=_one_of("fast", "compiled"))
+    lora_kernels: LoraKernels = field(validator=_one_of("auto", "vllm"))
     revision: str | None
     token: str | None = field(repr=False)
     engine_args: Mapping[str, Any] = field(converter=dict, validator=_no_own_args)

@@ -41,7 +41,7 @@ from qlora_infer.requests.intake import Intake
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
-from qlora_infer.startup import Startup, with_defaults
+from qlora_infer.startup import LoraKernels, Startup, with_defaults, with_kernels
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -86,6 +86,8 @@ class QuantizedLoRAEngine:
         startup: On a GPU, ``"fast"`` captures CUDA graphs of decoding steps and does not compile, so that a model is
             there in less than a minute; ``"compiled"`` is vLLM's own default, which takes minutes to start.
             ``compilation_config`` in ``engine_args`` goes before it. On a CPU it makes no difference.
+        lora_kernels: On a GPU, ``"auto"`` computes LoRA with this library's kernels where they were tried (Hopper), and
+            with vLLM's own elsewhere; ``"vllm"`` always with vLLM's own, for whoever wants to compare.
         revision: The model's branch, tag or commit on the Hub.
         token: The Hub's access token, for the model and for adapters without one of their own. Never printed.
         engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
@@ -128,6 +130,7 @@ class QuantizedLoRAEngine:
         max_model_len: int | None = None,
         enforce_eager: bool | Literal["auto"] = "auto",
         startup: Startup = "fast",
+        lora_kernels: LoraKernels = "auto",
         revision: str | None = None,
         token: str | None = None,
         engine_args: Mapping[str, Any] | None = None,
@@ -148,6 +151,7 @@ class QuantizedLoRAEngine:
             max_model_len=max_model_len,
             enforce_eager=enforce_eager,
             startup=startup,
+            lora_kernels=lora_kernels,
             revision=revision,
             token=token,
             engine_args=engine_args or {},
@@ -197,6 +201,7 @@ class QuantizedLoRAEngine:
         max_lora_rank = self._loader.choose_rank(self._config.max_lora_rank, versions)
         engine_args = self._config.vllm_args(strategy_args, max_lora_rank=max_lora_rank)
         engine_args = with_defaults(engine_args, device=device, startup=self._config.startup)
+        engine_args = with_kernels(engine_args, self._config.lora_kernels, device=device)
         logger.info("starting with %s; this takes from half a minute to some minutes", self._config.model)
         began = time.monotonic()
         self._driver.start(engine_args)

@@ -12,6 +12,12 @@ logger = logging.getLogger("qlora_infer")
 #: How an engine on a GPU starts: with CUDA graphs for decoding alone, or compiled by torch as vLLM does by default.
 Startup = Literal["fast", "compiled"]
 
+#: Whose LoRA kernels a GPU computes with.
+LoraKernels = Literal["auto", "vllm"]
+
+#: Where vLLM's ``additional_config`` tells the workers that vLLM's own kernels are wanted (``kernels.install``).
+KERNELS_KEY = "qlora_infer_lora_kernels"
+
 #: On so few cores none is left idle for vLLM's own loop.
 FEW_CORES = 2
 
@@ -57,6 +63,23 @@ def with_defaults(engine_args: Mapping[str, Any], *, device: str, startup: Start
     if not GRAPH_SIZE_ARGS & engine_args.keys():
         compilation_config["cudagraph_capture_sizes"] = graph_sizes(engine_args.get("max_num_seqs"))
     return {**engine_args, "compilation_config": compilation_config}
+
+
+def with_kernels(engine_args: Mapping[str, Any], lora_kernels: LoraKernels, *, device: str) -> dict[str, Any]:
+    """The arguments, which tell the workers whose LoRA kernels are wanted.
+
+    Raises:
+        ValueError: vLLM's own are wanted where they answer wrongly: on a CPU.
+    """
+    if lora_kernels == "auto":
+        return dict(engine_args)
+    if device == "cpu":
+        raise ValueError(
+            'lora_kernels="vllm" is for GPUs: on a CPU vLLM\'s own LoRA kernels give base requests another request\'s '
+            'adapter; leave it "auto"'
+        )
+    additional_config = {**engine_args.get("additional_config", {}), KERNELS_KEY: lora_kernels}
+    return {**engine_args, "additional_config": additional_config}
 
 
 def graph_sizes(max_num_seqs: int | None) -> list[int]:

@@ -6,6 +6,8 @@ import inspect
 import logging
 from typing import Any
 
+from qlora_infer.startup import KERNELS_KEY
+
 logger = logging.getLogger("qlora_infer")
 
 #: What vLLM 0.32's layers find on the class of the CPU's LoRA kernels; a name beyond these is one we do not know.
@@ -37,7 +39,16 @@ def install() -> None:
     elif current_platform.is_cuda():
         name = _for_a_gpu(current_platform)
     if name is not None:
-        type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)
+        theirs = current_platform.get_punica_wrapper()
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: theirs if _vllms_are_wanted() else name)
+
+
+def _vllms_are_wanted() -> bool:
+    """Whether the engine that is starting was told ``lora_kernels="vllm"``."""
+    from vllm.config import get_current_vllm_config
+
+    additional_config = get_current_vllm_config().additional_config
+    return isinstance(additional_config, dict) and additional_config.get(KERNELS_KEY) == "vllm"
 
 
 def _for_a_cpu() -> str | None:
@@ -62,6 +73,13 @@ def _for_a_gpu(platform: Any) -> str | None:
     return "qlora_infer.kernels.gpu.FusedPunicaWrapper"
 
 
+def watch(manager: Any) -> None:
+    """Tell our kernels, where they are in use, the manager that knows each adapter's rank and modules."""
+    for wrapper in manager.punica_wrapper_mapping.values():
+        if hasattr(wrapper, "watch"):
+            wrapper.watch(manager)
+
+
 def ours_can_replace(theirs: type[Any]) -> bool:
     """Whether our kernels do what vLLM's class does; if not, whether that class is right is found out.
 
@@ -84,7 +102,7 @@ def ours_can_replace(theirs: type[Any]) -> bool:
 def differences_between(theirs: type[Any], ours: type[Any]) -> list[str]:
     """What vLLM's class has that ours was not written for: other parameters, other names."""
     differences = [f"new: {name}" for name in sorted(_public(theirs) - KNOWN_NAMES)]
-    for name in sorted(_public(ours) - {"update_metadata"}):  # which takes whatever there is, and hands it on
+    for name in sorted(_public(ours) - {"update_metadata", "watch"}):  # the first takes whatever there is
         if not callable(getattr(ours, name)) or name not in vars(ours):
             continue
         if name not in _public(theirs):

@@ -270,7 +270,8 @@ class Batch:
             if len(slots) > MOST_ROWS[block_m]:
                 continue  # no step of so many rows, and none that is padded to more, is cut so
             tiles = tiles_of(slots, block_m)
-            tiles[:, 2:TILE_HEAD] = [(heads or {}).get(int(slot), (1 << 30, -1)) for slot in tiles[:, 0]]
+            for tile in tiles:
+                tile[2:TILE_HEAD] = (heads or {}).get(int(tile[0]), (1 << 30, -1))
             count = max(len(tiles), self._num_tiles[block_m])  # what the last step had and this one has not, ends
             self._num_tiles[block_m] = len(tiles)
             on_host = torch.empty((count, TILE_HEAD + block_m), dtype=torch.int32, pin_memory=on_device.is_cuda)

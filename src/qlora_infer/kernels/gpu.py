@@ -26,18 +26,13 @@ NUM_BITS = 31
 
 
 class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
-    """vLLM's seam to its LoRA kernels, with ours behind it.
-
-    Attributes:
-        manager: vLLM's ``LoRAModelManager``, from when it is known on (``watch``): what tells each adapter's own rank, and
-            which modules it changes.
-    """
+    """vLLM's seam to its LoRA kernels, with ours behind it."""
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any) -> None:
         """Reserve what CUDA graphs will refer to."""
         self._uses_vllms_metadata = False
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-        self.manager: Any = None
+        self._manager: Any = None
         self._max_rows = max_num_batched_tokens
         self._tokens = Batch(max_num_batched_tokens, self.max_loras, device)
         self._prompts = Batch(max_num_batched_tokens, self.max_loras, device)
@@ -48,6 +43,10 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._has_pdl = torch.cuda.get_device_capability(device) >= (9, 0)
         self._key = len(_WRAPPERS)
         _WRAPPERS.append(weakref.ref(self))
+
+    def watch(self, manager: Any) -> None:
+        """From now on ask vLLM's ``LoRAModelManager`` for each adapter's own rank, and the modules that it changes."""
+        self._manager = manager
 
     # vLLM's metadata is sorted on the device, for which the host waits. It is made only once something asked for it.
 
@@ -181,11 +180,11 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
 
     def _heads_of(self, lora_index_to_id: list[int | None]) -> dict[int, tuple[int, int]]:
         """For each slot its adapter's rank, and the bits of the slices that it changes."""
-        if self.manager is None:
+        if self._manager is None:
             return {}
         heads = {}
         for slot, lora_id in enumerate(lora_index_to_id):
-            adapter = self.manager._registered_adapters.get(lora_id) if lora_id is not None else None
+            adapter = self._manager._registered_adapters.get(lora_id) if lora_id is not None else None
             if adapter is not None:
                 if adapter not in self._heads:
                     self._heads[adapter] = self._head_of(adapter)
@@ -195,8 +194,8 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     def _head_of(self, adapter: Any) -> tuple[int, int]:
         """An adapter's rank, in the steps of 8 that 16 bytes make, and the bits of what it changes."""
         rank, bits = 0, 0
-        for name, module in self.manager.modules.items():
-            weights = self.manager._get_lora_layer_weights(adapter, name)
+        for name, module in self._manager.modules.items():
+            weights = self._manager._get_lora_layer_weights(adapter, name)
             stacked = getattr(module, "lora_b_stacked", None)
             if not weights or stacked is None:
                 continue
@@ -210,13 +209,6 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
                     rank = max(rank, min(weight.shape))
                     bits |= 1 << (first_bit + piece)
         return -(-rank // 8) * 8, bits
-
-
-def watch(manager: Any) -> None:
-    """Tell the kernels of a manager where its adapters' ranks and modules are to be found."""
-    for wrapper in manager.punica_wrapper_mapping.values():
-        if isinstance(wrapper, FusedPunicaWrapper):
-            wrapper.manager = manager
 
 
 def _slots(ids: Sequence[int], slot_of: dict[int, int]) -> npt.NDArray[np.int32]:
