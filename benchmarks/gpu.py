@@ -133,6 +133,9 @@ def measure(model: Path, adapters: Mapping[str, Path], arguments: argparse.Names
         load_all(ours, adapters, arguments.json, settings)
         timed = Timed(ours, arguments.tokens, prompts)
         for against in arguments.against:
+            if time.monotonic() > deadline:
+                print(f"left out for lack of time: {against}", flush=True)
+                break
             with contextlib.ExitStack() as turn:
                 other = started(against, model, adapters, arguments)
                 turn.callback(other.close)

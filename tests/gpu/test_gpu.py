@@ -187,7 +187,7 @@ def test_a_killed_core_fails_every_request_and_frees_the_gpu(engines):
 
 
 def test_a_closed_engine_frees_the_gpu(engines, record_property):
-    """After close, what the GPU has in use is what it was before the engine started, to some 100 MiB."""
+    """After close, what the GPU has in use is what it was before the engine started, up to 1 GB."""
     if not engines.left_over:
         engines.get("awq")
     engines.close()
