@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from attrs import asdict, field, frozen
 from many_adapters import orders
 
-SORTED = {order: "Zipf, sorted by hand" for order in ("Zipf", "Zipf, sorted by hand")}
+SORTED = dict.fromkeys(("Zipf", "Zipf, sorted by hand"), "Zipf, sorted by hand")
 BY_HAND = "sorted by hand"
 
 
