@@ -57,10 +57,10 @@ for name in ${@:-tests 8b}; do
     bnb) bench bnb 240 --shape 1.1B --quantization bitsandbytes --adapters 0 1 32 --minutes 3 ;;
     pause) bench pause 240 --shape 8B --pause --adapters 16 --rank 64 --seqs 32 ;;
     tuning)
-      few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 --against ours)
-      bench specialize 120 "${few[@]}" --ours-args '{"specialize_active_lora": true}'
-      bench dual_stream 120 "${few[@]}" --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
-      bench breakable 120 "${few[@]}" --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=1 \
+      few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 256 --repeats 4 --against ours)
+      bench specialize 150 "${few[@]}" --ours-args '{"specialize_active_lora": true}'
+      bench dual_stream 150 "${few[@]}" --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
+      bench breakable 150 "${few[@]}" --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=1 \
         --ours-args '{"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}}'
       ;;
     *) echo "there is no part $name" && exit 2 ;;
