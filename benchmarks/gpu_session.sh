@@ -4,8 +4,8 @@
 #   OUT=FOLDER benchmarks/gpu_session.sh [PART...]
 #
 #   tests     tests/gpu: AWQ, GPTQ and bitsandbytes, 4 minutes
-#   8b        8 billion parameters, GPTQ, against plain vLLM, and as the original example starts it: 8 minutes
-#   awq       1.1 billion parameters, AWQ, up to 128 adapters: 4 minutes
+#   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
+#   awq       1.1 billion parameters, AWQ, up to 128 adapters; and as the original example starts it: 5 minutes
 #   bnb       1.1 billion parameters, bitsandbytes: 3 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
 #   tuning    settings that may pay, against this library's own: 6 minutes
@@ -48,19 +48,19 @@ part demo 200 bash -c build_demo
 for name in ${@:-tests 8b}; do
   case $name in
     tests)
-      part tests 330 python3 -m pytest tests/gpu -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
+      part tests 360 python3 -m pytest tests/gpu -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
         --durations 15 --junitxml "$OUT/tests.xml"
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
       ;;
-    8b) bench 8b 500 --shape 8B --quantization gptq --adapters 0 1 8 32 --against plain example --minutes 7 ;;
-    awq) bench awq 300 --shape 1.1B --quantization awq --adapters 0 1 8 32 128 --minutes 4 ;;
+    8b) bench 8b 480 --shape 8B --quantization gptq --minutes 6.5 ;;
+    awq) bench awq 360 --shape 1.1B --quantization awq --adapters 0 1 8 32 128 --against example plain --repeats 1 --minutes 4.5 ;;
     bnb) bench bnb 240 --shape 1.1B --quantization bitsandbytes --adapters 0 1 32 --minutes 3 ;;
     pause) bench pause 240 --shape 8B --pause --adapters 16 --rank 64 --seqs 32 ;;
     tuning)
-      few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 --against ours)
-      bench specialize 120 "${few[@]}" --ours-args '{"specialize_active_lora": true}'
-      bench dual_stream 120 "${few[@]}" --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
-      bench breakable 120 "${few[@]}" --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=1 \
+      few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 256 --repeats 4 --against ours)
+      bench specialize 150 "${few[@]}" --ours-args '{"specialize_active_lora": true}'
+      bench dual_stream 150 "${few[@]}" --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
+      bench breakable 150 "${few[@]}" --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=1 \
         --ours-args '{"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}}'
       ;;
     *) echo "there is no part $name" && exit 2 ;;

@@ -12,8 +12,9 @@ os.environ.setdefault("QLORA_INFER_TEST_ENGINE_ARGS", json.dumps({"gpu_memory_ut
 
 from engine.conftest import QUANTIZATIONS, Engines, awq, engine  # noqa: F401  # fixtures
 
-#: MiB of the GPU that a closed engine may leave in use: the driver's own housekeeping moves by some.
-LEFT_OVER = 200
+#: MiB of the GPU that a closed engine may leave in use. An engine takes 24,000 here; some 500 are the CUDA context of
+#: this process, which PEFT and bitsandbytes make when they are imported.
+LEFT_OVER = 1000
 
 
 def used_memory():
