@@ -144,39 +144,38 @@ def candidates(num_rows: int, rank: int) -> Iterator[tuple[str, Callable[[int, M
     def always(**settings: Any) -> Callable[[int, Module], Settings]:
         return lambda *_: Settings(**settings)
 
-    if num_rows <= 64:
+    if num_rows <= 64 and rank <= 16:
         yield "base", always()
-        yield "splits 4", always(splits=4)
-        yield "splits 4, bk256", always(splits=4, block_k=256)
-        yield "splits 16", always(splits=16)
-        yield "bk256 s2", always(block_k=256, stages=2)
-        yield "bn128", always(block_n=128)
+        yield "splits 16", always(splits=16, block_n=512)
         yield "bn512", always(block_n=512)
-        yield "bn512 w8", always(block_n=512, warps=8)
-        yield "w8", always(warps=8)
-        yield "words 8", always(words=8)
-        yield "words 32", always(words=32)
-        yield "splits 4 bk256 bn512 w8", always(splits=4, block_k=256, block_n=512, warps=8)
-    if num_rows in {64, 256}:
-        yield "bm32", always(block_m=32)
-        yield "bm32 splits 4", always(block_m=32, splits=4)
-        yield "bm32 splits 4 w8", always(block_m=32, splits=4, warps=8)
-        yield "bm32 splits 4 bn128", always(block_m=32, splits=4, block_n=128)
-        yield "bm64 splits 4 bn128", always(block_m=64, splits=4, block_n=128, block_k=64)
-    if num_rows == 256:
-        yield "bm16", always()
-        yield "bm16 splits 4", always(splits=4)
-        yield "bm16 splits 4 bn512 w8", always(splits=4, block_n=512, warps=8)
-        yield "bm64 splits 4 w8", always(block_m=64, splits=4, block_k=64, warps=8)
-    if num_rows > 256:
-        for splits in (1, 2, 4):
-            yield f"splits {splits}", always(block_m=64, splits=splits, block_k=64, block_n=128)
-            yield f"splits {splits} w8 bn256", always(block_m=64, splits=splits, block_k=64, block_n=256, warps=8)
-        yield "splits 2 s4", always(block_m=64, splits=2, block_k=64, block_n=128, stages=4)
-        yield "splits 2 bk128", always(block_m=64, splits=2, block_k=128, block_n=128)
-        yield "splits 2 w8", always(block_m=64, splits=2, block_k=64, block_n=128, warps=8)
-        yield "splits 2 bn64", always(block_m=64, splits=2, block_k=64, block_n=64)
-        yield "bm32 splits 2", always(block_m=32, splits=2, block_k=64)
+        yield "bn512 words 8", always(block_n=512, words=8)
+        yield "bn512 s4", always(block_n=512, stages=4)
+        yield "bn512 s2", always(block_n=512, stages=2)
+        yield "bn1024 w8", always(block_n=1024, warps=8, words=8)
+    if num_rows <= 64 and rank > 16:
+        yield "bn128", always(block_n=128, words=8)
+        yield "bn128 w8", always(block_n=128, words=8, warps=8)
+        yield "bn256", always(words=8)
+        yield "bn256 w8", always(words=8, warps=8)
+        yield "bn512 w8", always(block_n=512, words=8, warps=8)
+        yield "bn256 w8 splits 16", always(words=8, warps=8, splits=16)
+        yield "bn256 w8 splits 4 bk256", always(words=8, warps=8, splits=4, block_k=256)
+        yield "bn256 w8 words 16", always(words=16, warps=8)
+    if 64 < num_rows <= 512:
+        yield "bm32", always(block_m=32, words=8)
+        yield "bm32 w8", always(block_m=32, warps=8, words=8)
+        yield "bm32 bn512 w8", always(block_m=32, block_n=512, warps=8, words=8)
+        yield "bm32 bn128", always(block_m=32, block_n=128, words=8)
+        yield "bm16 bn512", always(block_n=512, words=8)
+        yield "bm16 w8", always(block_n=512, words=8, warps=8)
+        yield "bm64 splits 4 w8", always(block_m=64, splits=4, block_k=64, warps=8, words=8)
+    if num_rows > 512:
+        yield "splits 1", always(block_m=64, splits=1, block_k=64, block_n=128)
+        yield "splits 1 w8 bn256", always(block_m=64, splits=1, block_k=64, block_n=256, warps=8)
+        yield "splits 1 bk128", always(block_m=64, splits=1, block_k=128, block_n=128)
+        yield "splits 1 s4", always(block_m=64, splits=1, block_k=64, block_n=128, stages=4)
+        yield "splits 2", always(block_m=64, splits=2, block_k=64, block_n=128)
+        yield "splits 1 bn256", always(block_m=64, splits=1, block_k=64, block_n=256)
 
 
 def tune(arguments: argparse.Namespace) -> None:
@@ -211,7 +210,7 @@ def compile_all(arguments: argparse.Namespace) -> None:
             + ["--cases", f"{rows}x{adapters}", "--every", str(every), "--nth", str(nth)]
         )
         for rank in arguments.rank
-        for rows, adapters, every in ((64, 8, 4), (256, 8, 2), (4096, 8, 2))
+        for rows, adapters, every in ((64, 8, 4), (256, 8, 3), (4096, 8, 3))
         if (rows, adapters) in arguments.cases
         for nth in range(every)
     ]

@@ -75,7 +75,7 @@ def with_kernels(engine_args: Mapping[str, Any], lora_kernels: LoraKernels, *, d
         return dict(engine_args)
     if device == "cpu":
         raise ValueError(
-            'lora_kernels="vllm" is for GPUs: on a CPU vLLM\'s own LoRA kernels give base requests another request\'s '
+            "lora_kernels=\"vllm\" is for GPUs: on a CPU vLLM's own LoRA kernels give base requests another request's "
             'adapter; leave it "auto"'
         )
     additional_config = {**engine_args.get("additional_config", {}), KERNELS_KEY: lora_kernels}

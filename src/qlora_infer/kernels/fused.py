@@ -27,7 +27,7 @@ import triton.language as tl
 from attrs import define, field, frozen
 
 #: The sizes of tiles that a batch is cut into, and the most rows of a step that is cut so (``settings_for``).
-MOST_ROWS = {16: 128, 32: 1024, 64: 1 << 20}
+MOST_ROWS = {16: 512, 32: 1024, 64: 1 << 20}
 #: Numbers that a tile begins with: slot (-1: none), number of rows, rank, bits of the slices that its adapter changes.
 TILE_HEAD = 4
 #: The most partial sums of a tile and slice, for each rank.
@@ -119,8 +119,9 @@ def _shrink(
         if PDL:
             tl.extra.cuda.gdc_wait()
         now = tl.load(rounds + tile_slice * 2) + 1
+        chunk = tl.multiple_of(split * chunk_k, 16)  # lets the compiler load 16 bytes at a time
         for start in range(0, chunk_k, BLOCK_K):
-            k = split * chunk_k + start + tl.arange(0, BLOCK_K)
+            k = chunk + start + tl.arange(0, BLOCK_K)
             x_at = x + at_row[:, None] * x_stride + k[None, :]
             a_at = a + r[None, :] * K + k[:, None]
             if EVEN_K:
@@ -346,9 +347,9 @@ class Scratch:
 
 #: How a module's work is cut up, by the most rows for which it is so (``benchmarks/gpu_lora.py --tune``, on an H100).
 SETTINGS = {
-    64: Settings(block_n=512),
-    512: Settings(block_m=32),
-    1 << 20: Settings(block_m=64, splits=2, block_k=64, block_n=128),
+    64: Settings(block_n=512, words=8),
+    512: Settings(block_m=32, words=8),
+    1 << 20: Settings(block_m=64, splits=1, block_k=64, block_n=128),
 }
 
 
