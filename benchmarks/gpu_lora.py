@@ -13,7 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ MODULES = {
     "down_proj": (14336, (4096,)),
 }
 SLOTS = 8
+#: Processes that compile for each rank.
+NUM_JOBS = 7
 #: What a large copy reaches, bytes a second, by the GPU's name.
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
 
@@ -59,12 +62,11 @@ class Step:
             sizes: torch.randn(num_rows, sum(sizes), device="cuda", dtype=self.dtype) for _, sizes in MODULES.values()
         }
 
-    def ours(self, settings: Callable[[int, Module], Settings] | None = None, only: int | None = None) -> None:
+    def ours(self, settings: Settings | None = None) -> None:
         """Run every module with our kernels."""
-        for module, _, _ in self.weights[:only]:
+        for module, _, _ in self.weights:
             x, y = self.inputs[module.num_inputs], self.outputs[module.sizes]
-            chosen = None if settings is None else settings(len(x), module)
-            fused.add_lora(y, x, module, self.batch, self.scratch, pdl=True, settings=chosen)
+            fused.add_lora(y, x, module, self.batch, self.scratch, pdl=True, settings=settings)
 
     def vllms(self, meta: Any) -> None:
         """Run every module with vLLM's kernels."""
@@ -76,7 +78,7 @@ class Step:
             lora_shrink(x, a, buffer, *meta.meta_args(len(x), False), 1.0)
             lora_expand(buffer, b, y, *meta.meta_args(len(x), False), offset_start=0, add_inputs=True)
 
-    def error(self, settings: Callable[[int, Module], Settings] | None = None) -> float:
+    def error(self, settings: Settings | None = None) -> float:
         """The largest relative error of a layer's four modules against float64."""
         worst = 0.0
         for module, a, b in self.weights[:4]:
@@ -89,11 +91,24 @@ class Step:
                 for piece, a_piece, b_piece in zip(pieces, a, b, strict=True):
                     piece[rows] += x[rows].double() @ a_piece[slot, 0].double().T @ b_piece[slot, 0].double().T
             base = y.double()
-            chosen = None if settings is None else settings(len(x), module)
-            fused.add_lora(y, x, module, self.batch, self.scratch, pdl=True, settings=chosen)
+            fused.add_lora(y, x, module, self.batch, self.scratch, pdl=True, settings=settings)
             delta = expected - base
             worst = max(worst, float((y.double() - expected).norm() / delta.norm()))
         return worst
+
+    def tried(self, settings: Settings) -> str:
+        """Cells of a table: the time on the GPU and on the host, and the error; or what does not fit."""
+        try:
+            error = self.error(settings)
+            ms, us = graph_ms(partial(self.ours, settings)), host_us(partial(self.ours, settings)) / len(self.weights)
+        except Exception as fault:  # a setting that does not fit is a result
+            return f"{str(fault)[:80]!r} | | "
+        return f"{ms:.3f} | {us:.0f} | {error:.1e}"
+
+    def free(self) -> None:
+        """Give the weights' memory back."""
+        self.weights.clear()
+        torch.cuda.empty_cache()
 
     def floor(self, num_adapters: int) -> float:
         """Milliseconds to read the adapters' weights once."""
@@ -138,81 +153,55 @@ def host_us(work: Callable[[], None]) -> float:
     return statistics.median(times) * 1e6
 
 
-def candidates(num_rows: int, rank: int) -> Iterator[tuple[str, Callable[[int, Module], Settings]]]:
-    """Settings to try: a base, and what differs from it in one or two things."""
-
-    def always(**settings: Any) -> Callable[[int, Module], Settings]:
-        return lambda *_: Settings(**settings)
-
-    if num_rows <= 64 and rank <= 16:
-        yield "base", always()
-        yield "splits 16", always(splits=16, block_n=512)
-        yield "bn512", always(block_n=512)
-        yield "bn512 words 8", always(block_n=512, words=8)
-        yield "bn512 s4", always(block_n=512, stages=4)
-        yield "bn512 s2", always(block_n=512, stages=2)
-        yield "bn1024 w8", always(block_n=1024, warps=8, words=8)
-    if num_rows <= 64 and rank > 16:
-        yield "bn128", always(block_n=128, words=8)
-        yield "bn128 w8", always(block_n=128, words=8, warps=8)
-        yield "bn256", always(words=8)
-        yield "bn256 w8", always(words=8, warps=8)
-        yield "bn512 w8", always(block_n=512, words=8, warps=8)
-        yield "bn256 w8 splits 16", always(words=8, warps=8, splits=16)
-        yield "bn256 w8 splits 4 bk256", always(words=8, warps=8, splits=4, block_k=256)
-        yield "bn256 w8 words 16", always(words=16, warps=8)
-    if 64 < num_rows <= 512:
-        yield "bm32", always(block_m=32, words=8)
-        yield "bm32 w8", always(block_m=32, warps=8, words=8)
-        yield "bm32 bn512 w8", always(block_m=32, block_n=512, warps=8, words=8)
-        yield "bm32 bn128", always(block_m=32, block_n=128, words=8)
-        yield "bm16 bn512", always(block_n=512, words=8)
-        yield "bm16 w8", always(block_n=512, words=8, warps=8)
-        yield "bm64 splits 4 w8", always(block_m=64, splits=4, block_k=64, warps=8, words=8)
+def candidates(num_rows: int, rank: int) -> list[Settings]:
+    """Settings to try for steps of so many rows."""
     if num_rows > 512:
-        yield "splits 1", always(block_m=64, splits=1, block_k=64, block_n=128)
-        yield "splits 1 w8 bn256", always(block_m=64, splits=1, block_k=64, block_n=256, warps=8)
-        yield "splits 1 bk128", always(block_m=64, splits=1, block_k=128, block_n=128)
-        yield "splits 1 s4", always(block_m=64, splits=1, block_k=64, block_n=128, stages=4)
-        yield "splits 2", always(block_m=64, splits=2, block_k=64, block_n=128)
-        yield "splits 1 bn256", always(block_m=64, splits=1, block_k=64, block_n=256)
+        large = partial(Settings, block_m=64, splits=1, block_k=64, block_n=128)
+        return [
+            *(large(), large(stages=4), large(block_k=128), large(splits=2)),
+            *(large(block_n=256), large(block_n=256, warps=8)),
+        ]
+    if num_rows > 64:
+        few = partial(Settings, words=8)
+        return [
+            *(few(block_n=512), few(block_n=512, warps=8)),
+            *(few(block_m=32), few(block_m=32, warps=8), few(block_m=32, block_n=512, warps=8)),
+            *(few(block_m=32, block_n=128), few(block_m=64, splits=4, block_k=64, warps=8)),
+        ]
+    if rank > 16:
+        wide = partial(Settings, words=8)
+        return [
+            *(wide(block_n=128), wide(block_n=128, warps=8), wide(), wide(warps=8), wide(block_n=512, warps=8)),
+            *(wide(warps=8, splits=16), wide(warps=8, splits=4, block_k=256), wide(warps=8, words=16)),
+        ]
+    return [
+        *(Settings(), Settings(block_n=512), Settings(block_n=512, words=8), Settings(block_n=512, splits=16)),
+        *(Settings(block_n=512, stages=2), Settings(block_n=512, stages=4), Settings(block_n=1024, warps=8, words=8)),
+    ]
 
 
 def tune(arguments: argparse.Namespace) -> None:
     """Print every candidate's time."""
+    print(
+        "| rank | rows x adapters | ms | host, us a module | error | settings |\n| --- | --- | --- | --- | --- | --- |"
+    )
     for rank in arguments.rank:
         step = Step(rank, layers=arguments.layers)
         for num_rows, num_adapters in arguments.cases:
             step.rows(num_rows, num_adapters)
-            for name, settings in candidates(num_rows, rank):
-                try:
-                    error = step.error(settings)
-                    ms = graph_ms(lambda settings=settings: step.ours(settings))  # type: ignore[misc]
-                    host = host_us(lambda settings=settings: step.ours(settings)) / len(step.weights)  # type: ignore[misc]
-                except Exception as fault:  # a setting that does not fit is a result
-                    print(f"| {rank} | {num_rows} x {num_adapters} | {name} | {str(fault)[:80]!r} |", flush=True)
-                    continue
-                wrong = "" if error < 2e-2 else " WRONG"
-                print(
-                    f"| {rank} | {num_rows} x {num_adapters} | {name} | {ms:.3f} | {host:.0f} us | {error:.1e}{wrong} |",
-                    flush=True,
-                )
-        del step
-        torch.cuda.empty_cache()
+            for settings in candidates(num_rows, rank):
+                print(f"| {rank} | {num_rows} x {num_adapters} | {step.tried(settings)} | {settings} |", flush=True)
+        step.free()
 
 
 def compile_all(arguments: argparse.Namespace) -> None:
-    """Compile what ``tune`` needs in many processes: they share a cache on disk."""
+    """Compile what ``tune`` needs in many processes, which share a cache on disk."""
     begin = time.perf_counter()
+    some = [sys.executable, __file__, "--compile", "--layers", "1", "--cases", "64x8", "256x8", "4096x8"]
     jobs = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--compile", "--layers", "1", "--rank", str(rank)]
-            + ["--cases", f"{rows}x{adapters}", "--every", str(every), "--nth", str(nth)]
-        )
+        subprocess.Popen([*some, "--rank", str(rank), "--nth", str(nth)])
         for rank in arguments.rank
-        for rows, adapters, every in ((64, 8, 4), (256, 8, 3), (4096, 8, 3))
-        if (rows, adapters) in arguments.cases
-        for nth in range(every)
+        for nth in range(NUM_JOBS)
     ]
     for job in jobs:
         job.wait()
@@ -224,12 +213,8 @@ def compile_some(arguments: argparse.Namespace) -> None:
     step = Step(arguments.rank[0], layers=1)
     for num_rows, num_adapters in arguments.cases:
         step.rows(num_rows, num_adapters)
-        for nth, (_, settings) in enumerate(candidates(num_rows, arguments.rank[0])):
-            if nth % arguments.every == arguments.nth:
-                try:
-                    step.ours(settings)
-                except Exception as fault:
-                    print(fault)
+        for settings in candidates(num_rows, arguments.rank[0])[arguments.nth :: NUM_JOBS]:
+            step.tried(settings)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -245,15 +230,14 @@ def compare(arguments: argparse.Namespace) -> None:
             meta = LoRAKernelMeta.make(SLOTS, num_rows, "cuda")
             meta.prepare_tensors(torch.from_numpy(step.slots).cuda())
             error = step.error()
-            theirs = graph_ms(lambda: step.vllms(meta))
+            theirs = graph_ms(partial(step.vllms, meta))
             ours = graph_ms(step.ours)
             print(
                 f"| {rank} | {num_rows} x {num_adapters} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | "
                 f"{step.floor(num_adapters):.2f} | {error:.1e} |",
                 flush=True,
             )
-        del step
-        torch.cuda.empty_cache()
+        step.free()
 
 
 def main() -> None:
@@ -261,7 +245,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--every", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--nth", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--layers", type=int, default=32)

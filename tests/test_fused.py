@@ -1,5 +1,9 @@
 """LoRA's kernel for GPUs against float64: on a GPU where there is one, else in Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -123,7 +127,7 @@ def test_an_adapter_costs_its_own_rank():
         b[:, :, :, 8:] = float("nan")
     slots = np.asarray([0, 1, -1, 2, 2], np.int32)
     x, y = case.rows(5, 64), case.rows(5, 48)
-    case.batch.update(slots, {slot: (8, -1) for slot in range(3)})
+    case.batch.update(slots, dict.fromkeys(range(3), (8, -1)))
     fused.add_lora(y, x, case.module, case.batch, case.scratch, pdl=PDL)
     assert not y.isnan().any()
 
@@ -176,6 +180,46 @@ def test_tiles_hold_each_row_once(slots, block_m):
 
 def test_settings_fit_the_memory_that_is_there():
     """Every setting's tiles exist for the steps that it is for, and its partial sums have room."""
-    for most_rows, chosen in fused.SETTINGS.items():
-        assert most_rows <= fused.MOST_ROWS[chosen.block_m]
-        assert chosen.splits * chosen.block_m <= fused.SUMS_OF_TILE
+    for by_rows in fused.SETTINGS.values():
+        for most_rows, chosen in by_rows.items():
+            assert most_rows <= fused.MOST_ROWS[chosen.block_m]
+            assert chosen.splits * chosen.block_m <= fused.SUMS_OF_TILE
+            assert chosen.splits.bit_count() == 1
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from qlora_infer.kernels import fused
+
+kernel, chosen = fused.lora_kernel, fused.settings_for(64, 16)
+names = kernel.arg_names
+pointers = {"x": "*fp16", "y": "*fp16", "a_pointers": "*i64", "b_pointers": "*i64", "sums": "*i64", "rounds": "*i32"}
+pointers |= {"tiles": "*i32", "blocks": "*i32"}
+integers = ["num_tiles", "num_blocks", "K", "chunk_k", "x_stride", "y_stride", "a_slot_stride", "first_bit"]
+constants = dict(
+    SLICES=3, SPLITS=chosen.splits, RANK=16, BLOCK_R=16, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
+    BLOCK_K=chosen.block_k, SUMS=4096, AT_ONCE=8, EVEN_K=True, ALIGNED=True, SHRUNK=False, ADD=True, PDL=True,
+    launch_pdl=True,
+)
+signature = {name: "constexpr" for name in names} | pointers | {name: "i32" for name in integers}
+multiples = [*pointers, "K", "x_stride", "y_stride", "a_slot_stride"]
+source = ASTSource(
+    fn=kernel,
+    signature=signature,
+    constexprs={(names.index(name),): value for name, value in constants.items()},
+    attrs={(names.index(name),): [["tt.divisibility", 16]] for name in multiples},
+)
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 4}).asm["ptx"])
+"""
+
+
+def test_weights_are_read_16_bytes_at_a_time():
+    """Compiled for Hopper, the kernel reads A and x in asynchronous copies, and no single numbers of 16 bits."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "cp.async.cg.shared.global" in done.stdout
+    assert "ld.global.b16" not in done.stdout
+    assert "ld.global.v4.b32" in done.stdout

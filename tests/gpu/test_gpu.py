@@ -73,8 +73,8 @@ def test_the_fast_start_is_what_vllm_runs(awq):
     assert config.compilation_config.cudagraph_capture_sizes[-1] == config.scheduler_config.max_num_seqs
 
 
-def test_a_batch_of_everything_gives_what_each_gives_alone(engine, record_property):
-    """Base and three adapters in one batch of 16 give what each gives alone, within TOLERANCE; most the same tokens."""
+def test_a_batch_of_everything_gives_what_each_gives_alone(engine, request, record_property):
+    """Base and three adapters in one batch of 16 give what each gives alone, within TOLERANCE; AWQ, GPTQ to the token."""
     jobs = [(prompt, adapter) for prompt in PROMPTS for adapter in ADAPTERS]
     mixed = engine.generate([prompt for prompt, _ in jobs], GREEDY, adapter=[adapter for _, adapter in jobs])
     alone = [ask(engine, adapter, prompt=prompt) for prompt, adapter in jobs]
@@ -83,7 +83,8 @@ def test_a_batch_of_everything_gives_what_each_gives_alone(engine, record_proper
     record_property("largest_distance", max(distances))
     record_property("identical_tokens", f"{identical} of {len(jobs)}")
     assert max(distances) < TOLERANCE
-    assert identical >= len(jobs) - 4
+    # bitsandbytes unpacks its weights for a batch, and multiplies packed ones for one request.
+    assert identical >= (len(jobs) // 2 if request.node.callspec.params["engine"] == "bitsandbytes" else len(jobs))
 
 
 def test_a_base_request_is_untouched_by_adapters_in_its_batch(engine, record_property):
