@@ -32,6 +32,34 @@ def test_the_cpu_kernels_interface_is_the_one_that_we_replace():
     }
 
 
+def test_the_gpu_kernels_interface_is_the_one_that_we_replace():
+    """vLLM's GPU wrapper has the methods that ours has and was written for, and the manager tells what it asks."""
+    from vllm.config import VllmConfig
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as Theirs
+    from vllm.platforms.cuda import CudaPlatformBase
+
+    from qlora_infer.kernels import differences_between
+    from qlora_infer.kernels.gpu import FusedPunicaWrapper as Ours
+
+    assert differences_between(Theirs, Ours) == []
+    assert CudaPlatformBase.get_punica_wrapper() == "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
+    assert parameters(Theirs)[:3] == ["max_num_batched_tokens", "max_batches", "device"]
+    assert parameters(PunicaWrapperBase._update_base_metadata)[1:] == [
+        "mapping",
+        "lora_index_to_id",
+        "max_loras",
+        "vocab_size",
+    ]
+    source = inspect.getsource(Theirs)
+    assert "self.token_mapping_meta = LoRAKernelMeta.make(" in source
+    assert "self.prompt_mapping_meta.prepare_tensors(self.sampler_indices)" in source
+    assert parameters(LoRAModelManager._get_lora_layer_weights)[1:] == ["lora_model", "module_name"]
+    assert "self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY]" in inspect.getsource(LoRAModelManager)
+    assert "additional_config" in VllmConfig.__dataclass_fields__
+
+
 def test_a_platform_names_its_kernels_class():
     """CpuPlatform.get_punica_wrapper is the hook that kernels.install replaces."""
     from vllm.lora.punica_wrapper import punica_selector
