@@ -1,6 +1,7 @@
 """What this library touches of vLLM beyond its public methods: when vLLM changes it, these fail and name it."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -38,13 +39,16 @@ def test_the_gpu_kernels_interface_is_the_one_that_we_replace():
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as Theirs
-    from vllm.platforms.cuda import CudaPlatformBase
 
     from qlora_infer.kernels import differences_between
     from qlora_infer.kernels.gpu import FusedPunicaWrapper as Ours
 
     assert differences_between(Theirs, Ours) == []
-    assert CudaPlatformBase.get_punica_wrapper() == "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
+    import vllm
+
+    # The CPU build has not what importing the module needs.
+    platform = Path(vllm.__file__).with_name("platforms") / "cuda.py"
+    assert '"vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"' in platform.read_text()
     assert parameters(Theirs)[:3] == ["max_num_batched_tokens", "max_batches", "device"]
     assert parameters(PunicaWrapperBase._update_base_metadata)[1:] == [
         "mapping",
