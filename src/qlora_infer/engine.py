@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -686,6 +685,8 @@ def _vllm_backend() -> Backend:
 
 def _require_main_guard() -> None:
     # vLLM's core is spawned, which imports the script again; without the guard that would start another engine.
+    import multiprocessing  # a child has it already
+
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "the engine was made while its own child process imported the script: put the code that makes it under\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def effect(
     return AdapterEffect(
         adapter,
         len(changed),
-        statistics.fmean(changed),
+        _mean(changed),
         _distance(base, adapted),
         _distance(base, reference[0]) if reference else None,
         _distance(adapted, reference[1]) if reference else None,
@@ -102,11 +102,17 @@ def effect(
 
 
 def _distance(some: Sequence[Scores], others: Sequence[Scores]) -> float:
-    return statistics.fmean(
-        abs(one - other)
-        for a, b in zip(some, others, strict=True)
-        for one, other in zip(a.logprobs, b.logprobs, strict=True)
+    return _mean(
+        [
+            abs(one - other)
+            for a, b in zip(some, others, strict=True)
+            for one, other in zip(a.logprobs, b.logprobs, strict=True)
+        ]
     )
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
 
 
 def reference_scores(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 from collections.abc import Callable
@@ -92,6 +91,8 @@ class PendingRequest:
 
     async def wait_async(self, num_seen: float = END) -> None:
         """Let the event loop run until there are more outputs than ``num_seen``, or the end."""
+        import asyncio  # whoever awaits has it already, and who does not is spared a slow import
+
         loop = asyncio.get_running_loop()
         future = loop.create_future()
 
