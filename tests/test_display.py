@@ -102,14 +102,21 @@ def lines(text):
 
 
 def test_adapters_are_an_aligned_table():
-    """Names to the left, numbers to the right, also where letters are two columns wide; print and repr are the same."""
+    """Names to the left, numbers to the right, also where letters are two columns wide; repr is one line, that of a dict."""
     adapters = LoadedAdapters({"pirate": PIRATE, "日本語": JAPANESE})
     assert str(adapters) == lines("""
         adapter  version  rank  modules       MiB  weight  lineage    source
         pirate         2     8  60 of 210     5.0     2.0  quantized  me/pirate-lora
         日本語         1    64  210 of 210  123.0     1.0  unknown    ./ja
     """)
-    assert repr(adapters) == str(adapters)
+    assert repr(adapters) == f"{{'pirate': {PIRATE!r}, '日本語': {JAPANESE!r}}}"
+
+
+def test_columns_stay_aligned_whatever_stands_in_them():
+    """Wide letters and emojis take two columns, accents and circles around a letter none."""
+    words = ["cafe\u0301", "日本", "\N{SQUID}ab", "1\u20dd23"]
+    table = Table([(word, "|") for word in words], ["word", "end"])
+    assert table.text().splitlines() == ["word  end", "cafe\u0301  |", "日本  |", "\N{SQUID}ab  |", "1\u20dd23   |"]
 
 
 def test_adapters_are_a_table_in_a_notebook():
@@ -343,7 +350,7 @@ def test_hostile_names_and_texts_are_escaped(kind):
     shown = SHOWN[kind]
     parsed = page(shown)
     assert set(parsed.tags) <= {"table", "thead", "tbody", "tr", "th", "td"}
-    assert {name for name, _ in parsed.attributes} == {"dir", "style"}
+    assert {name for name, _ in parsed.attributes} == {"class", "dir", "style"}
     cells = [cell for row in parsed.rows for cell in row]
     assert any("<script>alert(1)</script>\"'&\\x1b[2J" in cell for cell in cells)
     printed = str(shown)
@@ -370,12 +377,21 @@ def test_tables_are_legible_on_light_and_dark_pages(kind):
     assert not any("color" in style or "background" in style for style in styles)
 
 
+@pytest.mark.parametrize("kind", SHOWN)
+def test_dollars_are_no_formulas(kind):
+    """Jupyter sets what stands between dollar signs as a formula, links and all, but not in these tables."""
+    classes = [value for name, value in page(SHOWN[kind]).attributes if name == "class"]
+    assert classes == ["tex2jax_ignore mathjax_ignore"] * len(SHOWN[kind]._tables())
+
+
 def test_ipython_shows_tables_in_notebooks_and_terminals():
     """IPython takes the HTML for a notebook, and the aligned text, not the repr, for a terminal."""
     formatter = DisplayFormatter()
     for shown in SHOWN.values():
         bundle, _ = formatter.format(shown)
         assert bundle == {"text/plain": str(shown), "text/html": shown._repr_html_()}
+    # Within another list, an output stays one line.
+    assert formatter.format([SHOWN["output"]])[0] == {"text/plain": f"[{SHOWN['output']!r}]"}
 
 
 def test_no_adapter_can_be_mistaken_for_the_base_model(tmp_path):

@@ -34,7 +34,9 @@ def shown(tmp_path_factory):
 def test_the_notebook_is_kept_without_outputs():
     """What is in the repository has never been run: no output, no number, no metadata of somebody's editor."""
     notebook = read_notebook()
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    assert all(
+        cell.outputs == [] and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code"
+    )
     assert all(cell.metadata == {} for cell in notebook.cells)
     assert notebook.metadata.kernelspec.name == "python3"
 

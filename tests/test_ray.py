@@ -46,7 +46,7 @@ def factory(**how):
     """A factory of engines whose answers say which adapter spoke; pickled by value, as users' own are."""
 
     def make_engine():
-        return fake_engine(backend=FakeEngine(**how), engine_args={"max_model_len": 50})
+        return fake_engine(backend=FakeEngine(**how), max_model_len=50)
 
     return make_engine
 

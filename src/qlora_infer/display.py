@@ -23,6 +23,8 @@ MAX_CHARS_IN_COLUMN = 50
 
 _START = "text-align:start;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;max-width:40em"
 _END = "text-align:end;vertical-align:top"
+# Notebooks set what stands between dollar signs as a formula; these classes, MathJax's own, keep a text as it is.
+_NO_FORMULAS = "tex2jax_ignore mathjax_ignore"
 
 Cell = str | int | float | None
 
@@ -59,7 +61,7 @@ class Table:
         first = "td" if self.header else "th"
         body = "".join(self._html_row(row, first, "td") for row in self._shown)
         rest = "".join(f"<p>{line}</p>" for line in self._rest())
-        return f"<table>{head}<tbody>{body}</tbody></table>{rest}"
+        return f'<table class="{_NO_FORMULAS}">{head}<tbody>{body}</tbody></table>{rest}'
 
     def _html_row(self, row: Sequence[Cell], first: str, others: str) -> str:
         tags = [first] + [others] * (len(row) - 1)
@@ -109,6 +111,15 @@ class Displayed(ABC):
         return {"text/plain": str(self), "text/html": self._repr_html_()}
 
 
+class DisplayedCollection(Displayed):
+    """The same for a ``list`` or a ``dict``, which IPython would otherwise show as its items' ``repr``."""
+
+    __slots__ = ()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+
 def cut(text: str, length: int) -> str:
     """The beginning of a text, with an ellipsis where something is left out."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
@@ -136,4 +147,10 @@ def _escape(char: str) -> str:
 
 def _width(text: str) -> int:
     """The columns of a terminal that a text takes."""
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+    return sum(map(_char_width, text))
+
+
+def _char_width(char: str) -> int:
+    if unicodedata.category(char) in ("Mn", "Me"):  # accents and the like stand over the letter before them
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1

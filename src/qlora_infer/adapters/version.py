@@ -13,7 +13,7 @@ from qlora_infer.adapters.manifest import AdapterManifest
 from qlora_infer.adapters.preflight import Fit
 from qlora_infer.adapters.snapshot import Snapshot
 from qlora_infer.adapters.source import AdapterSource, Writable
-from qlora_infer.display import Displayed, Table
+from qlora_infer.display import Displayed, DisplayedCollection, Table
 
 
 @frozen
@@ -66,11 +66,8 @@ class LoadedAdapter(Displayed):
         return [Table(rows)]
 
 
-class LoadedAdapters(Displayed, dict[str, LoadedAdapter]):
+class LoadedAdapters(DisplayedCollection, dict[str, LoadedAdapter]):
     """Adapters by name; a ``dict``, but for how it looks."""
-
-    def __repr__(self) -> str:
-        return str(self)
 
     def _tables(self) -> Sequence[Table]:
         header = ("adapter", "version", "rank", "modules", "MiB", "weight", "lineage", "source")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from qlora_infer.display import BASE_MODEL, Displayed, Table, cut
+from qlora_infer.display import BASE_MODEL, Displayed, DisplayedCollection, Table, cut
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
@@ -130,13 +130,13 @@ class GenerationOutput(Displayed):
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
     adapter: str | None
     adapter_id: int
-    prompt_logprobs: Sequence[Any] | None = field(repr=False)
+    prompt_logprobs: Sequence[Any] | None
     finished: bool
-    times: RequestTimes = field(repr=False)
+    times: RequestTimes
 
     @property
     def text(self) -> str:
@@ -188,7 +188,7 @@ class GenerationOutput(Displayed):
         return f"{len(self.prompt_token_ids)} token ids" if self.prompt is None else self.prompt
 
 
-class GenerationOutputs(Displayed, list[GenerationOutput]):
+class GenerationOutputs(DisplayedCollection, list[GenerationOutput]):
     """Outputs in the order of their prompts; a ``list``, but for how it looks."""
 
     def _tables(self) -> Sequence[Table]:
