@@ -171,7 +171,7 @@ def test_the_stage_refuses_what_it_cannot_read():
 
 
 def test_an_engine_that_dies_is_no_rows_fault():
-    """Its error is raised, so that Ray can run the batch again elsewhere, and no row is marked as wrong."""
+    """Its error is raised, which ends the job, and no row is marked as wrong."""
     backend = FakeEngine()
     stage = GenerationStage(lambda: fake_engine(backend=backend))
     backend.die()
@@ -315,6 +315,29 @@ def test_the_least_recently_used_adapter_is_unloaded(serving, adapters):
     names = [*adapters] * 6
     texts = [response.result().text for response in [ask(name, str(i)) for i, name in enumerate(names)]]
     assert [(text.split()[0], text.split()[-1]) for text in texts] == [(name, str(i)) for i, name in enumerate(names)]
+
+
+def test_a_client_that_hangs_up_during_a_load_harms_no_other(serving, url, adapters):
+    """The load that it began goes on for those who ask next, and the adapter stays."""
+
+    class Registry(dict):
+        """Takes its time once: not when it is asked whether there is such an adapter, but when that is loaded."""
+
+        num_asked = 0
+
+        def __getitem__(self, name):
+            self.num_asked += 1
+            if self.num_asked == 2:
+                time.sleep(3)
+            return super().__getitem__(name)
+
+    handle = serving(factory(), Registry(adapters))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json={"prompt": "one"}, headers={HEADER: "pirate"}, timeout=1)
+    pirate = handle.options(multiplexed_model_id="pirate")
+    assert pirate.generate.remote("two").result().text == "pirate says: two"
+    time.sleep(3)
+    assert pirate.generate.remote("three").result().text == "pirate says: three"
 
 
 def test_every_error_has_a_status():

@@ -98,8 +98,7 @@ class AdapterServer:
         self._engine = engine()
 
         async def load_adapter(name: str) -> _Loaded:
-            await asyncio.to_thread(self._engine.load_adapter, name, source_of(adapters, name))
-            return _Loaded(self._engine, name)
+            return await asyncio.to_thread(_Loaded, self._engine, name, adapters)
 
         self._load = serve.multiplexed(max_num_models_per_replica=max_adapters_per_replica)(load_adapter)
         self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -162,44 +161,53 @@ class AdapterServer:
 
     async def _ask(self, prompt: Any, sampling_params: Mapping[str, Any] | None, priority: int) -> RequestHandle:
         name = serve.get_multiplexed_model_id() or None
-        await self._require(name)
-        try:
-            # In a thread, because an adapter's chat template may take its time.
-            return await asyncio.to_thread(
-                self._engine.add_request,
-                prompt,
-                sampling_params,
-                adapter=name,
-                priority=priority,
-                timeout=self._timeout,
-                block=False,
-            )
-        except errors.AdapterNotLoadedError:  # Serve has unloaded it meanwhile, to make room for another
-            return await self._ask(prompt, sampling_params, priority)
+        while True:
+            # Whoever hangs up in the middle does not undo what others wait for.
+            loaded = await asyncio.shield(self._load_once(name)) if name else None
+            try:
+                # In a thread, because an adapter's chat template may take its time.
+                return await asyncio.to_thread(
+                    self._engine.add_request,
+                    prompt,
+                    sampling_params,
+                    adapter=name,
+                    priority=priority,
+                    timeout=self._timeout,
+                    block=False,
+                )
+            except errors.AdapterNotLoadedError:
+                # Again, if Serve has unloaded it meanwhile to make room for another.
+                if loaded is None or not loaded.was_unloaded:
+                    raise
 
-    async def _require(self, name: str | None) -> None:
-        """Load an adapter if it is not loaded, and count it as used."""
-        if name is None:
-            return
-        source_of(self._adapters, name)  # Serve would unload another adapter first, and then find that there is none
+    async def _load_once(self, name: str) -> _Loaded:
+        """An adapter, loaded now unless it is already, and counted as used."""
+        if name not in self._engine.adapters:
+            # Serve would unload another adapter first, and then find that there is none of this name.
+            await asyncio.to_thread(source_of, self._adapters, name)
         # Of several first requests at once, Serve 2.60 would believe for ever that the adapter is being loaded.
         async with self._loading[name]:
-            await self._load(name)
+            loaded: _Loaded = await self._load(name)
+        return loaded
 
 
 class _Loaded:
     """What Serve holds for a loaded adapter, and calls ``__del__`` of to unload it."""
 
-    def __init__(self, engine: QuantizedLoRAEngine, name: str) -> None:
-        self._engine: QuantizedLoRAEngine | None = engine
+    def __init__(self, engine: QuantizedLoRAEngine, name: str, adapters: Adapters) -> None:
+        self.was_unloaded = True  # until it is loaded
+        self._engine = engine
         self._name = name
+        engine.load_adapter(name, source_of(adapters, name))
+        self.was_unloaded = False
 
     def __del__(self) -> None:
         # Serve calls this, and Python does once more, when the adapter may be loaded again: only the first counts.
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            with contextlib.suppress(errors.AdapterNotLoadedError):
-                engine.unload_adapter(self._name)
+        if self.was_unloaded:
+            return
+        self.was_unloaded = True
+        with contextlib.suppress(errors.AdapterNotLoadedError):
+            self._engine.unload_adapter(self._name)
 
 
 def _read(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
