@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
+import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from ray import serve
@@ -161,53 +163,63 @@ class AdapterServer:
 
     async def _ask(self, prompt: Any, sampling_params: Mapping[str, Any] | None, priority: int) -> RequestHandle:
         name = serve.get_multiplexed_model_id() or None
-        while True:
-            # Whoever hangs up in the middle does not undo what others wait for.
-            loaded = await asyncio.shield(self._load_once(name)) if name else None
-            try:
-                # In a thread, because an adapter's chat template may take its time.
-                return await asyncio.to_thread(
-                    self._engine.add_request,
-                    prompt,
-                    sampling_params,
-                    adapter=name,
-                    priority=priority,
-                    timeout=self._timeout,
-                    block=False,
-                )
-            except errors.AdapterNotLoadedError:
-                # Again, if Serve has unloaded it meanwhile to make room for another.
-                if loaded is None or not loaded.was_unloaded:
-                    raise
+        add_request = functools.partial(
+            self._engine.add_request,
+            prompt,
+            sampling_params,
+            adapter=name,
+            priority=priority,
+            timeout=self._timeout,
+            block=False,
+        )
+        # In threads, because a chat template may take its time.
+        if name is None:
+            return await asyncio.to_thread(add_request)
+        # Whoever hangs up in the middle does not undo what others wait for.
+        return await asyncio.shield(self._with_adapter(name, add_request))
 
-    async def _load_once(self, name: str) -> _Loaded:
-        """An adapter, loaded now unless it is already, and counted as used."""
+    async def _with_adapter(self, name: str, add_request: Callable[[], RequestHandle]) -> RequestHandle:
+        """Load an adapter unless it is loaded, count it as used, and keep it until the request has it."""
         if name not in self._engine.adapters:
             # Serve would unload another adapter first, and then find that there is none of this name.
             await asyncio.to_thread(source_of, self._adapters, name)
         # Of several first requests at once, Serve 2.60 would believe for ever that the adapter is being loaded.
         async with self._loading[name]:
-            loaded: _Loaded = await self._load(name)
-        return loaded
+            loaded = await self._load(name)
+        # Nothing has run in between, so that Serve cannot have unloaded it.
+        with loaded:
+            return await asyncio.to_thread(add_request)
 
 
 class _Loaded:
-    """What Serve holds for a loaded adapter, and calls ``__del__`` of to unload it."""
+    """What Serve holds for a loaded adapter, and calls ``__del__`` of to unload it, once nobody is within."""
 
     def __init__(self, engine: QuantizedLoRAEngine, name: str, adapters: Adapters) -> None:
-        self.was_unloaded = True  # until it is loaded
-        self._engine = engine
+        self._engine: QuantizedLoRAEngine | None = None
         self._name = name
+        self._num_uses = 0
+        self._changed = threading.Condition()
         engine.load_adapter(name, source_of(adapters, name))
-        self.was_unloaded = False
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._num_uses += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._num_uses -= 1
+            self._changed.notify_all()
 
     def __del__(self) -> None:
         # Serve calls this, and Python does once more, when the adapter may be loaded again: only the first counts.
-        if self.was_unloaded:
+        engine, self._engine = self._engine, None
+        if engine is None:
             return
-        self.was_unloaded = True
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_uses)
         with contextlib.suppress(errors.AdapterNotLoadedError):
-            self._engine.unload_adapter(self._name)
+            engine.unload_adapter(self._name)
 
 
 def _read(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
