@@ -21,7 +21,8 @@ TEST_REQUIREMENTS = (
     *("fsspec>=2024.6", "aiohttp>=3.9"),  # adapters from URLs
     *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50"),  # a web service around the engine
     *("prometheus-client>=0.20", "opentelemetry-sdk>=1.25"),  # metrics and traces
-    *("nbclient>=0.10", "ipykernel>=6.29"),  # a notebook
+    *("nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.9"),  # notebooks
+    "ray[data,serve]>=2.60",  # several replicas
     *DOCS_REQUIREMENTS,
 )
 

@@ -28,6 +28,15 @@ MODULES = tuple(with_examples())
 NOT_EXECUTED: dict[tuple[str, str], str] = {
     ("docs/service.md", "import openai"): "needs the service: tests/test_fastapi_service.py runs it against one",
     ("docs/service.md", "from qlora_infer.testing import fake_engine"): "needs the example: run there, too",
+    **{
+        ("docs/ray.md", line): "needs a Ray: tests/test_ray.py runs the page on one"
+        for line in (
+            "from pathlib import Path",
+            "from ray import serve",
+            "from qlora_infer import AdapterNotLoadedError",
+            "def make_parallel_engine():",
+        )
+    },
 }
 
 LANGUAGES = {"python", "console", "text", "json", "yaml", "toml"}

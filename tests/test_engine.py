@@ -496,7 +496,7 @@ def test_a_step_that_hangs_does_not_hang_close(monkeypatch):
 def test_importing_the_package_loads_nothing_heavy():
     """import qlora_infer loads neither torch, vllm, transformers, numpy, huggingface_hub nor an optional package."""
     heavy = ("torch", "vllm", "transformers", "numpy", "huggingface_hub", "fsspec", "aiohttp")
-    heavy += ("prometheus_client", "opentelemetry")
+    heavy += ("prometheus_client", "opentelemetry", "ray")
     code = f"import sys, qlora_infer; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 

@@ -32,6 +32,7 @@ from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig
+from qlora_infer.display import Displayed, Table
 from qlora_infer.errors import EngineClosedError, EngineDeadError
 from qlora_infer.requests.arguments import conversation_list, prompt_list
 from qlora_infer.requests.driver import Driver
@@ -57,7 +58,7 @@ Sampling: TypeAlias = SamplingParams | Mapping[str, Any] | None
 Message = Mapping[str, Any]
 
 
-class QuantizedLoRAEngine:
+class QuantizedLoRAEngine(Displayed):
     """A quantized base model on vLLM that serves many LoRA adapters, which come and go while it runs.
 
     Any thread may call any method. An adapter is copied, checked and loaded before a request can name it, so that no
@@ -164,6 +165,7 @@ class QuantizedLoRAEngine:
         strategy = strategies.choose(config, model_config)
         strategy.check(config, model_config, platform)
         strategy_args = strategy.engine_args(config, model_config)
+        self._quantization = strategy.name
         self._config = config = choose_room(config, platform, model_config)
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
@@ -661,8 +663,23 @@ class QuantizedLoRAEngine:
         self.close()
 
     def __repr__(self) -> str:
-        state = "running" if self._close.alive else "closed"
-        return f"<QuantizedLoRAEngine {self._config.model} {state}, adapters: {', '.join(self.adapters) or 'none'}>"
+        names = ", ".join(self.adapters) or "none"
+        return f"<QuantizedLoRAEngine {self._config.model} {self._state}, adapters: {names}>"
+
+    @property
+    def _state(self) -> str:
+        return "running" if self.is_running else "dead" if self._close.alive else "closed"
+
+    def _tables(self) -> Sequence[Table]:
+        stats, adapters = self.stats(), self._cache.loaded()
+        rows = [
+            ("model", self._config.model),
+            ("quantization", self._quantization),
+            ("state", self._state),
+            ("requests", f"{stats.num_waiting} waiting, {stats.num_running} running"),
+            ("adapters", f"{len(adapters)}, {self._config.num_slots} in a batch at most"),
+        ]
+        return [Table(rows), *(adapters._tables() if adapters else ())]
 
 
 def _close(driver: Driver, copies: Copies, store: Path) -> None:

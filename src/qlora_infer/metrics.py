@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from qlora_infer.display import BASE_MODEL
 from qlora_infer.durations import BOUNDS, Durations
 from qlora_infer.errors import MissingDependencyError
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from qlora_infer.engine import QuantizedLoRAEngine
     from qlora_infer.requests.stats import AdapterStats, EngineStats
 
-#: The ``adapter`` label of requests without one; no adapter's name may have an "@".
-BASE_MODEL = "@base"
 
 #: One series: the values of its labels, and its own.
 Sample = tuple[tuple[str, ...], Any]

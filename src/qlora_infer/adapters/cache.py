@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.source import AdapterSource, Writable
-from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
+from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
 
 #: Versions of a name that are held: the one that serves, and the one before it.
@@ -189,10 +189,10 @@ class AdapterCache:
         self._let_go(version)
         self._copies.trim()
 
-    def loaded(self) -> dict[str, LoadedAdapter]:
+    def loaded(self) -> LoadedAdapters:
         """What may be named now, in the order of loading."""
         with self._lock:
-            return {name: held[-1].loaded() for name, held in self._held.items()}
+            return LoadedAdapters((name, held[-1].loaded()) for name, held in self._held.items())
 
     def held(self, name: str) -> list[LoadedAdapter]:
         """The versions of a name that requests may name exactly, the newest first.

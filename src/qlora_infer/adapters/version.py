@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from attrs import define, field, frozen
@@ -12,10 +13,11 @@ from qlora_infer.adapters.manifest import AdapterManifest
 from qlora_infer.adapters.preflight import Fit
 from qlora_infer.adapters.snapshot import Snapshot
 from qlora_infer.adapters.source import AdapterSource, Writable
+from qlora_infer.display import Displayed, DisplayedCollection, Table
 
 
 @frozen
-class LoadedAdapter:
+class LoadedAdapter(Displayed):
     """An adapter that requests may name.
 
     Attributes:
@@ -48,6 +50,41 @@ class LoadedAdapter:
     lineage: Lineage = "unknown"
     weight: float = 1.0
     carries: tuple[str, ...] = ()
+
+    def _tables(self) -> Sequence[Table]:
+        rows = [
+            ("name", self.name),
+            ("version", f"{self.version}, {self.digest[:12]}"),
+            ("source", self.source),
+            ("rank", str(self.rank)),
+            ("modules", f"{self.num_modules} of {self.num_model_modules}"),
+            ("size", f"{_mebibytes(self.num_bytes)} MiB"),
+            ("trained on", f"{self.base_model or 'it does not say'} ({self.lineage})"),
+            ("weight", str(self.weight)),
+            ("carries", ", ".join(self.carries) or "nothing beside its weights"),
+        ]
+        return [Table(rows)]
+
+
+class LoadedAdapters(DisplayedCollection, dict[str, LoadedAdapter]):
+    """Adapters by name; a ``dict``, but for how it looks."""
+
+    def _tables(self) -> Sequence[Table]:
+        header = ("adapter", "version", "rank", "modules", "MiB", "weight", "lineage", "source")
+        rows = [
+            (
+                name,
+                loaded.version,
+                loaded.rank,
+                f"{loaded.num_modules} of {loaded.num_model_modules}",
+                _mebibytes(loaded.num_bytes),
+                loaded.weight,
+                loaded.lineage,
+                loaded.source,
+            )
+            for name, loaded in self.items()
+        ]
+        return [Table(rows, header, empty="no adapters")]
 
 
 @define(eq=False)
@@ -122,3 +159,7 @@ class AdapterVersion:
             weight=self.weight,
             carries=self.carried.file_names,
         )
+
+
+def _mebibytes(num_bytes: int) -> float:
+    return round(num_bytes / (1 << 20), 1)

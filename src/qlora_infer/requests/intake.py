@@ -20,7 +20,7 @@ from qlora_infer.requests.arguments import (
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import RequestHandle
 from qlora_infer.requests.progress import with_progress
-from qlora_infer.requests.request import GenerationOutput, GenerationRequest, Prompt
+from qlora_infer.requests.request import GenerationOutput, GenerationOutputs, GenerationRequest, Prompt
 from qlora_infer.requests.window import answered
 from qlora_infer.tracing import RequestTracer
 
@@ -168,7 +168,7 @@ class Intake:
 
         outputs = answered(handles(), max_pending=None, in_order=False)
         by_id = {output.request_id: output for output in self._shown(outputs, len(prompts), use_tqdm=use_tqdm)}
-        return [by_id[request_id] for request_id in ids]
+        return GenerationOutputs(by_id[request_id] for request_id in ids)
 
     def answer_each(
         self,

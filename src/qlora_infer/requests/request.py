@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
+from qlora_infer.display import BASE_MODEL, Displayed, DisplayedCollection, Table, cut
+
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
 
@@ -108,7 +110,7 @@ class Completion:
 
 
 @frozen
-class GenerationOutput:
+class GenerationOutput(Displayed):
     """What a request has produced: all of it when ``finished``, the beginning of it before.
 
     ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` are those of the first completion.
@@ -128,13 +130,13 @@ class GenerationOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
     adapter: str | None
     adapter_id: int
-    prompt_logprobs: Sequence[Any] | None = field(repr=False)
+    prompt_logprobs: Sequence[Any] | None
     finished: bool
-    times: RequestTimes = field(repr=False)
+    times: RequestTimes
 
     @property
     def text(self) -> str:
@@ -160,3 +162,51 @@ class GenerationOutput:
     def logprobs(self) -> Sequence[Any] | None:
         """The first completion's log-probabilities; ``None`` unless asked for."""
         return self.completions[0].logprobs
+
+    def __repr__(self) -> str:
+        prompt = self.prompt if self.prompt is None else cut(self.prompt, 60)
+        return (
+            f"GenerationOutput(request_id={self.request_id!r}, adapter={self.adapter!r}, prompt={prompt!r}, "
+            f"text={cut(self.text, 60)!r}, num_tokens={self.num_tokens}, finish_reason={self.finish_reason!r})"
+        )
+
+    def _tables(self) -> Sequence[Table]:
+        one = len(self.completions) == 1
+        texts = [("text" if one else f"text {each.index + 1}", each.text) for each in self.completions]
+        reasons = [each.finish_reason or "unfinished" for each in self.completions]
+        rows = [
+            ("adapter", BASE_MODEL if self.adapter is None else f"{self.adapter} (id {self.adapter_id})"),
+            ("prompt", self._shown_prompt()),
+            *texts,
+            ("finish reason", ", ".join(reasons)),
+            ("tokens", f"{len(self.prompt_token_ids)} in the prompt, {self.num_tokens} generated"),
+            ("seconds", f"{_say(self.times.time_to_first_token)} to the first token, {_say(self.times.total)} in all"),
+        ]
+        return [Table(rows)]
+
+    def _shown_prompt(self) -> str:
+        return f"{len(self.prompt_token_ids)} token ids" if self.prompt is None else self.prompt
+
+
+class GenerationOutputs(DisplayedCollection, list[GenerationOutput]):
+    """Outputs in the order of their prompts; a ``list``, but for how it looks."""
+
+    def _tables(self) -> Sequence[Table]:
+        header = ("adapter", "prompt", "text", "finish reason", "tokens", "seconds")
+        rows = [
+            (
+                BASE_MODEL if output.adapter is None else output.adapter,
+                output._shown_prompt(),
+                each.text,
+                each.finish_reason,
+                len(each.token_ids),
+                None if output.times.total is None else round(output.times.total, 2),
+            )
+            for output in self
+            for each in output.completions
+        ]
+        return [Table(rows, header, empty="no outputs")]
+
+
+def _say(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.2f}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from attrs import define, field, frozen
 
 from qlora_infer.adapters.residency_stats import AdapterResidency
+from qlora_infer.display import BASE_MODEL, Displayed, Table
 from qlora_infer.durations import NONE, Durations
 from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.request import GenerationOutput, GenerationRequest
@@ -46,7 +48,7 @@ class AdapterStats:
 
 
 @frozen
-class EngineStats:
+class EngineStats(Displayed):
     """An engine's numbers at one moment; plain values that do not change.
 
     Attributes:
@@ -84,6 +86,50 @@ class EngineStats:
     def generation_tokens(self) -> int:
         """Tokens generated."""
         return sum(adapter.generation_tokens for adapter in self.adapters.values())
+
+    def _tables(self) -> Sequence[Table]:
+        header = (
+            *("adapter", "waiting", "running", "finished", "failed", "tokens in", "tokens out"),
+            *("queue ms", "first token ms", "swaps", "loads", "evictions", "in memory"),
+        )
+        # The base model first; an adapter without requests is in residency alone, the base model never is.
+        names = sorted({*self.adapters, *self.residency}, key=lambda name: name or "")
+        return [Table(self._totals()), Table([self._row(name) for name in names], header, empty="no requests yet")]
+
+    def _totals(self) -> list[tuple[str, str]]:
+        errors: Counter[str] = Counter()
+        for counts in self.adapters.values():
+            errors.update(counts.errors)
+        return [
+            ("engine", "running" if self.is_running else "not running"),
+            ("requests", f"{self.num_waiting} waiting, {self.num_running} running"),
+            ("adapters", f"{self.num_adapters_waiting} waiting for a slot"),
+            ("steps", f"{self.num_steps}, {_milliseconds(self.step_time) or 0.0} ms in the mean"),
+            ("tokens", f"{self.prompt_tokens} in prompts, {self.generation_tokens} generated"),
+            ("KV cache", f"{self.kv_cache_usage:.0%} in use"),
+            ("restarts", str(self.num_restarts)),
+            ("failed requests", _list(errors)),
+            ("failed loads", _list(self.load_errors)),
+        ]
+
+    def _row(self, name: str | None) -> Sequence[str | int | float | None]:
+        counts, residency = self.adapters.get(name, AdapterStats()), self.residency.get(name or "", AdapterResidency())
+        is_base = name is None
+        return (
+            BASE_MODEL if name is None else name,
+            counts.num_waiting,
+            counts.num_running,
+            counts.num_finished,
+            counts.num_failed,
+            counts.prompt_tokens,
+            counts.generation_tokens,
+            _milliseconds(counts.queue_time),
+            _milliseconds(counts.time_to_first_token),
+            None if is_base else counts.num_swaps,
+            None if is_base else residency.num_loads,
+            None if is_base else residency.num_evictions,
+            None if is_base else residency.num_resident,
+        )
 
 
 class StatsRecorder:
@@ -202,3 +248,11 @@ class StatsRecorder:
 
     def _of(self, pending: PendingRequest) -> AdapterStats:
         return self._adapters.setdefault(pending.request.adapter_name, AdapterStats())
+
+
+def _milliseconds(durations: Durations) -> float | None:
+    return None if durations.mean is None else round(durations.mean * 1000, 1)
+
+
+def _list(errors: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(errors.items())) or "none"

@@ -1,0 +1,21 @@
+"""More machines than one, on Ray: a stage of Ray Data and an application of Ray Serve, with an engine in each replica.
+
+``pip install 'qlora-infer[ray]'``. docs/ray.md says what it takes on a cluster.
+"""
+
+from qlora_infer.errors import MissingDependencyError
+
+try:
+    import pyarrow as _pyarrow  # noqa: F401
+    from ray import data as _data  # noqa: F401
+    from ray import serve as _serve  # noqa: F401
+except ImportError as error:
+    raise MissingDependencyError(
+        "qlora_infer.ray needs Ray with Ray Data and Ray Serve: pip install 'qlora-infer[ray]'"
+    ) from error
+
+from qlora_infer.ray.replica import Adapters, EngineFactory
+from qlora_infer.ray.server import AdapterServer, build_app
+from qlora_infer.ray.stage import GenerationStage
+
+__all__ = ["Adapters", "AdapterServer", "EngineFactory", "GenerationStage", "build_app"]

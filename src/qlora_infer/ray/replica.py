@@ -1,0 +1,31 @@
+"""What every replica is given: how to make its engine, and where its adapters come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from qlora_infer.engine import QuantizedLoRAEngine, Source
+from qlora_infer.errors import AdapterNotLoadedError
+
+#: Makes a replica's engine, in the replica's own process; pickled on its way there.
+EngineFactory: TypeAlias = Callable[[], QuantizedLoRAEngine]
+
+#: Where adapters come from, by name; each replica loads those that it is asked for. Pickled, as the factory is.
+Adapters: TypeAlias = Mapping[str, Source]
+
+_MOST_NAMES_TOLD = 20
+
+
+def source_of(adapters: Adapters, name: str) -> Source:
+    """Where an adapter comes from.
+
+    Raises:
+        AdapterNotLoadedError: No adapter has that name.
+    """
+    try:
+        return adapters[name]
+    except KeyError:
+        names = list(adapters)
+        told = ", ".join(names[:_MOST_NAMES_TOLD]) + (", …" if len(names) > _MOST_NAMES_TOLD else "")
+        raise AdapterNotLoadedError(name, f"there is no adapter {name!r} here; there are: {told or 'none'}") from None
