@@ -46,10 +46,11 @@ SHUTDOWN_TIMEOUT = 5.0
 
 @frozen
 class _Begun:
-    """A request that vLLM has, since when."""
+    """A request that vLLM has, since when, and its completions as they stand, by their index."""
 
     request: GenerationRequest
     admitted: float = field(factory=time.monotonic)
+    completions: dict[int, Completion] = field(factory=dict)
 
 
 class _SchedulerLog:
@@ -307,11 +308,13 @@ class VLLMBackend:
         request = begun.request
         if output.finished:
             del self._requests[output.request_id]
+        # Of several completions of a streamed request vLLM tells only the one that has changed.
+        begun.completions.update((completion.index, _completion(completion)) for completion in output.outputs)
         return GenerationOutput(
             request_id=request.request_id,
             prompt=request.prompt if isinstance(request.prompt, str) else None,
             prompt_token_ids=tuple(output.prompt_token_ids or ()),
-            completions=tuple(_completion(completion) for completion in output.outputs),
+            completions=tuple(completion for _, completion in sorted(begun.completions.items())),
             adapter=request.adapter_name,
             adapter_id=request.adapter.int_id if request.adapter else 0,
             prompt_logprobs=output.prompt_logprobs,

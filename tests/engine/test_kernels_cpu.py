@@ -173,7 +173,7 @@ def test_sums_are_rounded_as_torch_rounds_them(y, b, dtype):
     weights = torch.tensor([[[b]]], dtype=dtype)
     one, slot = torch.ones(1, 1, 1, dtype=dtype), np.zeros(1, np.int64)
     expected = (target.float() + weights[0].float()).to(dtype)
-    add_rows(target.data_ptr(), 1, one.data_ptr(), as_bits(one), as_bits(weights), slot, slot + 1, np.float32(1), 0, 1)
+    add_rows(target.data_ptr(), 1, one.data_ptr(), as_bits(one), as_bits(weights), slot, slot + 1, 0, 1, 1.0)
     torch.testing.assert_close(target, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -188,3 +188,16 @@ def test_a_killed_core_is_replaced(engines):
         assert engine._backend.pids != first
         assert engine.stats().num_restarts == 1
         assert nothing_is_held(engine)
+
+
+def test_a_handle_has_all_completions_of_its_request(awq):
+    """n=3 on a handle: the result has the three that ``generate`` gives, and what is read before never loses one."""
+    params = {"n": 3, "temperature": 1.0, "seed": 1, "max_tokens": 8}
+    (expected,) = awq.generate("my name is", params, adapter="pirate")
+    texts = [completion.text for completion in expected.completions]
+    handle = awq.add_request("my name is", params, adapter="pirate")
+    *_, last = parts = list(handle)
+    assert [completion.text for completion in handle.result().completions] == texts
+    assert [completion.text for completion in last.completions] == texts
+    lengths = [[len(completion.token_ids) for completion in part.completions] for part in parts]
+    assert all(len(before) <= len(after) for before, after in zip(lengths, lengths[1:]))

@@ -144,25 +144,27 @@ class Slice(NamedTuple):
     size: int
 
 
-@define(slots=False)
+@define
 class Plan:
     """What a layer does for a batch, while neither the batch nor the weights change.
 
     Attributes:
         batch: The batch.
+        tensors: The weights of all slices.
+        versions: Theirs, when the plan was made.
         slices: The slices that an adapter of the batch changes.
-        by_row: Whether they are added row by row.
-        weights: Those of all slices.
+        rows: For each of these, what ``add_rows`` is told besides y, x and the scale; empty to go by group.
     """
 
     batch: Batch
+    tensors: list[torch.Tensor]
+    versions: list[int]
     slices: list[Slice]
-    by_row: bool
-    weights: list[StackedWeights]
+    rows: list[tuple[Any, ...]]
 
     def holds_for(self, batch: Batch) -> bool:
         """Whether it is still right."""
-        return self.batch is batch and all(weights.is_current() for weights in self.weights)
+        return self.batch is batch and [tensor._version for tensor in self.tensors] == self.versions
 
 
 class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
@@ -284,10 +286,10 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             plan = self._plans[id(lora_a_stacked[0])] = self._plan(lora_a_stacked, lora_b_stacked, sizes, batch)
         if not plan.slices:
             return
-        x = x.reshape(-1, x.shape[-1])
-        y = y.view(-1, y.shape[-1])
-        if plan.by_row and y.dtype == x.dtype == lora_a_stacked[0].dtype and y.is_contiguous():
-            _add_by_row(y, x.contiguous(), plan.slices, scale, batch)
+        if x.dim() > 2 or y.dim() > 2:
+            x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if plan.rows and y.dtype == x.dtype == lora_a_stacked[0].dtype and y.is_contiguous():
+            _add_by_row(y, x.contiguous(), plan.rows, scale, len(batch.slots))
         else:
             _add_by_group(y, x, plan.slices, scale, batch)
 
@@ -298,18 +300,19 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         sizes: tuple[int, ...],
         batch: Batch,
     ) -> Plan:
-        plan, offset, work = Plan(batch, [], True, []), 0, 0
+        slices, offset, work = [], 0, 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, sizes, strict=True):
             weights = self._weights_of(a, b)
-            plan.weights.append(weights)
             rank = max(weights.ranks[slot] for slot, _ in batch.groups)
             if rank:
-                plan.slices.append(Slice(weights, offset, size))
-                plan.by_row &= weights.a_bits is not None
+                slices.append(Slice(weights, offset, size))
                 work += batch.num_rows * rank * (a.shape[-1] + size)
             offset += size
-        plan.by_row &= work <= ROWS_UP_TO * len(plan.slices) * len(batch.groups)
-        return plan
+        rows = [(w.a_bits, w.b_bits, batch.slots, w.rank_array, offset, size) for w, offset, size in slices]
+        if work > ROWS_UP_TO * len(slices) * len(batch.groups) or any(row[0] is None for row in rows):
+            rows = []
+        tensors = [*lora_a_stacked, *lora_b_stacked]
+        return Plan(batch, tensors, [tensor._version for tensor in tensors], slices, rows)
 
     def _weights_of(self, a: torch.Tensor, b: torch.Tensor) -> StackedWeights:
         weights = self._weights.get(id(a))
@@ -318,23 +321,14 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         return weights
 
 
-def _add_by_row(y: torch.Tensor, x: torch.Tensor, slices: Iterable[Slice], scale: float, batch: Batch) -> None:
+def _add_by_row(y: torch.Tensor, x: torch.Tensor, rows: Iterable[Any], scale: float, num_rows: int) -> None:
     """Add a layer's LoRA row by row."""
-    if len(batch.slots) > min(len(y), len(x)):
-        raise ValueError(f"{len(batch.slots)} rows have a slot, but there are {len(x)} inputs and {len(y)} outputs")
-    for weights, offset, size in slices:
-        add_rows(
-            y.data_ptr(),
-            y.shape[1],
-            x.data_ptr(),
-            weights.a_bits,
-            weights.b_bits,
-            batch.slots,
-            weights.rank_array,
-            np.float32(scale),
-            offset,
-            size,
-        )
+    width = y.shape[1]
+    if num_rows > min(y.shape[0], x.shape[0]):
+        raise ValueError(f"{num_rows} rows have a slot, but there are {len(x)} inputs and {len(y)} outputs")
+    y_address, x_address = y.data_ptr(), x.data_ptr()
+    for row in rows:
+        add_rows(y_address, width, x_address, *row, scale)
 
 
 def _add_by_group(y: torch.Tensor, x: torch.Tensor, slices: Iterable[Slice], scale: float, batch: Batch) -> None:

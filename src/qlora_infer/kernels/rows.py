@@ -87,9 +87,9 @@ def add_rows(
     b: npt.NDArray[Any],
     slots: npt.NDArray[np.int64],
     ranks: npt.NDArray[np.int64],
-    scale: np.float32,
     offset: int,
     size: int,
+    scale: float,
 ) -> None:
     """``y[i, offset:offset + size] += x[i] @ a[slots[i]].T @ b[slots[i]] * scale`` for each row, in place.
 
@@ -105,9 +105,9 @@ def add_rows(
         b: All slots' B, transposed, ``[max_loras, max_rank, at least size]``.
         slots: Each row's slot, ``[num_rows or fewer]``; rows with -1, and rows beyond, are not touched.
         ranks: How many ranks each slot uses, ``[max_loras]``.
-        scale: A factor.
         offset: Where in y the slice begins.
         size: How wide the slice is.
+        scale: A factor.
     """
     y = carray(_pointer(y_address, a), (len(slots), y_width))
     x = carray(_pointer(x_address, a), (len(slots), a.shape[2]))
@@ -122,7 +122,7 @@ def add_rows(
             inputs[k] = _read(source[k])
         for k in range(size):
             outputs[k] = _read(target[k])
-        _add_row(outputs, inputs, a[slot], b[slot], ranks[slot], scale)
+        _add_row(outputs, inputs, a[slot], b[slot], ranks[slot], np.float32(scale))
         for k in range(size):
             target[k] = _write(outputs[k], target[k])
 
@@ -165,4 +165,4 @@ def compile_for(dtype: torch.dtype) -> None:
     one = torch.zeros(1, 1, 1, dtype=dtype)
     weights, slot = as_bits(one), np.zeros(1, np.int64)
     if weights is not None:
-        add_rows(one.data_ptr(), 1, one.data_ptr(), weights, weights, slot, slot, np.float32(1), 0, 1)
+        add_rows(one.data_ptr(), 1, one.data_ptr(), weights, weights, slot, slot, 0, 1, 1.0)
