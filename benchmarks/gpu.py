@@ -1,181 +1,207 @@
-"""On a GPU: many adapters on few slots in orders that nobody sorted, and what this library costs where it wins nothing.
+"""On a GPU: many adapters on few slots, against plain vLLM on the same settings, and against the original example's.
 
-    python benchmarks/gpu.py --tokenizer FOLDER
+    python benchmarks/gpu.py
 
-Models have the shape of a Llama and random weights, for speed does not depend on them; only the tokenizer is read, from
-any model's folder. The same requests run in plain vLLM and in ours, in turn, with the same arguments.
+Models have the shape of a Llama and random weights, for speed does not depend on them. The same requests run in plain
+vLLM and in ours, in turn. Rows are printed as they come, and runs kept as lines of JSON (--json), so that what is
+cut off gives what it has. benchmarks/gpu_session.sh runs the parts one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
-import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import common
 import load_pause
-from many_adapters import orders
+import runs
+from llama_shapes import QUANTIZATIONS, SHAPES, model_and_adapters
+from runs import Cell, Comparison, Timed
 
-from qlora_infer.testing import write_adapter
+from qlora_infer import startup
 
-SHAPES = {
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "1.1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-}
-QUANTIZATIONS = {
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
-}
+#: What is asked of the original example's settings, which are slow.
+EXAMPLE_CELLS = [Cell(1, 1), Cell(1, 64), Cell(4, 64), Cell(32, 128)]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, help="a model's folder, to read it from; the demo model's by default")
+    parser.add_argument("--shape", default="8B", choices=SHAPES)
+    parser.add_argument("--quantization", default="gptq", choices=QUANTIZATIONS)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32], help="how many; 0 is the base model")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 64, 512])
+    parser.add_argument("--against", nargs="+", default=["plain"], choices=["plain", "example", "ours"])
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--seqs", type=int, default=64, help="max_num_seqs")
+    parser.add_argument("--tokens", type=int, default=64, help="of a prompt, and of an answer")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2, help="pairs of runs")
+    parser.add_argument("--minutes", type=float, default=8, help="after which no row is begun")
+    parser.add_argument("--json", type=Path, help="a file that every run is appended to")
+    parser.add_argument("--startup", default="fast", choices=["fast", "compiled"], help="of ours")
+    parser.add_argument(
+        "--ours-args", type=json.loads, default={}, metavar="JSON", help="vLLM's arguments, of ours only"
+    )
+    parser.add_argument("--ours-env", nargs="*", default=[], metavar="NAME=VALUE", help="of ours only")
+    parser.add_argument("--memory", type=float, default=0.35, help="gpu_memory_utilization of each side")
+    parser.add_argument("--pause", action="store_true", help="instead: what others feel while adapters are loaded")
+    parsed = parser.parse_args(arguments)
+    parsed.num_adapters = max(parsed.adapters)
+    if "example" in parsed.against:
+        parsed.num_adapters = max(parsed.num_adapters, *(cell.num_adapters for cell in EXAMPLE_CELLS))
+    return parsed
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--shape", default="8B", choices=SHAPES)
-    parser.add_argument("--quantization", default="gptq", choices=QUANTIZATIONS)
-    parser.add_argument("--adapters", type=int, default=32)
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=512)
-    parser.add_argument("--seqs", type=int, default=64, help="max_num_seqs")
-    parser.add_argument("--tokens", type=int, default=64, help="of a prompt, and of an answer")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--pause", action="store_true", help="instead: what others feel while adapters are loaded")
-    arguments = parser.parse_args()
-    if arguments.pause:
-        arguments.slots = 1
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 48, 64, 128, 256) if size <= arguments.seqs]
-    limits: dict[str, Any] = {
+    arguments = parse()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    startup.set_environment(device="cuda")
+    tokenizer = arguments.tokenizer or common.model_for("none")
+    print(f"{common.machine()}; {title(arguments)}", flush=True)
+    sizes = arguments.num_adapters, arguments.rank
+    with model_and_adapters(arguments.shape, arguments.quantization, tokenizer, *sizes) as made:
+        if arguments.pause:
+            measure_pause(*made, arguments)
+        else:
+            measure(*made, arguments, deadline)
+
+
+def title(arguments: argparse.Namespace) -> str:
+    """What is measured."""
+    changed = {**arguments.ours_args, **dict(pair.split("=", 1) for pair in arguments.ours_env)}
+    return (
+        f"{arguments.shape} {arguments.quantization}, rank {arguments.rank}, {arguments.slots} slots, max_num_seqs "
+        f"{arguments.seqs}, prompts and answers of {arguments.tokens} tokens, startup={arguments.startup}, "
+        f"{arguments.repeats} pairs" + (f", ours with {changed}" if changed else "")
+    )
+
+
+def limits(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What both sides are given."""
+    given = {
         "max_loras": arguments.slots,
         "max_lora_rank": arguments.rank,
-        "max_cpu_loras": arguments.adapters + arguments.slots,
+        "max_cpu_loras": arguments.num_adapters + arguments.slots,
         "max_model_len": 4 * arguments.tokens,
         "max_num_seqs": arguments.seqs,
         "enable_prefix_caching": False,
-        "gpu_memory_utilization": 0.35,
-        "load_format": "dummy",
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes},
+        "gpu_memory_utilization": arguments.memory,
     }
-    with model_and_adapters(arguments) as (model, adapters):
-        if arguments.pause:
-            measure_pause(model, adapters, limits, arguments)
-            return
-        engines: dict[str, Any] = {}
-        for name, start in (
-            ("plain", partial(common.Plain, model, arguments.quantization, adapters, **limits)),
-            ("ours", partial(common.Ours, model, arguments.quantization, adapters, **limits)),
-        ):
-            began = time.perf_counter()
-            engines[name] = start()
-            print(f"{name}: started in {time.perf_counter() - began:.0f} s", flush=True)
-        overhead = measure_overhead(engines, arguments)
-        print(common.machine(), flush=True)
-        print(common.table(("", "plain vLLM", "ours", "ours / plain"), overhead), flush=True)
-        rows = measure_orders(engines, arguments)
-        for engine in engines.values():
-            engine.close()
-    print(
-        f"\n{arguments.requests} requests of {arguments.adapters} adapters of rank {arguments.rank}, {arguments.slots} "
-        f"slots, max_num_seqs {arguments.seqs}, prompts and answers of {arguments.tokens} tokens, {arguments.shape} "
-        f"{arguments.quantization}, {arguments.repeats} pairs, tokens/s"
-    )
-    header = ("order", "plain vLLM", "ours", "ours / plain, same order", "ours / plain, sorted by hand", "swaps")
-    print(common.table(header, rows))
+    return given if arguments.quantization == "bitsandbytes" else {**given, "load_format": "dummy"}
 
 
-def measure_pause(
-    model: Path, adapters: dict[str, Path], limits: dict[str, Any], arguments: argparse.Namespace
-) -> None:
-    """Print the table of load_pause.py."""
-    limits = {**limits, "max_model_len": 8192}
-    sides: dict[str, load_pause.Side] = {
-        "plain vLLM": load_pause.PlainSide(common.Plain(model, arguments.quantization, adapters, **limits)),
-        "ours": load_pause.OurSide(common.Ours(model, arguments.quantization, {}, **limits), adapters),
-    }
-    table = load_pause.measure(sides, list(adapters), arguments.seqs // 2, arguments.repeats)
-    for side in sides.values():
-        side.close()
-    print(common.machine())
-    print(
-        f"{arguments.seqs // 2} streams, {arguments.adapters} adapters of rank {arguments.rank}, {arguments.shape} "
-        f"{arguments.quantization}"
-    )
-    print(table)
+def start(
+    side: str, model: Path, adapters: Mapping[str, Path], arguments: argparse.Namespace
+) -> common.Plain | common.Ours:
+    """Start one side: "plain", "example", "ours", or "changed", which is ours with what only it is given."""
+    given, quantization = limits(arguments), arguments.quantization
+    if side == "plain":
+        # As ours starts, so that only this library differs.
+        given = startup.with_defaults(given, device="cuda", startup=arguments.startup)
+        return common.Plain(model, quantization, adapters, disable_log_stats=False, **given)
+    if side == "example":
+        del given["max_cpu_loras"]
+        given |= {"max_loras": 4, "enforce_eager": True}
+        return common.Plain(model, quantization, adapters, disable_log_stats=False, **given)
+    if side == "changed":
+        given |= arguments.ours_args
+    return common.Ours(model, quantization, {}, startup=arguments.startup, **given)
 
 
-def measure_overhead(engines: dict[str, Any], arguments: argparse.Namespace) -> list[tuple[object, ...]]:
-    """The base model and one adapter, with one request and with a full batch several times over."""
-    rows = []
-    for number in (1, 4 * arguments.seqs):
-        for title, name in (("base model", None), ("one adapter", "a0")):
-            texts, params = prompts(number, arguments.tokens), lengths(number, arguments.tokens)
-            runs = {key: partial(speed, engine, texts, params, [name] * number) for key, engine in engines.items()}
-            for run in runs.values():
-                run()
-            measured = common.in_turn(2 * arguments.repeats, runs)
-            medians = [statistics.median(measured[key]) for key in ("plain", "ours")]
-            rows.append((f"{title}, {number} requests", *medians, common.ratio(measured, "ours", "plain")))
-    return rows
+def measure(model: Path, adapters: Mapping[str, Path], arguments: argparse.Namespace, deadline: float) -> None:
+    """Ours is started once; each that it is compared with is started, compared and closed."""
+    settings = {name: getattr(arguments, name) for name in ("shape", "quantization", "rank", "slots", "seqs", "tokens")}
+    settings |= {"startup": arguments.startup, "ours_args": arguments.ours_args, "ours_env": arguments.ours_env}
+    settings["machine"] = common.machine()
+    is_changed = bool(arguments.ours_args or arguments.ours_env)
+    right = "ours, changed" if "ours" in arguments.against else "ours"
+    with contextlib.ExitStack() as stack:
+        with environment(arguments.ours_env):
+            ours = started("changed" if is_changed else "ours", model, adapters, arguments)
+        stack.callback(ours.close)
+        load_all(ours, adapters, arguments.json, settings)
+        timed = Timed(ours, arguments.tokens, prompts)
+        for against in arguments.against:
+            if time.monotonic() > deadline:
+                print(f"left out for lack of time: {against}", flush=True)
+                break
+            with contextlib.ExitStack() as turn:
+                other = started(against, model, adapters, arguments)
+                turn.callback(other.close)
+                if against == "ours":
+                    load_all(other, adapters, None, settings)
+                left = against, Timed(other, arguments.tokens, prompts)
+                kept = settings | {"against": against}
+                compare(Comparison(left, (right, timed), arguments.repeats, deadline, kept, arguments.json), arguments)
 
 
-def measure_orders(engines: dict[str, Any], arguments: argparse.Namespace) -> list[tuple[object, ...]]:
-    """Each order, in plain and in ours."""
-    texts = prompts(arguments.requests, arguments.tokens)
-    params = lengths(arguments.requests, arguments.tokens)
-    speeds, swaps = {}, {}
-    for engine in engines.values():  # compiles kernels, and brings every adapter into host memory
-        speed(engine, texts, params, orders(arguments.adapters, arguments.requests)["interleaved"])
-    for order, names in orders(arguments.adapters, arguments.requests).items():
-        before = num_swaps(engines["ours"])
-        runs = {key: partial(speed, engine, texts, params, names) for key, engine in engines.items()}
-        speeds[order] = common.in_turn(arguments.repeats, runs)
-        swaps[order] = (num_swaps(engines["ours"]) - before) / arguments.repeats
-    rows = []
-    for order, measured in speeds.items():
-        by_hand = speeds["Zipf, sorted by hand" if "Zipf" in order else "sorted by hand"]["plain"]
-        rows.append(
-            (
-                order,
-                statistics.median(measured["plain"]),
-                statistics.median(measured["ours"]),
-                common.ratio(measured, "ours", "plain"),
-                statistics.median(measured["ours"]) / statistics.median(by_hand),
-                swaps[order],
-            )
-        )
-    return rows
+def compare(comparison: Comparison, arguments: argparse.Namespace) -> None:
+    """Warm both sides up, and print the tables."""
+    is_example = comparison.left[0] == "example"
+    cells = EXAMPLE_CELLS if is_example else list(runs.plan(arguments.adapters, arguments.requests, arguments.slots))
+    most = max(cell.num_adapters for cell in cells)
+    for _, side in (comparison.left, comparison.right):
+        # Kernels are compiled when they are met; and every adapter comes into host memory.
+        for cell in (Cell(0, 1), Cell(0, 2 * arguments.seqs), Cell(1, 1), Cell(1, 2 * arguments.seqs)):
+            side.run(cell, num_tokens=16)
+        side.run(Cell(most, max(most, 2 * arguments.seqs)), num_tokens=16)
+    comparison.measure(cells)
+    if most >= 2 * arguments.slots and not is_example and time.monotonic() < comparison.deadline:
+        print_swaps(comparison, [f"a{number}" for number in range(most)][: 4 * arguments.slots])
 
 
-def speed(engine: Any, texts: Sequence[Any], params: Sequence[Any], names: Sequence[str | None]) -> float:
-    """Generated tokens in a second."""
-    return common.tokens_per_second(partial(engine.run, texts, params, names))
+def print_swaps(comparison: Comparison, names: list[str]) -> None:
+    """What it takes to bring an adapter into a slot."""
+    sides = dict((comparison.left, comparison.right))
+    found = {name: side.swaps(names) for name, side in sides.items()}
+    for name, times in found.items():
+        runs.keep(comparison.path, {**comparison.settings, "side": name, "swap_ms": times})
+    rows = [(f"adapter {where}", *(times[where] for times in found.values())) for where in next(iter(found.values()))]
+    print("\n" + common.table(("a request of one token, ms", *found), rows), flush=True)
 
 
-def num_swaps(ours: common.Ours) -> int:
-    """How often an adapter was moved into a slot so far."""
-    return sum(adapter.num_swaps for adapter in ours.engine.stats().adapters.values())
+def load_all(ours: Any, adapters: Mapping[str, Path], path: Path | None, settings: Mapping[str, Any]) -> None:
+    """``load_adapter`` for each: copied, digested, checked, read, and moved into a slot once."""
+    times = []
+    for name, folder in adapters.items():
+        began = time.monotonic()
+        ours.engine.load_adapter(name, folder)
+        times.append(1e3 * (time.monotonic() - began))
+    if times:
+        print(f"load_adapter: {statistics.median(times):.0f} ms in the median of {len(times)}", flush=True)
+        runs.keep(path, {**settings, "side": "ours", "load_adapter_ms": statistics.median(times)})
+
+
+def started(side: str, *arguments: Any) -> Any:
+    """Start a side, and say how long it took."""
+    began = time.monotonic()
+    engine = start(side, *arguments)
+    print(f"started {side} in {time.monotonic() - began:.0f} s", flush=True)
+    return engine
+
+
+@contextlib.contextmanager
+def environment(pairs: Sequence[str]) -> Iterator[None]:
+    """Set environment variables, which the processes of an engine take over when they start."""
+    before = dict(os.environ)
+    os.environ.update(pair.split("=", 1) for pair in pairs)
+    try:
+        yield
+    finally:
+        for name in {pair.split("=", 1)[0] for pair in pairs}:
+            os.environ.pop(name)
+            os.environ.update({name: before[name]} if name in before else {})
 
 
 def prompts(number: int, num_tokens: int) -> list[list[int]]:
@@ -184,43 +210,20 @@ def prompts(number: int, num_tokens: int) -> list[list[int]]:
     return [[generator.randrange(1000, 20_000) for _ in range(num_tokens)] for _ in range(number)]
 
 
-def lengths(number: int, num_tokens: int) -> list[dict[str, Any]]:
-    """Greedy answers of exactly so many tokens."""
-    return [{"temperature": 0.0, "ignore_eos": True, "max_tokens": num_tokens}] * number
-
-
-@contextmanager
-def model_and_adapters(arguments: argparse.Namespace) -> Iterator[tuple[Path, dict[str, Path]]]:
-    """A model's folder without weights, and adapters that fit it."""
-    with tempfile.TemporaryDirectory() as temporary:
-        model = Path(temporary) / "model"
-        model.mkdir()
-        for path in arguments.tokenizer.glob("tokenizer*"):
-            shutil.copy(path, model)
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": "float16",
-            "hidden_act": "silu",
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "vocab_size": 49152,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **SHAPES[arguments.shape],
-            "quantization_config": QUANTIZATIONS[arguments.quantization],
-        }
-        (model / "config.json").write_text(json.dumps(config))
-        modules = common.llama_modules(model)
-        # Four contents in many folders: what is in them makes no difference to the time, writing them does.
-        for number in range(min(4, arguments.adapters)):
-            write_adapter(
-                Path(temporary) / f"a{number}", rank=arguments.rank, modules=modules, dtype="BF16", seed=number
-            )
-        for number in range(4, arguments.adapters):
-            shutil.copytree(Path(temporary) / f"a{number % 4}", Path(temporary) / f"a{number}")
-        yield model, {f"a{number}": Path(temporary) / f"a{number}" for number in range(arguments.adapters)}
+def measure_pause(model: Path, adapters: Mapping[str, Path], arguments: argparse.Namespace) -> None:
+    """Print the table of load_pause.py."""
+    arguments.slots = 1
+    given = {**limits(arguments), "max_model_len": 8192}
+    plain = common.Plain(model, arguments.quantization, adapters, **startup.with_defaults(given, device="cuda"))
+    ours = common.Ours(model, arguments.quantization, {}, **given)
+    sides: dict[str, load_pause.Side] = {
+        "plain vLLM": load_pause.PlainSide(plain),
+        "ours": load_pause.OurSide(ours, dict(adapters)),
+    }
+    table = load_pause.measure(sides, list(adapters), arguments.seqs // 2, arguments.repeats)
+    for side in sides.values():
+        side.close()
+    print(f"{arguments.seqs // 2} streams\n{table}")
 
 
 if __name__ == "__main__":

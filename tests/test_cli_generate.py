@@ -142,9 +142,12 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(workplace):
         "--prompts", workplace.prompts, "--output", workplace.output, "--sampling-params", LONG, "--max-pending", 21
     )
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: workplace.output.exists() and len(workplace.output.read_bytes().splitlines()) == 21)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        wait_for(lambda: workplace.output.exists() and len(workplace.output.read_bytes().splitlines()) == 21)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert f"21 more answers are in {workplace.output}: run the same again" in errors

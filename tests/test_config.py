@@ -15,6 +15,8 @@ VALID = {
     "max_disk_bytes": None,
     "max_model_len": None,
     "enforce_eager": False,
+    "startup": "fast",
+    "lora_kernels": "auto",
     "revision": None,
     "token": None,
     "engine_args": {},
@@ -45,6 +47,8 @@ VALID = {
         ("max_cpu_loras", "many", ValueError),
         ("max_model_len", -1, ValueError),
         ("enforce_eager", "yes", TypeError),
+        ("startup", "slow", ValueError),
+        ("lora_kernels", "mine", ValueError),
     ],
 )
 def test_a_wrong_argument_is_refused_by_its_name(argument, value, error):

@@ -1,10 +1,13 @@
 """What vLLM is told at its start where the user says nothing; no vLLM is needed."""
 
+import logging
 import os
 
 import pytest
 
 from qlora_infer import startup
+from qlora_infer.quantization import Platform
+from qlora_infer.testing import FakeEngine, fake_engine
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +24,124 @@ def test_on_a_cpu_vllms_own_operators_are_used():
         "model": "m",
         "compilation_config": {"custom_ops": ["all"]},
     }
-    assert startup.with_defaults(arguments, device="cuda") == arguments
     assert arguments == {"model": "m"}
+
+
+def test_on_a_gpu_decoding_is_captured_and_nothing_compiled(caplog):
+    """By default: CUDA graphs of decoding batches up to max_num_seqs, no torch.compile, and never FULL; it is logged."""
+    with caplog.at_level(logging.INFO, "qlora_infer"):
+        chosen = startup.with_defaults({"model": "m", "max_num_seqs": 32}, device="cuda")
+    assert chosen == {
+        "model": "m",
+        "max_num_seqs": 32,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32],
+        },
+    }
+    assert 'startup="fast"' in caplog.text
+
+
+def test_compiled_is_vllms_own_default(caplog):
+    """startup="compiled" tells vLLM nothing, and logs that it takes minutes."""
+    with caplog.at_level(logging.INFO, "qlora_infer"):
+        assert startup.with_defaults({"model": "m"}, device="cuda", startup="compiled") == {"model": "m"}
+    assert "minutes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "sizes"),
+    [
+        (1, [1]),
+        (3, [1, 2, 3]),
+        (64, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]),
+        (100, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]),
+    ],
+)
+def test_every_decoding_batch_has_a_graph(max_num_seqs, sizes):
+    """The largest size is max_num_seqs itself, for vLLM drops larger ones."""
+    assert startup.graph_sizes(max_num_seqs) == sizes
+
+
+def test_graphs_are_as_large_as_vllms_and_fewer():
+    """Where vLLM would capture 51 sizes up to 512, 23 are captured; from 8 on, none is more than twice the one before.
+
+    Over 32, a batch is padded by less than a quarter.
+    """
+    sizes = startup.graph_sizes(None)
+    assert sizes == startup.graph_sizes(1024)
+    assert (len(sizes), sizes[-1]) == (23, 512)
+    assert all(larger <= 1.25 * smaller + 1 for smaller, larger in zip(sizes, sizes[1:]) if smaller >= 32)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("given", [{"compilation_config": {"mode": 3}}, {"optimization_level": 0}])
+def test_how_the_user_compiles_stays(given, device):
+    """Who says how to compile is not corrected, whatever startup says."""
+    assert startup.with_defaults(given, device=device, startup="fast") == given
+
+
+def test_without_graphs_there_are_none():
+    """enforce_eager=True is left alone; so is a device that is neither a CPU nor a GPU of NVIDIA or AMD."""
+    assert startup.with_defaults({"enforce_eager": True}, device="cuda") == {"enforce_eager": True}
+    assert startup.with_defaults({}, device="xpu") == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"cudagraph_capture_sizes": [4]}, {"max_cudagraph_capture_size": 64}, {"performance_mode": "interactivity"}],
+)
+def test_who_chooses_graph_sizes_gets_them(given):
+    """vLLM takes sizes from one place only."""
+    chosen = startup.with_defaults(given, device="cuda")
+    assert chosen["compilation_config"] == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+
+
+class GPU(FakeEngine):
+    """A Llama of 8 billion parameters in 4 bits on a GPU of so many GiB."""
+
+    def __init__(self, gib):
+        shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+        super().__init__(model_config={"num_key_value_heads": 8, "vocab_size": 128256, **shape, **quantized})
+        self._gib = gib
+
+    def platform(self):
+        return Platform("cuda", 90, frozenset({"vllm"}), self._gib << 30, 64 << 30)
+
+
+def test_an_engine_on_a_gpu_starts_fast(caplog):
+    """What the engine hands to vLLM, from its own arguments; the compiled start only when it is asked for."""
+    backend = GPU(80)
+    with fake_engine(backend=backend, engine_args={"max_num_seqs": 2}):
+        assert backend.engine_args["compilation_config"]["cudagraph_capture_sizes"] == [1, 2]
+        assert backend.engine_args["enforce_eager"] is False
+    with fake_engine(backend=backend, startup="compiled"):
+        assert "compilation_config" not in backend.engine_args
+
+
+@pytest.mark.parametrize(
+    ("gib", "arguments", "is_eager"),
+    [
+        (80, {}, False),
+        (24, {}, False),
+        (8, {"max_loras": 1, "max_lora_rank": 16}, True),
+        (8, {"max_loras": 1, "max_lora_rank": 16, "enforce_eager": False}, False),
+        (12, {"max_loras": 16, "max_lora_rank": 64}, True),
+        (12, {"max_loras": 4, "max_lora_rank": 16}, False),
+        (12, {"max_loras": 4, "max_lora_rank": 16, "engine_args": {"gpu_memory_utilization": 0.5}}, True),
+        (8, {"engine_args": {"tensor_parallel_size": 2}, "max_loras": 1}, False),
+        (80, {"enforce_eager": True}, True),
+    ],
+)
+def test_graphs_are_given_up_only_where_memory_is_short(gib, arguments, is_eager, caplog):
+    """enforce_eager="auto" is True where weights and slots leave less than 2.5 GiB of the GPU's share; and says so."""
+    backend = GPU(gib)
+    with caplog.at_level(logging.WARNING, "qlora_infer"), fake_engine(backend=backend, **arguments):
+        assert backend.engine_args["enforce_eager"] is is_eager
+        assert ("compilation_config" in backend.engine_args) is not is_eager
+    assert ("too little of the GPU is left" in caplog.text) is (is_eager and "enforce_eager" not in arguments)
 
 
 def test_what_the_user_says_stays():

@@ -117,10 +117,8 @@ class VLLMBackend:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        device = current_platform.device_type
-        startup.set_environment(device=device)
+        startup.set_environment(device=current_platform.device_type)
         own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
-        engine_args = startup.with_defaults(engine_args, device=device)
         try:
             with _shielded_from_ctrl_c():
                 # LLM_CLASS chooses the batch sizes that ``vllm.LLM`` has.

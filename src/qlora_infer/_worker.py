@@ -42,6 +42,7 @@ class WorkerExtension:
         module, also where tensor parallelism splits it.
         """
         manager = self.model_runner.lora_manager._adapter_manager
+        kernels.watch(manager)
         shapes: dict[str, tuple[int, int]] = {}
         for name, module in manager.modules.items():
             parts = manager.packed_modules.get(name, [name])

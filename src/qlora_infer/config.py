@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, validators
 
+from qlora_infer.startup import LoraKernels, Startup
+
 #: The ranks that vLLM takes for ``max_lora_rank`` (read in vLLM 0.32, ``vllm/config/lora.py``).
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -56,6 +58,11 @@ def _one_of(*choices: str) -> Callable[[Any, Attribute[Any], Any], None]:
     return check
 
 
+def _yes_no_or_auto(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value != "auto" and not isinstance(value, bool):
+        raise TypeError(f'{attribute.name} must be True, False or "auto", got {value!r}')
+
+
 def _no_own_args(_: Any, attribute: Attribute[Any], value: Any) -> None:
     for key in value:
         if key in OWN_ENGINE_ARGS:
@@ -78,7 +85,9 @@ class EngineConfig:
         max_cpu_bytes: Bytes of adapters kept in host memory; ``None`` for no limit but their number.
         max_disk_bytes: Bytes of private copies on disk; ``None`` for no limit.
         max_model_len: Tokens of prompt and answer together; ``None`` for what the model allows.
-        enforce_eager: Run without CUDA graphs. Several times slower; for a device that is short of memory.
+        enforce_eager: Whether to run without CUDA graphs, or ``"auto"``: only on a GPU that is short of memory.
+        startup: On a GPU, ``"fast"`` for CUDA graphs without torch.compile, or ``"compiled"``.
+        lora_kernels: On a GPU, ``"auto"`` for our LoRA kernels where they were tried, or ``"vllm"``.
         revision: The model's branch, tag or commit on the Hub.
         token: The Hub's access token; never printed.
         engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
@@ -96,7 +105,9 @@ class EngineConfig:
     max_cpu_bytes: int | None = field(validator=validators.optional(_positive))
     max_disk_bytes: int | None = field(validator=validators.optional(_positive))
     max_model_len: int | None = field(validator=validators.optional(_positive))
-    enforce_eager: bool = field(validator=validators.instance_of(bool))
+    enforce_eager: bool | Literal["auto"] = field(validator=_yes_no_or_auto)
+    startup: Startup = field(validator=_one_of("fast", "compiled"))
+    lora_kernels: LoraKernels = field(validator=_one_of("auto", "vllm"))
     revision: str | None
     token: str | None = field(repr=False)
     engine_args: Mapping[str, Any] = field(converter=dict, validator=_no_own_args)

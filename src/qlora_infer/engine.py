@@ -40,6 +40,7 @@ from qlora_infer.requests.intake import Intake
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
+from qlora_infer.startup import LoraKernels, Startup, with_defaults, with_kernels
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -79,7 +80,13 @@ class QuantizedLoRAEngine:
             copies of idle adapters go, and are made again from their source when they are asked for: keep what the
             source names as it was.
         max_model_len: Tokens of prompt and answer together; ``None`` takes what the model allows.
-        enforce_eager: Run without CUDA graphs: several times slower, for a GPU that is short of memory.
+        enforce_eager: Run without CUDA graphs: several times slower. ``"auto"`` does so only on a GPU that is short of
+            memory for them, and logs it.
+        startup: On a GPU, ``"fast"`` captures CUDA graphs of decoding steps and does not compile, so that a model is
+            there in less than a minute; ``"compiled"`` is vLLM's own default, which takes minutes to start.
+            ``compilation_config`` in ``engine_args`` goes before it. On a CPU it makes no difference.
+        lora_kernels: On a GPU, ``"auto"`` computes LoRA with this library's kernels where they were tried (Hopper), and
+            with vLLM's own elsewhere; ``"vllm"`` always with vLLM's own, for whoever wants to compare.
         revision: The model's branch, tag or commit on the Hub.
         token: The Hub's access token, for the model and for adapters without one of their own. Never printed.
         engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
@@ -120,7 +127,9 @@ class QuantizedLoRAEngine:
         max_cpu_bytes: int | None = None,
         max_disk_bytes: int | None = None,
         max_model_len: int | None = None,
-        enforce_eager: bool = False,
+        enforce_eager: bool | Literal["auto"] = "auto",
+        startup: Startup = "fast",
+        lora_kernels: LoraKernels = "auto",
         revision: str | None = None,
         token: str | None = None,
         engine_args: Mapping[str, Any] | None = None,
@@ -140,6 +149,8 @@ class QuantizedLoRAEngine:
             max_disk_bytes=max_disk_bytes,
             max_model_len=max_model_len,
             enforce_eager=enforce_eager,
+            startup=startup,
+            lora_kernels=lora_kernels,
             revision=revision,
             token=token,
             engine_args=engine_args or {},
@@ -178,18 +189,21 @@ class QuantizedLoRAEngine:
         self._intake = Intake(self._backend, cache, driver, model=config.model)
         self._close = weakref.finalize(self, _close, driver, copies, store)
         try:
-            self._start(strategy_args, adapters or {})
+            self._start(strategy_args, adapters or {}, device=platform.device)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, strategy_args: Mapping[str, Any], adapters: Mapping[str, Source]) -> None:
+    def _start(self, strategy_args: Mapping[str, Any], adapters: Mapping[str, Source], *, device: str) -> None:
         # Adapters are read before the model is, so that a mistake in one shows in seconds.
         versions = [self._loader.prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
         max_lora_rank = self._loader.choose_rank(self._config.max_lora_rank, versions)
+        engine_args = self._config.vllm_args(strategy_args, max_lora_rank=max_lora_rank)
+        engine_args = with_defaults(engine_args, device=device, startup=self._config.startup)
+        engine_args = with_kernels(engine_args, self._config.lora_kernels, device=device)
         logger.info("starting with %s; this takes from half a minute to some minutes", self._config.model)
         began = time.monotonic()
-        self._driver.start(self._config.vllm_args(strategy_args, max_lora_rank=max_lora_rank))
+        self._driver.start(engine_args)
         logger.info("ready after %.0f s", time.monotonic() - began)
         self._loader.model_modules = self._driver.call(self._backend.lora_modules)
         for version in versions:

@@ -1,6 +1,7 @@
 """What this library touches of vLLM beyond its public methods: when vLLM changes it, these fail and name it."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,37 @@ def test_the_cpu_kernels_interface_is_the_one_that_we_replace():
         "add_lora_logits",
         "apply_lora_full_linear",  # for classification heads only, and right: it masks the rows by itself
     }
+
+
+def test_the_gpu_kernels_interface_is_the_one_that_we_replace():
+    """vLLM's GPU wrapper has the methods that ours has and was written for, and the manager tells what it asks."""
+    from vllm.config import VllmConfig
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as Theirs
+
+    from qlora_infer.kernels import differences_between
+    from qlora_infer.kernels.gpu import FusedPunicaWrapper as Ours
+
+    assert differences_between(Theirs, Ours) == []
+    import vllm
+
+    # The CPU build has not what importing the module needs.
+    platform = Path(vllm.__file__).with_name("platforms") / "cuda.py"
+    assert '"vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"' in platform.read_text()
+    assert parameters(Theirs)[:3] == ["max_num_batched_tokens", "max_batches", "device"]
+    assert parameters(PunicaWrapperBase._update_base_metadata)[1:] == [
+        "mapping",
+        "lora_index_to_id",
+        "max_loras",
+        "vocab_size",
+    ]
+    source = inspect.getsource(Theirs)
+    assert "self.token_mapping_meta = LoRAKernelMeta.make(" in source
+    assert "self.prompt_mapping_meta.prepare_tensors(self.sampler_indices)" in source
+    assert parameters(LoRAModelManager._get_lora_layer_weights)[1:] == ["lora_model", "module_name"]
+    assert "self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY]" in inspect.getsource(LoRAModelManager)
+    assert "additional_config" in VllmConfig.__dataclass_fields__
 
 
 def test_a_platform_names_its_kernels_class():

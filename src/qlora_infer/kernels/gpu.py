@@ -1,0 +1,245 @@
+"""LoRA on a GPU: what vLLM's LoRA layers call there, with our kernel in place of vLLM's two (``fused.py``).
+
+What our kernel does not do (mixtures of experts, adapters that are split over GPUs, float32) vLLM's own kernels still
+do, which this class inherits. Read in vLLM 0.32.0, ``vllm/lora/punica_wrapper/punica_gpu.py``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from qlora_infer.kernels.fused import Batch, Module, Scratch, add_lora, warm_up
+
+#: Slices of the modules that scratch memory is reserved for; vLLM's own kernels take modules of more.
+MOST_SLICES = 4
+#: A tile says in so many bits which slices its adapter changes.
+NUM_BITS = 31
+
+
+class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
+    """vLLM's seam to its LoRA kernels, with ours behind it."""
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any) -> None:
+        """Reserve what CUDA graphs will refer to."""
+        self._uses_vllms_metadata = False
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        self._manager: Any = None
+        self._max_rows = max_num_batched_tokens
+        self._tokens = Batch(max_num_batched_tokens, self.max_loras, device)
+        self._prompts = Batch(max_num_batched_tokens, self.max_loras, device)
+        self._modules: dict[int, Module | None] = {}
+        self._first_bits: dict[tuple[int, ...], int] = {}
+        self._heads: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._scratch: Scratch | None = None
+        self._has_pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._key = len(_WRAPPERS)
+        _WRAPPERS.append(weakref.ref(self))
+
+    def watch(self, manager: Any) -> None:
+        """From now on ask vLLM's ``LoRAModelManager`` for each adapter's own rank, and the modules that it changes."""
+        self._manager = manager
+
+    # vLLM's metadata is sorted on the device, for which the host waits. It is made only once something asked for it.
+
+    @property
+    def token_mapping_meta(self) -> Any:
+        """What vLLM's own kernels need to know of a step's tokens."""
+        self._want_vllms_metadata()
+        return self._token_mapping_meta
+
+    @token_mapping_meta.setter
+    def token_mapping_meta(self, meta: Any) -> None:
+        self._token_mapping_meta = meta
+
+    @property
+    def prompt_mapping_meta(self) -> Any:
+        """What vLLM's own kernels need to know of the tokens that logits are computed for."""
+        self._want_vllms_metadata()
+        return self._prompt_mapping_meta
+
+    @prompt_mapping_meta.setter
+    def prompt_mapping_meta(self, meta: Any) -> None:
+        self._prompt_mapping_meta = meta
+
+    def _want_vllms_metadata(self) -> None:
+        if not self._uses_vllms_metadata:
+            self._uses_vllms_metadata = True
+            self._prepare_vllms_metadata()
+
+    def _prepare_vllms_metadata(self) -> None:
+        with gpu_sync_allowed():
+            self._token_mapping_meta.prepare_tensors(self.token_lora_indices)
+            self._prompt_mapping_meta.prepare_tensors(self.sampler_indices)
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
+    ) -> None:
+        """Take over which adapter each row of the next steps has."""
+        self.is_prefill = mapping.is_prefill
+        self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
+        slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
+        heads = self._heads_of(lora_index_to_id)
+        self._tokens.update(_slots(mapping.index_mapping, slot_of), heads)
+        self._prompts.update(_slots(mapping.prompt_mapping, slot_of), heads)
+        if self._uses_vllms_metadata:
+            self._prepare_vllms_metadata()
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to a linear module's output what the rows' adapters add."""
+        add = kwargs.get("add_inputs", True)
+        if scale != 1.0 or not _is_for_us(y, x, lora_a_stacked, lora_b_stacked):
+            super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs)
+        elif torch.compiler.is_compiling():
+            torch.ops.vllm.qlora_add_lora(y, x, list(lora_a_stacked), list(lora_b_stacked), self._key, add)
+        else:
+            self._add(y, x, lora_a_stacked, lora_b_stacked, self._tokens, add=add)
+
+    def add_lora_embedding(
+        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """Add to an embedding what the rows' adapters add; x is their row of A."""
+        if torch.compiler.is_compiling() or not _is_for_us(y, x, (x,), (lora_b_stacked,)):
+            super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **kwargs)
+        else:
+            self._add(y, x, (lora_b_stacked,), (lora_b_stacked,), self._tokens, add=add_inputs, is_shrunk=True)
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to logits what the rows' adapters add."""
+        a, b = (lora_a_stacked,), (lora_b_stacked,)
+        if scale != 1.0 or torch.compiler.is_compiling() or not _is_for_us(y, x, a, b):
+            super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs)
+        else:
+            self._add(y, x, a, b, self._prompts)
+
+    def _add(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: Sequence[torch.Tensor],
+        b: Sequence[torch.Tensor],
+        batch: Batch,
+        *,
+        add: bool = True,
+        is_shrunk: bool = False,
+    ) -> None:
+        if batch.num_rows == 0 or not len(x):
+            return
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        module = self._modules.get(b[0].data_ptr()) or self._meet(y, x, a, b, is_shrunk=is_shrunk)
+        assert self._scratch is not None
+        add_lora(y, x, module, batch, self._scratch, add=add, is_shrunk=is_shrunk, pdl=self._has_pdl)
+
+    def _meet(
+        self, y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], *, is_shrunk: bool
+    ) -> Module:
+        """Describe a module on its first use, and compile what steps of any size will need of it."""
+        module = Module.of(a, b, first_bit=self._first_bit(b))
+        if self._scratch is None:
+            self._scratch = Scratch(self._max_rows, self.max_loras, module.rank, MOST_SLICES, y.device)
+        warm_up(y, x, module, self._scratch, self.max_loras, is_shrunk=is_shrunk, pdl=self._has_pdl)
+        self._modules[b[0].data_ptr()] = module
+        return module
+
+    def _first_bit(self, b: Sequence[torch.Tensor]) -> int:
+        """Modules of one shape share their bits; so do those that come when all bits are given away."""
+        sizes = tuple(tensor.shape[-2] for tensor in b)
+        if sizes not in self._first_bits:
+            used = sum(len(known) for known in self._first_bits)
+            self._first_bits[sizes] = min(used, NUM_BITS - len(sizes))
+        return self._first_bits[sizes]
+
+    def _heads_of(self, lora_index_to_id: list[int | None]) -> dict[int, tuple[int, int]]:
+        """For each slot its adapter's rank, and the bits of the slices that it changes."""
+        if self._manager is None:
+            return {}
+        heads = {}
+        for slot, lora_id in enumerate(lora_index_to_id):
+            adapter = self._manager._registered_adapters.get(lora_id) if lora_id is not None else None
+            if adapter is not None:
+                if adapter not in self._heads:
+                    self._heads[adapter] = self._head_of(adapter)
+                heads[slot] = self._heads[adapter]
+        return heads
+
+    def _head_of(self, adapter: Any) -> tuple[int, int]:
+        """An adapter's rank, in the steps of 8 that 16 bytes make, and the bits of what it changes."""
+        rank, bits = 0, 0
+        for name, module in self._manager.modules.items():
+            weights = self._manager._get_lora_layer_weights(adapter, name)
+            stacked = getattr(module, "lora_b_stacked", None)
+            if not weights or stacked is None:
+                continue
+            stacked = stacked if isinstance(stacked, tuple) else (stacked,)
+            a = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
+            if len(a) != len(stacked):
+                return 1 << 30, -1
+            first_bit = self._first_bit(stacked)
+            for piece, weight in enumerate(a):
+                if weight is not None:
+                    rank = max(rank, min(weight.shape))
+                    bits |= 1 << (first_bit + piece)
+        return -(-rank // 8) * 8, bits
+
+
+def _slots(ids: Sequence[int], slot_of: dict[int, int]) -> npt.NDArray[np.int32]:
+    return np.fromiter((slot_of[lora_id] if lora_id > 0 else -1 for lora_id in ids), np.int32, len(ids))
+
+
+def _is_for_us(y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    dtype = a[0].dtype
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and y.dtype == x.dtype == b[0].dtype == dtype
+        and y.stride(-1) == x.stride(-1) == 1
+        and len(b) <= MOST_SLICES
+    )
+
+
+_WRAPPERS: list[weakref.ref[FusedPunicaWrapper]] = []
+
+
+def _qlora_add_lora(
+    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], key: int, add: bool
+) -> None:
+    wrapper = _WRAPPERS[key]()
+    assert wrapper is not None
+    wrapper._add(y, x, a, b, wrapper._tokens, add=add)
+
+
+def _changes_y(
+    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], key: int, add: bool
+) -> None:
+    """What a compiler needs to know of ``_qlora_add_lora``."""
+
+
+direct_register_custom_op(op_name="qlora_add_lora", op_func=_qlora_add_lora, mutates_args=["y"], fake_impl=_changes_y)

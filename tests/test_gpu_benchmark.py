@@ -1,0 +1,216 @@
+"""What benchmarks/gpu.py plans, measures, prints and keeps, with the fake engine in place of two engines on a GPU."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+
+import pytest
+from doc_blocks import ROOT
+
+from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark by its name; scripts import each other as those of one folder do."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+    def load(name):
+        # Not by import: tests/gpu is a package of that name.
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+class FakeSide:
+    """An engine that answers with as many words as it may."""
+
+    def __init__(self, folder, num_adapters, log, name):
+        adapters = {f"a{i}": write_adapter(folder / f"{name}{i}", seed=i) for i in range(num_adapters)}
+        self.stepped = FakeEngine(reply=lambda prompt, adapter: "word " * 50)
+        self.engine = fake_engine(backend=self.stepped, adapters=adapters)
+        self.drops = 0
+        self._log, self._name = log, name
+
+    def run(self, texts, params, names):
+        self._log.append((self._name, len(texts), set(names)))
+        return self.engine.generate(list(texts), list(params), adapter=list(names), use_tqdm=False)
+
+    def drop_adapters(self):
+        self.drops += 1
+
+
+def prompts(number, num_tokens):
+    return ["word"] * number
+
+
+def test_p99_is_what_99_of_100_are_not_above(load):
+    """Of 100 values the 99th, of a few the largest, of none not a number."""
+    p99 = load("runs").p99
+    assert p99(list(range(1, 101))) == 99
+    assert p99([3.0, 1.0]) == 3.0
+    assert math.isnan(p99([]))
+
+
+def test_the_plan_has_every_order_of_more_adapters_than_slots(load):
+    """The most requests first; what is compared with the order sorted by hand comes after it."""
+    runs = load("runs")
+    cells = list(runs.plan([0, 8, 32], [1, 64, 512], 8))
+    described = [(c.num_adapters, c.num_requests, c.order, c.is_cold) for c in cells]
+    assert described == [
+        *((number, requests, "interleaved", False) for number in (0, 8) for requests in (512, 64, 1)),
+        (32, 512, "sorted by hand", False),
+        (32, 512, "interleaved", False),
+        (32, 512, "shuffled", False),
+        (32, 512, "interleaved", True),
+        (32, 512, "Zipf, sorted by hand", False),
+        (32, 512, "Zipf", False),
+        (32, 64, "interleaved", False),
+        (32, 1, "interleaved", False),
+    ]
+    unsorted = [cell for cell in cells if cell.num_requests == 512 and cell.num_adapters == 32]
+    assert all(cells.index(cell.by_hand) <= cells.index(cell) for cell in unsorted)
+    assert cells[0].names == [None] * 512
+    for cell in unsorted:
+        assert sorted(cell.names) == sorted(cell.by_hand.names)
+
+
+def test_pairs_are_run_in_turn_kept_and_printed(load, tmp_path, capsys):
+    """Two pairs of each cell, the second the other way round; each run a line of JSON, each cell a row."""
+    runs = load("runs")
+    log = []
+    sides = [FakeSide(tmp_path, 4, log, name) for name in ("plain", "ours")]
+    left, right = ((name, runs.Timed(side, 5, prompts)) for name, side in zip(("plain", "ours"), sides))
+    kept = tmp_path / "runs.jsonl"
+    comparison = runs.Comparison(left, right, 2, time.monotonic() + 1000, {"shape": "tiny"}, kept)
+    cells = list(runs.plan([0, 4], [1, 8], 2))
+    comparison.measure(cells)
+
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [(line["side"], line["pair"]) for line in lines[:4]] == [
+        ("plain", 0),
+        ("ours", 0),
+        ("ours", 1),
+        ("plain", 1),
+    ]
+    assert len(lines) == 4 * len(cells)
+    assert {line["shape"] for line in lines} == {"tiny"}
+    assert all(line["tokens_per_second"] > 0 for line in lines)
+    assert all(0 < line["first_token_median"] <= line["first_token_p99"] for line in lines)
+    assert log[0] == ("plain", 8, {None})
+    assert log[8] == ("plain", 8, {"a0", "a1", "a2", "a3"})
+    assert [side.drops for side in sides] == [2, 2]  # before each run from disk
+
+    header, dashes, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(cells)
+    assert {row.count("|") for row in (header, dashes, *rows)} == {14}
+    assert rows[0].startswith("| base | 8 | - |")
+    assert "| 4 | 8 | interleaved, from disk |" in rows[5]
+    by_hand = [row.split("|")[7].strip() for row in rows]
+    assert [share == "-" for share in by_hand] == [cell.num_adapters == 0 or cell.num_requests == 1 for cell in cells]
+    for side in sides:
+        side.engine.close()
+
+
+def test_after_the_deadline_no_row_is_begun(load, tmp_path, capsys):
+    """What there was no time for is said."""
+    runs = load("runs")
+    side = FakeSide(tmp_path, 1, [], "ours")
+    timed = runs.Timed(side, 5, prompts)
+    comparison = runs.Comparison(("a", timed), ("b", timed), 1, time.monotonic() - 1, {}, None)
+    comparison.measure([runs.Cell(0, 1), runs.Cell(1, 1)])
+    assert "left out for lack of time: 2 of 2 rows" in capsys.readouterr().out
+    side.engine.close()
+
+
+def test_swaps_are_told_by_where_the_adapter_is(load, tmp_path):
+    """In a slot, in host memory and on disk; only for the last the adapters are dropped."""
+    runs = load("runs")
+    side = FakeSide(tmp_path, 4, [], "ours")
+    found = runs.Timed(side, 5, prompts).swaps(["a0", "a1", "a2", "a3"])
+    assert list(found) == ["in a slot", "in host memory", "on disk"]
+    assert all(milliseconds > 0 for milliseconds in found.values())
+    assert side.drops == 1
+    side.engine.close()
+
+
+def test_arguments(load):
+    """The default is 8 billion parameters in GPTQ against plain vLLM; the example's settings bring their own adapters."""
+    gpu = load("gpu")
+    default = gpu.parse([])
+    assert (default.shape, default.quantization, default.against, default.num_adapters) == ("8B", "gptq", ["plain"], 32)
+    assert gpu.limits(default)["max_cpu_loras"] == 40
+    assert gpu.limits(default)["load_format"] == "dummy"
+    assert "load_format" not in gpu.limits(gpu.parse(["--quantization", "bitsandbytes"]))
+    assert gpu.parse(["--adapters", "0", "1", "--against", "example"]).num_adapters == 32
+    tuned = gpu.parse(["--ours-args", '{"specialize_active_lora": true}', "--ours-env", "A=1"])
+    assert "ours with {'specialize_active_lora': True, 'A': '1'}" in gpu.title(tuned)
+
+
+def test_environment_variables_are_put_back(load, monkeypatch):
+    """What only ours is given is gone when the other side starts."""
+    gpu = load("gpu")
+    monkeypatch.setenv("QLORA_TEST_SET", "before")
+    with gpu.environment(["QLORA_TEST_SET=within", "QLORA_TEST_UNSET=within"]):
+        assert (os.environ["QLORA_TEST_SET"], os.environ["QLORA_TEST_UNSET"]) == ("within", "within")
+    assert os.environ["QLORA_TEST_SET"] == "before"
+    assert "QLORA_TEST_UNSET" not in os.environ
+
+
+def test_no_two_adapters_are_the_same(load, tmp_path):
+    """Adapters beyond the written contents are copies with another number, and fit the model they are made for."""
+    shapes = load("llama_shapes")
+    with shapes.model_and_adapters("tiny", "gptq", tmp_path, 6, 8) as (model, adapters):
+        contents = {
+            hashlib.sha256((path / "adapter_model.safetensors").read_bytes()).digest() for path in adapters.values()
+        }
+        assert len(contents) == 6
+        modules = sys.modules["common"].llama_modules(model)
+        with fake_engine(backend=FakeEngine(modules=modules), adapters=adapters) as engine:
+            assert {adapter.num_modules for adapter in engine.adapters.values()} == {14}
+
+
+def test_the_picture_shows_the_unsorted_order(load):
+    """Of 32 adapters the shuffled runs with the most requests, of the base model what there is; cold runs are left out."""
+    line = {"against": "plain", "shape": "8B", "quantization": "gptq", "is_cold": False, "side": "ours"}
+
+    def run(num_adapters, num_requests, order, speed, **more):
+        asked = {"num_adapters": num_adapters, "num_requests": num_requests, "order": order}
+        return {**line, **asked, "tokens_per_second": speed, **more}
+
+    lines = [
+        run(0, 512, "interleaved", 8000.0),
+        run(32, 512, "shuffled", 5000.0),
+        run(32, 512, "shuffled", 5200.0),
+        run(32, 512, "sorted by hand", 5500.0),
+        run(32, 1, "interleaved", 150.0),
+        run(32, 512, "interleaved", 900.0, is_cold=True),
+        run(32, 512, "shuffled", 4000.0, side="plain"),
+        run(1, 64, "interleaved", 30.0, against="example"),
+        {**line, "load_adapter_ms": 100.0},
+    ]
+    found = load("plot_adapters").panels(lines)
+    assert found == {"8B gptq": {"ours": {0: 8000.0, 32: 5100.0}, "plain": {32: 4000.0}}}
+
+
+def test_the_picture_is_an_svg(load, tmp_path):
+    """The same lines give the same file."""
+    pytest.importorskip("matplotlib")
+    plot = load("plot_adapters")
+    for name in ("one.svg", "two.svg"):
+        plot.draw({"8B gptq": {"ours": {0: 8000.0, 1: 6000.0, 32: 5000.0}, "plain": {1: 6000.0}}}, tmp_path / name)
+    assert (tmp_path / "one.svg").read_text().count("<svg") == 1
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
