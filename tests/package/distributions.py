@@ -25,9 +25,21 @@ DIST = Path(os.environ["DIST"]).resolve()
 NEED_AN_EXTRA = {
     "qlora_infer.kernels.bitsandbytes_cpu": "torch",
     "qlora_infer.kernels.cpu": "torch",
+    "qlora_infer.kernels.fused": "torch",
+    "qlora_infer.kernels.fused_triton": "triton",
+    "qlora_infer.kernels.gpu": "torch",
     "qlora_infer.kernels.rows": "torch",
     "qlora_infer._worker": "torch",
+    "qlora_infer.metrics": "'qlora-infer[metrics]'",
 }
+
+
+VLLM = """
+from typing import Any
+
+class SamplingParams:
+    def __init__(self, **fields: Any) -> None: ...
+"""
 
 
 def files_of(folder):
@@ -63,6 +75,9 @@ def users_program(tmp_path_factory):
     home = tmp_path_factory.mktemp("program")
     environment_with(WHEEL, home)
     shutil.copy(Path(__file__).with_name("sample.py"), home)
+    # Of vLLM, which takes minutes to install, the public methods name one class.
+    (home / "typings" / "vllm").mkdir(parents=True)
+    (home / "typings" / "vllm" / "__init__.pyi").write_text(VLLM, encoding="utf-8")
     return home
 
 
@@ -150,6 +165,8 @@ def test_every_module_imports_that_needs_no_extra(installed):
         "for module in pkgutil.walk_packages(qlora_infer.__path__, 'qlora_infer.'):\n"
         "    try: importlib.import_module(module.name)\n"
         "    except ModuleNotFoundError as error: missing[module.name] = error.name\n"
+        "    except qlora_infer.MissingDependencyError as error:\n"
+        "        missing[module.name] = str(error).partition('pip install ')[2]\n"
         "print(json.dumps(missing))"
     )
     done = installed("-c", code)

@@ -29,7 +29,8 @@ def answers(engine: QuantizedLoRAEngine) -> list[str]:
     outputs = engine.generate("hello")
     assert_type(outputs, list[GenerationOutput])
     assert_type(engine.generate([1, 2, 3], {"max_tokens": 8}, adapter="pirate", timeout=3), list[GenerationOutput])
-    assert_type(engine.generate(["a", [1, 2]], [None, {"seed": 1}], adapter=["pirate", None]), list[GenerationOutput])
+    mixed: list[str | list[int]] = ["a", [1, 2]]
+    assert_type(engine.generate(mixed, [None, {"seed": 1}], adapter=["pirate", None]), list[GenerationOutput])
     assert_type(engine.chat([{"role": "user", "content": "hello"}]), list[GenerationOutput])
     assert_type(outputs[0].text, str)
     assert_type(outputs[0].token_ids, tuple[int, ...])
@@ -114,7 +115,7 @@ def strategies() -> None:
 def refused(engine: QuantizedLoRAEngine) -> None:
     engine.generate(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.generate("hello", adapter=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    engine.generate("hello", {}, "pirate")  # type: ignore[misc]  # pyright: ignore[reportCallIssue]
+    engine.generate("hello", {}, "pirate")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     engine.generate("hello", adaptor="pirate")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     engine.stream("hello", adapter=["pirate"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.load_adapter("pirate", 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
