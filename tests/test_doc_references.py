@@ -111,7 +111,7 @@ COMMANDS = [command for page in pages() for command in commands(page, blocks(pag
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "nox"], ids=str)
 def test_nox_sessions_exist(command):
     """A session that a page names is one of the noxfile's."""
-    sessions = re.findall(r"@nox\.session.*?\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    sessions = re.findall(r"@nox\.session.*?\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.S)
     assert set(command.after("-s")) <= set(sessions)
 
 

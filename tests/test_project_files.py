@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import tomllib
+from pathlib import Path
 
 from doc_blocks import ROOT
 
@@ -28,3 +30,27 @@ def test_the_changelog_keeps_its_form():
     assert not versions or versions[0].startswith(f"[{qlora_infer.__version__}]")
     kinds = re.findall(r"^### (.*)$", text, re.M)
     assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_who_contributes_finds_how():
+    """CONTRIBUTING.md has the license of contributions, how to set up, and the sessions that CI runs."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert "Contributions are under [Apache-2.0](LICENSE)" in text
+    (sessions,) = re.findall(r"^nox -s (.*)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
+    named = {name for line in re.findall(r"^nox -s ([^#\n]*)", text, re.M) for name in line.split()}
+    assert set(sessions.split()) <= named
+
+
+def test_the_version_stands_in_one_place():
+    """pyproject.toml has no version of its own: the build reads __version__."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in project["project"]
+    assert "version" in project["project"]["dynamic"]
+    assert (
+        f'__version__ = "{qlora_infer.__version__}"' in (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text()
+    )
+
+
+def test_type_checkers_may_read_the_package():
+    """py.typed lies beside the code, as PEP 561 wants it."""
+    assert Path(qlora_infer.__file__).with_name("py.typed").read_bytes() == b""

@@ -73,6 +73,11 @@ def _check_options(source: AdapterSource, attribute: Any, options: Mapping[str, 
         raise ValueError(f"{source.location} is no URL, and only URLs have storage options: leave storage_options out")
 
 
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``dict``, in a form whose types type checkers understand."""
+    return dict(options)
+
+
 @frozen
 class AdapterSource:
     """Where an adapter comes from: a repository on the Hub, a local folder, or a folder on any fsspec filesystem.
@@ -101,7 +106,7 @@ class AdapterSource:
     subfolder: str | None = field(default=None, validator=optional(_check_subfolder))
     token: str | None = field(default=None, repr=False, validator=optional(_check_token))
     storage_options: Mapping[str, Any] = field(
-        factory=dict, converter=dict, repr=False, hash=False, validator=_check_options
+        factory=dict, converter=_copied, repr=False, hash=False, validator=_check_options
     )
 
     @property

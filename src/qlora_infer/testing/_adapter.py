@@ -66,7 +66,7 @@ _PEFT_DEFAULTS: Mapping[str, Any] = {
 
 
 def write_adapter(
-    folder: Path,
+    folder: str | Path,
     *,
     rank: int = 8,
     alpha: float = 16,
@@ -107,6 +107,7 @@ def write_adapter(
         "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         **config,
     }
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True))
     (folder / "adapter_model.safetensors").write_bytes(_safetensors(tensors, dtype))
