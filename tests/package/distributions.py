@@ -31,6 +31,7 @@ NEED_AN_EXTRA = {
     "qlora_infer.kernels.rows": "torch",
     "qlora_infer._worker": "torch",
     "qlora_infer.metrics": "'qlora-infer[metrics]'",
+    "qlora_infer.ray": "'qlora-infer[ray]'",
 }
 
 
