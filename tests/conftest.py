@@ -1,8 +1,18 @@
 """What all tests share."""
 
+import contextlib
+import importlib
 import signal
+from pathlib import Path
 
 import pytest
+
+if not Path("/dev/nvidiactl").exists():
+    # Triton settles as it is imported whether its own functions are compiled or interpreted. tests/test_fused.py needs
+    # them interpreted, and vLLM, which other tests import before it, would have them compiled.
+    with pytest.MonkeyPatch.context() as environment, contextlib.suppress(ImportError):
+        environment.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton")
 
 
 @pytest.fixture(autouse=True, scope="session")
