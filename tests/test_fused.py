@@ -15,6 +15,7 @@ with pytest.MonkeyPatch.context() as environment:
     if DEVICE == "cpu":
         environment.setenv("TRITON_INTERPRET", "1")  # read where kernels are decorated, and when they run
     from qlora_infer.kernels import fused
+    from qlora_infer.kernels.tiles import tiles_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -171,7 +172,7 @@ def test_writing_instead_of_adding():
 @given(slots=st.lists(st.integers(-1, 4), max_size=200), block_m=st.sampled_from([16, 32, 64]))
 def test_tiles_hold_each_row_once(slots, block_m):
     """Every row with an adapter is in one tile, of its slot; a tile has no more rows than it may, and no tile is lost."""
-    tiles = fused.tiles_of(np.asarray(slots, np.int32), block_m)
+    tiles = tiles_of(np.asarray(slots, np.int32), block_m)
     rows = [(int(row), int(tile[0])) for tile in tiles for row in tile[4 : 4 + tile[1]]]
     assert sorted(rows) == [(row, slot) for row, slot in enumerate(slots) if slot >= 0]
     assert len(tiles) <= fused.most_tiles(len(slots), block_m, 5)

@@ -12,9 +12,9 @@ from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
 
 from qlora_infer import kernels  # noqa: E402
-from qlora_infer.kernels import bitsandbytes_cpu, cpu  # noqa: E402
+from qlora_infer.kernels import bitsandbytes_cpu, cpu, rows, vectors  # noqa: E402
 from qlora_infer.kernels.cpu import GroupedPunicaWrapper, group_rows  # noqa: E402
-from qlora_infer.kernels.rows import add_rows, as_bits  # noqa: E402
+from qlora_infer.kernels.rows import Layer, Rows, Tiles  # noqa: E402
 
 SLOTS = 4
 slots_of_rows = st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=24)
@@ -38,18 +38,19 @@ def stacked(generator, *shape, dtype):
 @settings(deadline=None)
 def test_every_row_with_an_adapter_is_in_its_slots_group_and_no_other(slots):
     """The groups hold each row with an adapter once, with its slot, and no row without one."""
-    rows = {}
+    found = {}
     for slot, where in group_rows(torch.tensor(slots)):
         for row in torch.arange(len(slots))[where].tolist():
-            assert row not in rows
-            rows[row] = slot
-    assert rows == {row: slot for row, slot in enumerate(slots) if slot >= 0}
+            assert row not in found
+            found[row] = slot
+    assert found == {row: slot for row, slot in enumerate(slots) if slot >= 0}
 
 
-@pytest.fixture(params=["by row", "by group"])
+@pytest.fixture(params=["compiled, one thread", "compiled, all threads", "by group"])
 def way(request, monkeypatch):
-    """Each of the two ways in which a layer is computed, whatever its size."""
-    monkeypatch.setattr(cpu, "ROWS_UP_TO", 2**62 if request.param == "by row" else -1)
+    """Each of the ways in which a layer is computed, whatever its size."""
+    monkeypatch.setattr(cpu, "ROWS_UP_TO", -1 if request.param == "by group" else 2**62)
+    monkeypatch.setattr(rows, "ALONE_UP_TO", 2**62 if request.param == "compiled, one thread" else -1)
 
 
 def reference(y, x, lora_a, lora_b, slots, scale):
@@ -147,7 +148,7 @@ def test_weights_that_vllm_writes_anew_are_used():
 @given(slots=slots_of_rows, dtype=dtypes, seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
 def test_a_small_batch_gives_a_row_the_bits_that_it_gets_alone(slots, dtype, seed):
-    """Row by row, what else is in the batch does not matter to the last bit."""
+    """In compiled code, what else is in the batch does not matter to the last bit."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(slots), 20, generator=generator).to(dtype)
     y = torch.randn(len(slots), 12, generator=generator).to(dtype)
@@ -161,6 +162,26 @@ def test_a_small_batch_gives_a_row_the_bits_that_it_gets_alone(slots, dtype, see
     assert torch.equal(bits(y), bits(alone))
 
 
+@pytest.mark.parametrize("num_rows", [1, 7])
+def test_a_cpu_without_products_of_bfloat16_answers_alike(num_rows, monkeypatch):
+    """Where the CPU has no such instruction, weights are made float32 first: the same sums, up to their order."""
+    generator = torch.Generator().manual_seed(0)
+    slots = [row % SLOTS for row in range(num_rows)]
+    x = torch.randn(num_rows, 333, generator=generator).bfloat16()
+    y = torch.randn(num_rows, 90, generator=generator).bfloat16()
+    lora_a, lora_b = stacked(generator, 6, 333, dtype=torch.bfloat16), stacked(generator, 90, 6, dtype=torch.bfloat16)
+    expected = reference(y, x, (lora_a,), (lora_b,), slots, 1.0)
+    monkeypatch.setattr(vectors.Numbers, "has_dot", False)
+    monkeypatch.setattr(rows, "_compiled", rows._compiled.__wrapped__)
+    wrapper_for(slots, False).add_lora_linear(y, x, (lora_a,), (lora_b,), 1.0, (90,))
+    torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
+
+
+def test_the_threads_that_torch_computes_with_are_found():
+    """LoRA shares them; where they cannot be found it would compute on one thread, and say nothing."""
+    assert rows._openmp() is not None
+
+
 @given(
     y=st.floats(width=32, allow_nan=True, allow_infinity=True),
     b=st.floats(width=32, allow_nan=True, allow_infinity=True),
@@ -170,10 +191,11 @@ def test_a_small_batch_gives_a_row_the_bits_that_it_gets_alone(slots, dtype, see
 def test_sums_are_rounded_as_torch_rounds_them(y, b, dtype):
     """To the nearest, ties to even; infinities and NaN stay what they are, in each of the three types."""
     target = torch.tensor([[y]], dtype=dtype)
-    weights = torch.tensor([[[b]]], dtype=dtype)
-    one, slot = torch.ones(1, 1, 1, dtype=dtype), np.zeros(1, np.int64)
-    expected = (target.float() + weights[0].float()).to(dtype)
-    add_rows(target.data_ptr(), 1, one.data_ptr(), as_bits(one), as_bits(weights), slot, slot + 1, 0, 1, 1.0)
+    weights = torch.tensor([[[[b]]]], dtype=dtype)
+    one, ranks = torch.ones(1, 1, 1, 1, dtype=dtype), np.ones(1, np.int64)
+    expected = (target.float() + weights[0, 0].float()).to(dtype)
+    layer, tiles = Layer([one], [weights], [ranks], [1]), Tiles(np.zeros(1, np.int64))
+    Rows(dtype).add(target, one[0, 0], layer, tiles, 1.0, 1)
     torch.testing.assert_close(target, expected, rtol=0, atol=0, equal_nan=True)
 
 

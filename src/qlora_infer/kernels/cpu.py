@@ -4,15 +4,16 @@ vLLM 0.32's own kernels (``vllm/lora/punica_wrapper/punica_cpu.py``) index the s
 A token without an adapter has slot -1, which indexes the last slot: base requests get somebody else's adapter. They
 also copy a whole weight matrix for each token, and multiply at the highest rank that an adapter may have.
 
-Here small products go row by row (``rows.py``) and large ones group by group, each group with its slot's weights
-where they are and at its adapter's own rank. Layers that no adapter of the batch changes cost nothing.
+Here small products are one compiled call for a layer (``rows.py``), and large ones are torch's, adapter by adapter.
+Both use the weights where they are, each adapter's at its own rank. Layers that no adapter of the batch changes cost
+nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +21,14 @@ import torch
 from attrs import define, field
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from qlora_infer.kernels.rows import add_rows, as_bits, compile_for
+from qlora_infer.kernels.rows import Layer, Rows, Tiles
 
 #: A slot and the rows of the batch that use it.
 Group = tuple[int, slice | torch.Tensor]
 
-#: Up to this many multiplications for each group and slice, rows are faster than torch's products, which cost some 20
-#: microseconds each before they multiply anything (``benchmarks/cpu_lora.py`` measures both).
-ROWS_UP_TO = 2**21
+#: Up to this many multiplications for each adapter and slice, compiled code is faster than torch's products, which cost
+#: some 20 microseconds each before they multiply anything (``benchmarks/cpu_lora.py --layer`` measures both).
+ROWS_UP_TO = 2**24
 
 
 def group_rows(slots: torch.Tensor) -> list[Group]:
@@ -56,19 +57,35 @@ class Batch:
 
     Attributes:
         slots: Of shape ``[num_rows]``; -1 for rows without an adapter.
-        groups: The rows of each slot.
         num_rows: How many rows have an adapter.
+        used: A bit for each slot that a row uses.
     """
 
     slots: npt.NDArray[np.int64] = field(factory=lambda: np.zeros(0, np.int64))
-    groups: list[Group] = field(factory=list)
     num_rows: int = 0
+    used: int = 0
+
+    @cached_property
+    def num_slots(self) -> int:
+        """How many slots are used."""
+        return self.used.bit_count()
 
     @classmethod
     def of(cls, slots: torch.Tensor) -> Batch:
         """The batch that vLLM describes with each row's slot; a copy, for vLLM uses the tensor again."""
         own = slots.numpy().copy()
-        return cls(own, group_rows(slots), int((own >= 0).sum()))
+        used = sum(1 << slot for slot in np.unique(own).tolist() if slot >= 0)
+        return cls(own, int((own >= 0).sum()), used)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """The rows as compiled code takes them."""
+        return Tiles(self.slots)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The rows of each slot."""
+        return group_rows(torch.from_numpy(self.slots))
 
     @cached_property
     def order(self) -> torch.Tensor | None:
@@ -87,84 +104,57 @@ class Batch:
 
 @define(slots=False)
 class StackedWeights:
-    """The stacked weights of one slice of a layer, with what is known about them.
+    """The stacked weights of a layer, a tensor for each slice of its outputs, with what is known about them.
 
     Attributes:
         a: ``[max_loras, 1, max_rank, in_features]``.
-        b: ``[max_loras, 1, out_features, max_rank]``; its memory is laid out anew, transposed.
-        version: Changes with each change of the weights, which vLLM makes in place.
+        b: ``[max_loras, 1, out_features, max_rank]``; their memory is laid out anew, transposed.
+        sizes: How wide each slice is in y.
+        versions: Change with each change of the weights, which vLLM makes in place.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    version: tuple[int, int] = field(init=False)
+    a: Sequence[torch.Tensor]
+    b: Sequence[torch.Tensor]
+    sizes: Sequence[int]
+    versions: list[int] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        # The same tensor object, so that vLLM goes on writing to it: neighbours in memory are now the outputs of a
-        # rank, which one row's loop runs along. A tensor made in inference mode could not be written outside of it.
+        # The same tensor objects, so that vLLM goes on writing to them: neighbours in memory are now the outputs of a
+        # rank, which compiled code runs along. A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self.b.data = self.b.transpose(-1, -2).contiguous().transpose(-1, -2)
-        self.version = self._version()
+            for b in self.b:
+                b.data = b.transpose(-1, -2).contiguous().transpose(-1, -2)
+        self._tensors = (*self.a, *self.b)
+        self.versions = [tensor._version for tensor in self._tensors]
 
     def is_current(self) -> bool:
         """Whether the weights are still those that ``ranks`` was counted in."""
-        return self.version == self._version()
-
-    def _version(self) -> tuple[int, int]:
-        return self.a._version, self.b._version
+        return [tensor._version for tensor in self._tensors] == self.versions
 
     @cached_property
-    def ranks(self) -> list[int]:
-        """How many ranks each slot uses: what comes after the last row of A that is not zero adds nothing."""
-        is_used = self.a.squeeze(1).ne(0).any(dim=-1).numpy()
-        counts = is_used.shape[1] - is_used[:, ::-1].argmax(axis=1)
-        return [int(count) if any_used else 0 for count, any_used in zip(counts, is_used.any(axis=1), strict=True)]
+    def ranks(self) -> npt.NDArray[np.int64]:
+        """How many ranks each slot uses, ``[slices, max_loras]``: after A's last row that is not 0 nothing is added."""
+        used = np.stack([a.squeeze(1).ne(0).any(dim=-1).numpy() for a in self.a])
+        last = used.shape[-1] - used[..., ::-1].argmax(axis=-1)
+        return np.where(used.any(axis=-1), last, 0).astype(np.int64)
 
     @cached_property
-    def rank_array(self) -> npt.NDArray[np.int64]:
-        """``ranks`` for compiled code."""
-        return np.array(self.ranks, np.int64)
+    def used(self) -> int:
+        """A bit for each slot whose adapter changes this layer."""
+        return sum(1 << slot for slot in np.flatnonzero(self.ranks.any(axis=0)).tolist())
 
     @cached_property
-    def a_bits(self) -> npt.NDArray[Any] | None:
-        """A for compiled code; ``None`` if it cannot be used there."""
-        return as_bits(self.a.squeeze(1)) if self.a.is_contiguous() and self.a.dtype == self.b.dtype else None
+    def work(self) -> int:
+        """Multiplications for a row, at most."""
+        widths = [a.shape[-1] + size for a, size in zip(self.a, self.sizes, strict=True)]
+        return int((self.ranks.max(axis=1) * widths).sum())
 
     @cached_property
-    def b_bits(self) -> npt.NDArray[Any] | None:
-        """B for compiled code, ``[max_loras, max_rank, out_features]``."""
-        return as_bits(self.b.squeeze(1).transpose(-1, -2))
-
-
-class Slice(NamedTuple):
-    """The part of a layer's outputs that has weights of its own: q, k or v of a merged projection, say."""
-
-    weights: StackedWeights
-    offset: int
-    size: int
-
-
-@define
-class Plan:
-    """What a layer does for a batch, while neither the batch nor the weights change.
-
-    Attributes:
-        batch: The batch.
-        tensors: The weights of all slices.
-        versions: Theirs, when the plan was made.
-        slices: The slices that an adapter of the batch changes.
-        rows: For each of these, what ``add_rows`` is told besides y, x and the scale; empty to go by group.
-    """
-
-    batch: Batch
-    tensors: list[torch.Tensor]
-    versions: list[int]
-    slices: list[Slice]
-    rows: list[tuple[Any, ...]]
-
-    def holds_for(self, batch: Batch) -> bool:
-        """Whether it is still right."""
-        return self.batch is batch and [tensor._version for tensor in self.tensors] == self.versions
+    def layer(self) -> Layer | None:
+        """The weights as compiled code takes them; ``None`` if it cannot."""
+        if any(a.stride(-1) != 1 or a.dtype != b.dtype for a, b in zip(self.a, self.b, strict=True)):
+            return None
+        return Layer(self.a, self.b, list(self.ranks), self.sizes)
 
 
 class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
@@ -179,10 +169,10 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         self._tokens = Batch()
         self._sampled = Batch()
         self._weights: dict[int, StackedWeights] = {}
-        self._plans: dict[int, Plan] = {}
+        self._rows: Rows | None = None
         self._used_embeddings: tuple[tuple[int, int], list[bool]] = ((0, 0), [])
         if "lora_config" in kwargs:
-            compile_for(kwargs["lora_config"].lora_dtype)
+            self._rows = Rows(kwargs["lora_config"].lora_dtype)  # compiled now rather than in somebody's first request
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Learn which slot each row of the coming step uses."""
@@ -279,83 +269,57 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         sizes: tuple[int, ...],
         batch: Batch,
     ) -> None:
-        if not batch.groups:
+        if not batch.num_rows:
             return
-        plan = self._plans.get(id(lora_a_stacked[0]))
-        if plan is None or not plan.holds_for(batch):
-            plan = self._plans[id(lora_a_stacked[0])] = self._plan(lora_a_stacked, lora_b_stacked, sizes, batch)
-        if not plan.slices:
+        weights = self._weights.get(id(lora_a_stacked[0]))
+        if weights is None or not weights.is_current():
+            weights = StackedWeights(lora_a_stacked, lora_b_stacked, sizes)
+            self._weights[id(lora_a_stacked[0])] = weights
+        if not weights.used & batch.used:
             return
         if x.dim() > 2 or y.dim() > 2:
             x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if plan.rows and y.dtype == x.dtype == lora_a_stacked[0].dtype and y.is_contiguous():
-            _add_by_row(y, x.contiguous(), plan.rows, scale, len(batch.slots))
-        else:
-            _add_by_group(y, x, plan.slices, scale, batch)
+        work, layer = weights.work * batch.num_rows, weights.layer
+        if layer is not None and work <= ROWS_UP_TO * len(weights.sizes) * batch.num_slots:
+            rows = self._rows_for(weights.a[0].dtype)
+            if rows.can_add(y, x):
+                num_rows = len(batch.slots)
+                if num_rows > y.shape[0] or num_rows > x.shape[0]:
+                    raise ValueError(f"{num_rows} rows have a slot, but there are {len(x)} inputs and {len(y)} outputs")
+                rows.add(y, x, layer, batch.tiles, scale, work)
+                return
+        _add_by_group(y, x, weights, scale, batch)
 
-    def _plan(
-        self,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        sizes: tuple[int, ...],
-        batch: Batch,
-    ) -> Plan:
-        slices, offset, work = [], 0, 0
-        for a, b, size in zip(lora_a_stacked, lora_b_stacked, sizes, strict=True):
-            weights = self._weights_of(a, b)
-            rank = max(weights.ranks[slot] for slot, _ in batch.groups)
-            if rank:
-                slices.append(Slice(weights, offset, size))
-                work += batch.num_rows * rank * (a.shape[-1] + size)
-            offset += size
-        rows = [(w.a_bits, w.b_bits, batch.slots, w.rank_array, offset, size) for w, offset, size in slices]
-        if work > ROWS_UP_TO * len(slices) * len(batch.groups) or any(row[0] is None for row in rows):
-            rows = []
-        tensors = [*lora_a_stacked, *lora_b_stacked]
-        return Plan(batch, tensors, [tensor._version for tensor in tensors], slices, rows)
-
-    def _weights_of(self, a: torch.Tensor, b: torch.Tensor) -> StackedWeights:
-        weights = self._weights.get(id(a))
-        if weights is None or not weights.is_current():
-            weights = self._weights[id(a)] = StackedWeights(a, b)
-        return weights
+    def _rows_for(self, dtype: torch.dtype) -> Rows:
+        if self._rows is None or self._rows.dtype != dtype:
+            self._rows = Rows(dtype)
+        return self._rows
 
 
-def _add_by_row(y: torch.Tensor, x: torch.Tensor, rows: Iterable[Any], scale: float, num_rows: int) -> None:
-    """Add a layer's LoRA row by row."""
-    width = y.shape[1]
-    if num_rows > min(y.shape[0], x.shape[0]):
-        raise ValueError(f"{num_rows} rows have a slot, but there are {len(x)} inputs and {len(y)} outputs")
-    y_address, x_address = y.data_ptr(), x.data_ptr()
-    for row in rows:
-        add_rows(y_address, width, x_address, *row, scale)
-
-
-def _add_by_group(y: torch.Tensor, x: torch.Tensor, slices: Iterable[Slice], scale: float, batch: Batch) -> None:
+def _add_by_group(y: torch.Tensor, x: torch.Tensor, weights: StackedWeights, scale: float, batch: Batch) -> None:
     """Add a layer's LoRA group by group, each at its own rank; where groups are scattered, sort the rows first."""
     if batch.order is None:
-        _add_in_place(y, x, slices, scale, batch.groups)
+        _add_in_place(y, x, weights, scale, batch.groups)
         return
     added = x.new_zeros(len(batch.order), y.shape[-1])
-    _add_in_place(added, x.index_select(0, batch.order), slices, scale, batch.ordered_groups)
+    _add_in_place(added, x.index_select(0, batch.order), weights, scale, batch.ordered_groups)
     y.index_add_(0, batch.order, added.to(y.dtype))
 
 
 def _add_in_place(
-    y: torch.Tensor, x: torch.Tensor, slices: Iterable[Slice], scale: float, groups: Iterable[Group]
+    y: torch.Tensor, x: torch.Tensor, weights: StackedWeights, scale: float, groups: Iterable[Group]
 ) -> None:
-    for slot, rows in groups:
-        inputs, outputs = x[rows], y[rows]
-        for weights, offset, size in slices:
-            rank = weights.ranks[slot]
+    for slot, rows in groups:  # each stands together, so that this is y's own memory
+        inputs, outputs, offset = x[rows].to(weights.a[0].dtype), y[rows], 0
+        for a, b, rank, size in zip(weights.a, weights.b, weights.ranks[:, slot].tolist(), weights.sizes, strict=True):
             if rank:
-                shrunk = inputs.to(weights.a.dtype) @ weights.a[slot, 0, :rank].T
-                target = outputs[:, offset : offset + size]
-                weight = weights.b[slot, 0, :size, :rank].T
+                target, weight = outputs[:, offset : offset + size], b[slot, 0, :size, :rank].T
+                shrunk = inputs @ a[slot, 0, :rank].T
                 if target.dtype == weight.dtype:
                     target.addmm_(shrunk, weight, alpha=scale)
                 else:
                     target += (shrunk @ weight * scale).to(target.dtype)
+            offset += size
 
 
 def _add_product(

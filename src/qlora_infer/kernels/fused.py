@@ -1,7 +1,8 @@
 """LoRA's two products in one launch on a GPU: what the host does for ``fused_triton.py``.
 
-A step's rows are cut into *tiles*, up to ``block_m`` rows of one adapter, which lie in device memory that CUDA graphs
-refer to. How a module's work is cut up beyond that is in ``SETTINGS``.
+A step's rows are cut into tiles (``tiles.py``), which lie in device memory that CUDA graphs refer to. The two numbers
+of a tile that are the kernel's own are its adapter's rank, and bits of the slices that the adapter changes. How a
+module's work is cut up beyond that is in ``SETTINGS``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import triton
 from attrs import define, field, frozen
 
 from qlora_infer.kernels.fused_triton import lora_kernel
+from qlora_infer.kernels.tiles import TILE_HEAD, tiles_of
 
 #: The sizes of tiles that a batch is cut into, and the most rows of a step that is cut so (``settings_for``).
 MOST_ROWS = {16: 512, 32: 1024, 64: 1 << 20}
-#: Numbers that a tile begins with: slot (-1: none), number of rows, rank, bits of the slices that its adapter changes.
-TILE_HEAD = 4
 #: The most partial sums of a tile and slice, for each rank.
 SUMS_OF_TILE = 256
 
@@ -51,31 +51,6 @@ class Settings:
 def most_tiles(num_rows: int, block_m: int, num_slots: int) -> int:
     """The most tiles that so many rows can make, however they are spread over the slots."""
     return min(num_rows, num_rows // block_m + num_slots)
-
-
-def tiles_of(slots: npt.NDArray[np.int32], block_m: int) -> npt.NDArray[np.int32]:
-    """Cut a step's rows into tiles.
-
-    Args:
-        slots: The slot of each row, ``[num_rows]``; -1 for rows without an adapter.
-        block_m: The most rows of a tile.
-
-    Returns:
-        ``[number of tiles, 4 + block_m]``: slot, number of rows, 0, 0, and the rows, in their order.
-    """
-    order = np.argsort(slots, kind="stable").astype(np.int32)
-    order = order[int(np.count_nonzero(slots < 0)) :]
-    values, starts, counts = np.unique(slots[order], return_index=True, return_counts=True)
-    per_slot = -(-counts // block_m)
-    slot_of = np.repeat(np.arange(len(values)), per_slot)
-    nth = np.arange(len(slot_of)) - np.repeat(np.cumsum(per_slot) - per_slot, per_slot)
-    tiles = np.zeros((len(slot_of), TILE_HEAD + block_m), np.int32)
-    tiles[:, 0] = values[slot_of]
-    tiles[:, 1] = np.minimum(counts[slot_of] - nth * block_m, block_m)
-    at = (starts[slot_of] + nth * block_m)[:, None] + np.arange(block_m)
-    is_row = np.arange(block_m) < tiles[:, 1, None]
-    tiles[:, TILE_HEAD:] = np.where(is_row, order[np.minimum(at, max(len(order) - 1, 0))], 0) if len(order) else 0
-    return tiles
 
 
 class Batch:
