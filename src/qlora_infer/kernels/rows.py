@@ -30,8 +30,9 @@ from qlora_infer.kernels.vectors import ROWS, WIDTH, Numbers, dots, outers
 X, Y, X_STRIDE, Y_STRIDE, SLICES, NUM_SLICES, NUM_INPUTS, BLOCKS, NUM_BLOCKS, TILES, NUM_TILES, SUMS, MAX_RANK = range(
     13
 )
-SCALE, SHRUNK, DONE, EXPANDED, CALL = 13, 16, 24, 32, 40
+SCALE, SHRUNK, DONE, EXPANDED = 13, 16, 24, 32
 CALL_LAYOUT = struct.Struct("13qd16x" + 3 * "q56x")
+CALL = CALL_LAYOUT.size // 8
 #: What it is told of a slice.
 A, B, A_SLOT, B_SLOT, A_RANK, B_RANK, RANKS, OFFSET, SLICE = range(9)
 #: Columns of the second product that a thread takes at a time.
@@ -106,8 +107,8 @@ class Rows:
         self.dtype = dtype
         code = _compiled(dtype)
         self._run, self._address = code.ctypes, code.address
-        call = np.zeros(CALL, np.int64)
-        self._call, self._call_at = memoryview(call), call.ctypes.data
+        self._call = ctypes.create_string_buffer(CALL_LAYOUT.size)
+        self._call_at = ctypes.addressof(self._call)
         self._sums = np.zeros(0, np.float32)
         self._sums_at = 0
         self._threads = _openmp()
@@ -171,6 +172,16 @@ def _count(context: Any, address: Any, step: Any) -> Any:
         return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _read(context: Any, address: Any) -> Any:
+    """What a counter is now."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(args[0], args[0].type.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), generate
 
 
 def _view(numbers: Any) -> Any:
@@ -269,7 +280,7 @@ def _compiled(dtype: torch.dtype) -> Any:
             shrink(call, scale, number)
             _count(address + 8 * DONE, 1)
             number = _count(address + 8 * SHRUNK, 1)
-        while _count(address + 8 * DONE, 0) < total:
+        while _read(address + 8 * DONE) < total:
             pass  # others are at the last pieces of the first product
         total = call[NUM_TILES] * call[NUM_BLOCKS]
         number = _count(address + 8 * EXPANDED, 1)
