@@ -7,6 +7,9 @@
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
 #   awq       1.1 billion parameters, AWQ, up to 128 adapters; and as the original example starts it: 5 minutes
 #   bnb       1.1 billion parameters, bitsandbytes: 3 minutes
+#   lora      LoRA's own work in one graph, ours and vLLM's: 3 minutes
+#   step      a profile of decoding steps and the share of the base model's speed, ours and vLLM's kernels: 6 minutes
+#   two       tests/gpu on two GPUs, tensor_parallel_size=2: 4 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
 #   tuning    settings that may pay, against this library's own: 6 minutes
 #
@@ -55,6 +58,17 @@ for name in ${@:-tests 8b}; do
     8b) bench 8b 480 --shape 8B --quantization gptq --minutes 6.5 ;;
     awq) bench awq 360 --shape 1.1B --quantization awq --adapters 0 1 8 32 128 --against example plain --repeats 1 --minutes 4.5 ;;
     bnb) bench bnb 240 --shape 1.1B --quantization bitsandbytes --adapters 0 1 32 --minutes 3 ;;
+    lora) part lora 240 python3 benchmarks/gpu_lora.py && cat "$OUT/lora.log" ;;
+    step)
+      for kernels in auto vllm; do
+        part "step-$kernels" 200 python3 benchmarks/gpu_step.py --kernels "$kernels" --requests 1 64 256
+        grep -h '^|' "$OUT/step-$kernels.log"
+      done
+      ;;
+    two)
+      part two 300 python3 -m pytest tests/gpu -v -m two_gpus --tb=short --show-capture=no --timeout 240 -p no:cacheprovider
+      grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$' "$OUT/two.log" | cut -c1-180
+      ;;
     pause) bench pause 240 --shape 8B --pause --adapters 16 --rank 64 --seqs 32 ;;
     tuning)
       few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 256 --repeats 4 --against ours)
