@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 from test_checkpoint import TINY_CONFIG, quantized, tensors, write_model
 from typer.testing import CliRunner
 
-from qlora_infer import __version__
+from qlora_infer import QuantizedLoRAEngine, __version__
 from qlora_infer.cli import app
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
@@ -86,6 +87,16 @@ def test_a_wrong_option_is_a_usage_error(arguments):
     found = run_fake("generate", "org/model", "--prompt", "hello", *arguments)
     assert found.exit_code == 2
     assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_the_engines_arguments_are_options(command):
+    """All of QuantizedLoRAEngine's that a command can use: a new one has an option, or a reason for none."""
+    # Of token, everybody on the machine could read the option; these commands bound what waits themselves; for tests.
+    without_option = {"token", "max_waiting", "backend"}
+    parameters = signature(QuantizedLoRAEngine).parameters.keys() - {"model", "adapters"} - without_option
+    shown = run(command, "--help", env={"COLUMNS": "300", "NO_COLOR": "1"}).stdout
+    assert [name for name in parameters if f"--{name.replace('_', '-')} " not in shown] == []
 
 
 # doctor ---------------------------------------------------------------------------------------------------------
