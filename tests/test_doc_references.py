@@ -57,6 +57,19 @@ def test_named_tests_exist(page):
         assert path in files
 
 
+def test_each_line_of_the_readmes_table_is_shown_by_something():
+    """By a test that is in the file that the line links to, or by a section of the benchmarks."""
+    table = text_of("README.md").partition("| plain vLLM 0.32 |")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) > 10
+    for row in rows:
+        shown = row.rpartition(" | ")[2]
+        tests = re.findall(r"\[test\]\(([^)]+)\) `(\w+)`", shown)
+        assert tests or "](docs/benchmarks.md#" in shown, row
+        for path, name in tests:
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), row
+
+
 def test_readme_has_no_relative_link_on_pypi():
     """PyPI shows the README alone: what names a file beside it is text there, and no dead link."""
     hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
