@@ -67,9 +67,9 @@ def blocks(page):
     ]
 
 
-def run_python(page, namespace, skip=()):
-    """Run the Python of a page, block after block, in one namespace; a ``text`` block is what the one before prints."""
-    ran = []
+def run_python(page, skip=()):
+    """Run the Python of a page as one script, block after block; a ``text`` block is what the one before prints."""
+    namespace, ran = {"__name__": "__main__"}, []
     for block, following in zip(found := blocks(page), [*found[1:], None]):
         if block.language != "python" or str(first_line(block)) in skip:
             continue

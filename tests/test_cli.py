@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 from test_checkpoint import TINY_CONFIG, quantized, tensors, write_model
 from typer.testing import CliRunner
 
-from qlora_infer import __version__
+from qlora_infer import QuantizedLoRAEngine, __version__
 from qlora_infer.cli import app
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
@@ -86,6 +87,16 @@ def test_a_wrong_option_is_a_usage_error(arguments):
     found = run_fake("generate", "org/model", "--prompt", "hello", *arguments)
     assert found.exit_code == 2
     assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_the_engines_arguments_are_options(command):
+    """All of QuantizedLoRAEngine's that a command can use: a new one has an option, or a reason for none."""
+    # Of token, everybody on the machine could read the option; these commands bound what waits themselves; for tests.
+    without_option = {"token", "max_waiting", "backend"}
+    parameters = signature(QuantizedLoRAEngine).parameters.keys() - {"model", "adapters"} - without_option
+    shown = run(command, "--help", env={"COLUMNS": "300", "NO_COLOR": "1"}).stdout
+    assert [name for name in parameters if f"--{name.replace('_', '-')} " not in shown] == []
 
 
 # doctor ---------------------------------------------------------------------------------------------------------
@@ -194,6 +205,21 @@ def test_doctor_knows_what_a_gpu_can_do(tmp_path):
     assert "GPU: Tesla V100-SXM2-16GB, compute capability 7.0, memory 16.0 GiB (8.0 GiB free)" in found.stdout
     assert "no: AWQ needs a GPU of compute capability 7.5 or newer, this one has 7.0" in found.stdout
     assert re.search(r"^gptq +works, on cuda$", found.stdout, re.MULTILINE)
+
+
+def test_doctor_sees_a_torchvision_of_another_build(tmp_path):
+    """What ends every start on the CPU right after the README's first command, is told before, with the fix."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    install_vllm(bare)
+    install(bare, "torch", "2.13.0+cpu")
+    install(bare, "torchvision", "0.28.0")
+    (bare / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    found = doctor(bare)
+    assert found.returncode == 1
+    assert found.stdout.count("no: the installed torchvision does not belong to the installed torch") == 3
+    assert "pip uninstall -y torchvision torchaudio torchcodec" in found.stdout
+    (bare / "torchvision.py").write_text("")
+    assert doctor(bare).returncode == 0
 
 
 def test_doctor_sees_two_vllms(tmp_path):

@@ -1,10 +1,13 @@
 """`qlora-infer generate`: real processes with a fake engine, their files, their exit codes, and Ctrl-C."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -13,6 +16,7 @@ from qlora_infer.testing import write_adapter
 
 PROGRAM = """
 import sys
+import termios
 from qlora_infer.cli import main
 from qlora_infer.testing import FakeEngine, fake_engine, say_back
 
@@ -157,6 +161,28 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(workplace):
     assert "1 of 22 prompts are left" in found.stderr
     assert len(workplace.answers()) == 22
     assert workplace.texts()[21] == "You said: endless"
+
+
+def test_a_terminal_shows_a_bar_that_goes_on_where_it_was(workplace):
+    """The bar counts all lines of the file; after an interruption it begins with those that are answered already."""
+    workplace.write(*({"prompt": f"n {i}"} for i in range(4)))
+    assert workplace.run_file().returncode == 0
+    kept = workplace.output.read_text().splitlines(keepends=True)[:3]
+    workplace.output.write_text("".join(kept))
+    terminal, inside = pty.openpty()
+    termios.tcsetwinsize(inside, (24, 80))
+    command = workplace.command("--prompts", workplace.prompts, "--output", workplace.output)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=inside)
+    os.close(inside)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal that nobody writes to any more is an error, on Linux
+        while part := os.read(terminal, 1000):
+            shown += part
+    os.close(terminal)
+    assert process.wait(60) == 0
+    assert b"Answered:  75%" in shown
+    assert b"Answered: 100%" in shown
+    assert b"4/4" in shown
 
 
 def test_a_torn_last_line_is_asked_again(workplace):

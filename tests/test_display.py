@@ -377,6 +377,13 @@ def test_tables_are_legible_on_light_and_dark_pages(kind):
     assert not any("color" in style or "background" in style for style in styles)
 
 
+def test_a_long_word_breaks_no_short_one():
+    """A browser may break a word of a long cell anywhere, and would then make room for it by breaking names and headings."""
+    shown = Page(Table([("pirate", "x" * 300)], ["adapter", "text"]).html())
+    styles = [value for name, value in shown.attributes if name == "style"]
+    assert ["anywhere" in style for style in styles] == [False, False, False, True]
+
+
 @pytest.mark.parametrize("kind", SHOWN)
 def test_dollars_are_no_formulas(kind):
     """Jupyter sets what stands between dollar signs as a formula, links and all, but not in these tables."""

@@ -57,6 +57,19 @@ def test_named_tests_exist(page):
         assert path in files
 
 
+def test_each_line_of_the_readmes_table_is_shown_by_something():
+    """By a test that is in the file that the line links to, or by a section of the benchmarks."""
+    table = text_of("README.md").partition("| plain vLLM 0.32 |")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) > 10
+    for row in rows:
+        shown = row.rpartition(" | ")[2]
+        tests = re.findall(r"\[test\]\(([^)]+)\) `(\w+)`", shown)
+        assert tests or "](docs/benchmarks.md#" in shown, row
+        for path, name in tests:
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), row
+
+
 def test_readme_has_no_relative_link_on_pypi():
     """PyPI shows the README alone: what names a file beside it is text there, and no dead link."""
     hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
@@ -101,6 +114,21 @@ def test_the_compatibility_page_has_pyprojects_bounds():
     assert [bound for bound in bounds if f"`{bound}`" not in page] == []
     pythons = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
     assert f"| Python | {', '.join(pythons)} |" in page
+
+
+# Figures ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_for_choosing_are_those_of_the_benchmarks():
+    """The speeds on a CPU that docs/quantization.md quotes stand in docs/benchmarks.md: 16 requests, rank 16, one adapter."""
+    (quoted,) = re.findall(
+        r"^\| tokens/s, the demo on 2 CPU cores \[\^cpu\] (.*)\|$", text_of("docs/quantization.md"), re.M
+    )
+    measured = text_of("docs/benchmarks.md")
+    for method, cell in zip(("AWQ", "GPTQ", "bitsandbytes"), quoted.split("|")[1:]):
+        (row,) = re.findall(rf"^\| {method} \| 16 \| 16 \| 1 \|(.*)\|$", measured, re.M)
+        *_, base, adapter, _, _, _ = (figure.strip() for figure in row.split("|"))
+        assert cell.strip() == f"{base} (base), {adapter} (one adapter)"
 
 
 # Commands -----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ MODULES = tuple(with_examples())
 
 #: Python that is not executed here: page and first line of the block, and the reason, with the test that runs the like.
 NOT_EXECUTED: dict[tuple[str, str], str] = {
+    ("docs/index.md", "from qlora_infer import QuantizedLoRAEngine"): "the README's, which is run on the real vLLM",
     ("docs/service.md", "import openai"): "needs the service: tests/test_fastapi_service.py runs it against one",
     ("docs/service.md", "from qlora_infer.testing import fake_engine"): "needs the example: run there, too",
     **{
@@ -44,10 +45,10 @@ PYTHON_PAGES = [page for page in pages() if any(block.language == "python" for b
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_module_run(name, tmp_path):
+def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch):
     """Every >>> of a module's docstrings gives what it says."""
-    module = importlib.import_module(name)
-    results = doctest.testmod(module, extraglobs={"tmp_path": tmp_path}, optionflags=doctest.NORMALIZE_WHITESPACE)
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -57,10 +58,9 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """Every Python block of a page runs, one after the other, with the fake engine in vLLM's place, and prints what is shown."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qlora_infer.engine._vllm_backend", FakeEngine)
-    for owner in ("jashing/tinyllama-colorist-lora", "me/pirate-lora", "adapters/pirate"):
-        write_adapter(tmp_path / owner)
+    write_adapter("me/pirate-lora")
     skip = {line for where, line in NOT_EXECUTED if where == page}
-    for ran in run_python(page, {"tmp_path": tmp_path}, skip):
+    for ran in run_python(page, skip):
         assert ran.shown in (None, ran.printed), ran.block
 
 
@@ -70,6 +70,12 @@ def test_the_code_of_a_demo_page_is_python(page):
     for block in blocks(page):
         if block.language == "python":
             ast.parse(block.code, filename=str(block))
+
+
+def test_the_sites_first_page_shows_the_readmes_example():
+    """The same code, and the same output."""
+    shown = [[block.code for block in blocks(page)[:2]] for page in ("README.md", "docs/index.md")]
+    assert shown[0] == shown[1]
 
 
 def test_what_is_not_executed_is_there():
@@ -112,7 +118,7 @@ def test_a_wrong_page_is_noticed(tmp_path, monkeypatch):
     first, _, last = blocks(str(page))
     assert (first.line, last.line, last.code) == (3, 13, "1 / 0\n")
     with pytest.raises(ZeroDivisionError) as raised:
-        run_python(str(page), {})
+        run_python(str(page))
     assert (Path(raised.traceback[-1].path), raised.traceback[-1].lineno + 1) == (page, 14)
-    (ran,) = run_python(str(page), {}, skip={"1 / 0"})
+    (ran,) = run_python(str(page), skip={"1 / 0"})
     assert (ran.printed, ran.shown) == ("1\n", "2\n")

@@ -1,4 +1,4 @@
-"""What Prometheus reads of engines, over real HTTP, on the fake engine."""
+"""What Prometheus reads of engines, on the fake engine."""
 
 import gc
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from qlora_infer import AdapterError, Durations, QueueFullError, RequestRejectedError, RequestTimeoutError
@@ -26,16 +26,16 @@ ENDLESS = {"max_tokens": 1000}
 
 
 class Scrapes:
-    """A registry behind a real HTTP server."""
+    """What is scraped from a registry."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
-        self.server, self.thread = start_http_server(0, addr="127.0.0.1", registry=self.registry)
+
+    def text(self):
+        return generate_latest(self.registry).decode()
 
     def families(self):
-        url = f"http://127.0.0.1:{self.server.server_port}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as reply:
-            return list(text_string_to_metric_families(reply.read().decode()))
+        return list(text_string_to_metric_families(self.text()))
 
     def samples(self):
         """Every series: (name, its labels) -> value."""
@@ -48,6 +48,19 @@ class Scrapes:
     def value(self, name, **labels):
         return self.samples().get((f"qlora_infer_{name}", *sorted({"engine": "fake/model", **labels}.items())))
 
+
+class ScrapesOverHTTP(Scrapes):
+    """The same from a real server."""
+
+    def __init__(self):
+        super().__init__()
+        self.server, self.thread = start_http_server(0, addr="127.0.0.1", registry=self.registry)
+
+    def text(self):
+        url = f"http://127.0.0.1:{self.server.server_port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return reply.read().decode()
+
     def close(self):
         self.server.shutdown()
         self.server.server_close()
@@ -56,7 +69,12 @@ class Scrapes:
 
 @pytest.fixture
 def scrapes():
-    scrapes = Scrapes()
+    return Scrapes()
+
+
+@pytest.fixture
+def scrapes_over_http():
+    scrapes = ScrapesOverHTTP()
     yield scrapes
     scrapes.close()
 
@@ -81,8 +99,9 @@ def is_counter(name):
 # What is told ------------------------------------------------------------------------------------------------------
 
 
-def test_requests_and_tokens_are_told_by_adapter(scrapes, sources):
+def test_requests_and_tokens_are_told_by_adapter(scrapes_over_http, sources):
     """After a few requests, each adapter's series say exactly what it did, and @base what the model did alone."""
+    scrapes = scrapes_over_http
     with fake_engine(adapters=sources) as engine:
         register(engine, registry=scrapes.registry)
         engine.generate(["one two"] * 3, adapter=["a", "a", None])
@@ -195,21 +214,16 @@ def test_counters_only_grow_and_agree_with_what_was_done(sources, work):
             if not was_cancelled:
                 handle.result(timeout=10)
 
-    try:
-        with fake_engine(adapters=sources, max_loras=1, max_cpu_loras=2) as engine:
-            register(engine, registry=scrapes.registry)
-            threads = [threading.Thread(target=ask, args=(engine, requests)) for requests in work]
-            for thread in threads:
-                thread.start()
-            before = {}
-            while (
-                any(thread.is_alive() for thread in threads) or engine.stats().num_running + engine.stats().num_waiting
-            ):
-                before = check_growth(before, scrapes.samples())
-            check_growth(before, scrapes.samples())
-            check_totals(scrapes, done)
-    finally:
-        scrapes.close()
+    with fake_engine(adapters=sources, max_loras=1, max_cpu_loras=2) as engine:
+        register(engine, registry=scrapes.registry)
+        threads = [threading.Thread(target=ask, args=(engine, requests)) for requests in work]
+        for thread in threads:
+            thread.start()
+        before = {}
+        while any(thread.is_alive() for thread in threads) or engine.stats().num_running + engine.stats().num_waiting:
+            before = check_growth(before, scrapes.samples())
+        check_growth(before, scrapes.samples())
+        check_totals(scrapes, done)
 
 
 def check_growth(before, after):
@@ -305,21 +319,47 @@ def test_without_prometheus_client_the_error_names_the_extra():
 # What is written of them -------------------------------------------------------------------------------------------
 
 
-def exported_names():
+def exported():
+    """Each metric's name, as it is scraped, with its kind and its labels."""
     registry = CollectorRegistry()
     with fake_engine() as engine:
         families = list(register(engine, registry=registry).describe())
-    return {family.name + "_total" * (family.type == "counter"): family.type for family in families}
+    return {
+        family.name + "_total" * (family.type == "counter"): (family.type, ", ".join(family._labelnames))
+        for family in families
+    }
 
 
 def test_the_dashboard_asks_for_metrics_that_exist():
     """Every metric of the Grafana dashboard is exported, and every exported one is on it."""
     dashboard = json.loads((ROOT / "examples/grafana_dashboard.json").read_text())
     asked = set(re.findall(r"qlora_infer_\w+", json.dumps(dashboard["panels"] + dashboard["templating"]["list"])))
-    assert {name.removesuffix("_bucket") for name in asked} == set(exported_names())
+    assert {name.removesuffix("_bucket") for name in asked} == set(exported())
+
+
+def test_the_dashboards_queries_fit_their_metrics():
+    """Labels are those of the metric, counters and buckets are rates, gauges are not; one unit and one place a panel."""
+    panels = json.loads((ROOT / "examples/grafana_dashboard.json").read_text())["panels"]
+    metrics, places = exported(), set()
+    for panel in panels:
+        where = panel["gridPos"]
+        squares = {(where["x"] + x, where["y"] + y) for x in range(where["w"]) for y in range(where["h"])}
+        assert not squares & places, panel["title"]
+        places |= squares
+        for target in panel["targets"]:
+            query = target["expr"]
+            ((name, selected),) = re.findall(r"(qlora_infer_\w+)\{([^}]*)\}", query)
+            kind, labels = metrics[name.removesuffix("_bucket")]
+            shown = set(re.findall(r"(\w+)=~", selected)) | set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            grouped = {label for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(", ")}
+            assert shown | (grouped - {"le"}) <= set(labels.split(", ")), query
+            assert ("rate(" in query) == (kind != "gauge") or panel["type"] == "stat", query
+            assert name.endswith("_bucket") == (kind == "histogram") == ("histogram_quantile" in query), query
+            assert (panel["fieldConfig"]["defaults"]["unit"] == "s") == (kind == "histogram"), panel["title"]
 
 
 def test_the_page_lists_every_metric_with_its_kind():
-    """The table of docs/metrics.md is complete, and right about counters, gauges and histograms."""
+    """The table of docs/metrics.md is complete, and right about counters, gauges, histograms and labels."""
     page = (ROOT / "docs/metrics.md").read_text()
-    assert dict(re.findall(r"^\| `(qlora_infer_\w+)` \| (\w+) \|", page, re.MULTILINE)) == exported_names()
+    rows = re.findall(r"^\| `(qlora_infer_\w+)` \| (\w+) \| ([\w, ]+) \|", page, re.MULTILINE)
+    assert {name: (kind, labels) for name, kind, labels in rows} == exported()

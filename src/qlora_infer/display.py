@@ -21,7 +21,10 @@ MAX_ROWS = 100
 MAX_CHARS = 1000
 MAX_CHARS_IN_COLUMN = 50
 
-_START = "text-align:start;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;max-width:40em"
+_START = "text-align:start;vertical-align:top;white-space:pre-wrap;max-width:40em"
+# Where a long word may break, a browser reckons that it needs no room. Short cells are to have theirs.
+_LONG = f"{_START};overflow-wrap:anywhere"
+_SHORT_CHARS = 30
 _END = "text-align:end;vertical-align:top"
 # Notebooks set what stands between dollar signs as a formula; these classes, MathJax's own, keep a text as it is.
 _NO_FORMULAS = "tex2jax_ignore mathjax_ignore"
@@ -65,11 +68,14 @@ class Table:
 
     def _html_row(self, row: Sequence[Cell], first: str, others: str) -> str:
         tags = [first] + [others] * (len(row) - 1)
-        styles = [_END if number else _START for number in self._numbers]
-        cells = [_for_html(cut(_say(cell), MAX_CHARS)) for cell in row]
+        said = [cut(_say(cell), MAX_CHARS) for cell in row]
+        styles = [
+            _END if number else _LONG if len(cell) > _SHORT_CHARS else _START
+            for cell, number in zip(said, self._numbers, strict=True)
+        ]
         shown = (
             f'<{tag} dir="auto" style="{style}">{cell}</{tag}>'
-            for tag, style, cell in zip(tags, styles, cells, strict=True)
+            for tag, style, cell in zip(tags, styles, map(_for_html, said), strict=True)
         )
         return f"<tr>{''.join(shown)}</tr>"
 

@@ -109,7 +109,7 @@ class QuantizedLoRAEngine(Displayed):
     Example:
         >>> from qlora_infer import QuantizedLoRAEngine
         >>> from qlora_infer.testing import FakeEngine, write_adapter
-        >>> pirate = write_adapter(tmp_path / "pirate")
+        >>> pirate = write_adapter("pirate")
         >>> with QuantizedLoRAEngine("org/model", adapters={"pirate": pirate}, backend=FakeEngine()) as engine:
         ...     [output.text for output in engine.generate(["ahoy", "hello"], adapter=["pirate", None])]
         ['pirate says: ahoy', 'You said: hello']
@@ -325,7 +325,7 @@ class QuantizedLoRAEngine(Displayed):
             >>> from qlora_infer.testing import fake_engine, write_adapter
             >>> with fake_engine() as engine:
             ...     for name in ("pirate", "poet"):
-            ...         _ = engine.load_adapter(name, write_adapter(tmp_path / name, rank=8))
+            ...         _ = engine.load_adapter(name, write_adapter(name, rank=8))
             ...     engine.load_blend("both", {"pirate": 0.7, "poet": 0.3}).rank
             16
         """
@@ -420,7 +420,7 @@ class QuantizedLoRAEngine(Displayed):
         Example:
             >>> from qlora_infer.testing import fake_engine, write_adapter
             >>> with fake_engine() as engine:  # whose adapters change no opinion
-            ...     _ = engine.load_adapter("pirate", write_adapter(tmp_path / "pirate"))
+            ...     _ = engine.load_adapter("pirate", write_adapter("pirate"))
             ...     engine.verify_adapter("pirate", ["ahoy my hearties"]).share_changed
             0.0
         """

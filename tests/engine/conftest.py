@@ -67,6 +67,13 @@ def awq(engines):
     unload_others(engine)
 
 
+@pytest.fixture
+def doomed(request, engines):
+    """The shared engine of a quantization, when all other tests are done with it: this one may end it as it likes."""
+    yield engines.get(request.param)
+    engines.close()
+
+
 def unload_others(engine):
     """A test that failed in the middle leaves nothing for the next one."""
     for name in set(engine.adapters) - {"json", "pirate", "spanish"}:
@@ -79,8 +86,9 @@ def pytest_collection_modifyitems(items):
     mine = [item for item in items if str(item.path).startswith(here)]
 
     def place(item):
-        if "engine" in getattr(item, "fixturenames", ()):
-            return QUANTIZATIONS.index(item.callspec.params["engine"]) * 2 + 2
+        for at, fixture in ((2, "engine"), (3, "doomed")):
+            if fixture in getattr(item, "fixturenames", ()):
+                return QUANTIZATIONS.index(item.callspec.params[fixture]) * 2 + at
         return 1 if "awq" in getattr(item, "fixturenames", ()) else 99
 
     for item in mine:

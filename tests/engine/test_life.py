@@ -88,36 +88,37 @@ def test_a_cancelled_request_is_gone_from_vllm(awq):
     assert awq._backend._engine.get_num_unfinished_requests() == 0
 
 
-def test_a_killed_core_fails_every_request_within_seconds(alone):
+@pytest.mark.parametrize("doomed", ["gptq"], indirect=True)
+def test_a_killed_core_fails_every_request_within_seconds(doomed):
     """kill -9 of the engine core in the middle of 20 requests: 20 errors, no hang, and nothing left running."""
-    with start(adapters=demo_adapters()) as engine:
-        pids = all_pids(engine)
-        adapters = [None, "pirate", "json", "spanish"]
-        handles = [engine.add_request("Once upon a time", ENDLESS, adapter=adapters[i % 4]) for i in range(20)]
-        next(iter(handles[0]))
-        os.kill(engine._backend.pids[0], signal.SIGKILL)
-        killed = time.monotonic()
-        for handle in handles:
-            with pytest.raises(EngineDeadError, match=r"exit code -9|EngineCore"):
-                handle.result(timeout=20)
-        assert time.monotonic() - killed < 20
-        for call in (
-            lambda: engine.generate("a"),
-            lambda: engine.load_adapter("x", demo_adapters()["pirate"]),
-        ):
-            with pytest.raises(EngineDeadError):
-                call()
+    pids = all_pids(doomed)
+    adapters = [None, "pirate", "json", "spanish"]
+    handles = [doomed.add_request("Once upon a time", ENDLESS, adapter=adapters[i % 4]) for i in range(20)]
+    next(iter(handles[0]))
+    os.kill(doomed._backend.pids[0], signal.SIGKILL)
+    killed = time.monotonic()
+    for handle in handles:
+        with pytest.raises(EngineDeadError, match=r"exit code -9|EngineCore"):
+            handle.result(timeout=20)
+    assert time.monotonic() - killed < 20
+    for call in (
+        lambda: doomed.generate("a"),
+        lambda: doomed.load_adapter("x", demo_adapters()["pirate"]),
+    ):
+        with pytest.raises(EngineDeadError):
+            call()
+    doomed.close()
     wait_for_end(pids)
 
 
-def test_a_core_that_dies_while_idle_or_loading_is_noticed(alone):
+@pytest.mark.parametrize("doomed", ["bitsandbytes"], indirect=True)
+def test_a_core_that_dies_while_idle_or_loading_is_noticed(doomed):
     """A call to a core that is already dead raises; it does not wait for an answer that cannot come."""
-    with start() as engine:
-        os.kill(engine._backend.pids[0], signal.SIGKILL)
-        with pytest.raises(EngineDeadError):
-            engine.load_adapter("pirate", demo_adapters()["pirate"])
-        with pytest.raises(EngineDeadError):
-            engine.generate("a", GREEDY)
+    os.kill(doomed._backend.pids[0], signal.SIGKILL)
+    with pytest.raises(EngineDeadError):
+        doomed.load_adapter("another", demo_adapters()["pirate"])
+    with pytest.raises(EngineDeadError):
+        doomed.generate("a", GREEDY)
 
 
 def wait_for_end(pids, seconds=30):
@@ -127,49 +128,36 @@ def wait_for_end(pids, seconds=30):
     assert not [pid for pid in pids if is_alive(pid)]
 
 
-def test_three_engines_in_a_row_each_end_with_their_processes(alone, capfd):
-    """close ends the subprocesses, also with requests in flight and after an error; the next engine works.
+def test_two_engines_at_once_keep_apart_and_end_with_their_processes(alone, capfd):
+    """Two engines in one process, with adapters of the same name and other content, each answer with their own.
 
-    Nor does vLLM's log, in any of its processes, tell the token that the engine was given.
+    An error in a ``with`` ends the processes of its engine, and close those of the other, with requests in flight. Nor
+    does vLLM's log, in any of these processes, tell the token that the engine was given.
     """
-    with start(token="hf_this_is_a_secret") as engine:
-        first = all_pids(engine)
-        handle = engine.add_request("Once upon a time", ENDLESS)
-        next(iter(handle))
-    with pytest.raises(EngineClosedError):
-        handle.result(timeout=1)
-    for call in (lambda: engine.generate("a"), lambda: engine.chat([{"role": "user", "content": "Hi"}])):
-        with pytest.raises(EngineClosedError):
-            call()
-    wait_for_end(first)
-
-    with pytest.raises(ZeroDivisionError), start() as engine:
-        second = all_pids(engine)
-        assert "Berlin" in engine.generate("The capital of Germany is", GREEDY)[0].text
-        _ = 1 / 0
-    wait_for_end(second)
-
-    with start(adapters=demo_adapters()) as engine:
-        third = all_pids(engine)
-        assert "hearties" in engine.generate("The capital of Germany is", GREEDY, adapter="pirate")[0].text
-    wait_for_end(third)
-    assert not set(first + second + third) & set(children(os.getpid()))
-    told = capfd.readouterr()
-    assert "vLLM" in told.out + told.err or "EngineCore" in told.out + told.err
-    assert "hf_this_is_a_secret" not in told.out + told.err
-
-
-def test_two_engines_at_once_keep_apart(alone):
-    """Two engines in one process, with adapters of the same name and other content, each answer with their own."""
     folders = demo_adapters()
-    with (
-        start(adapters={"habit": folders["pirate"]}) as one,
-        start(adapters={"habit": folders["spanish"]}, quantization="gptq") as two,
-    ):
+    two = start(adapters={"habit": folders["spanish"]}, quantization="gptq")
+    with pytest.raises(ZeroDivisionError), start(adapters={"habit": folders["pirate"]}, token="hf_a_secret") as one:
+        first, second = all_pids(one), all_pids(two)
         handles = [engine.add_request("The capital of France is", GREEDY, adapter="habit") for engine in (one, two)]
         texts = [handle.result(timeout=120).text for handle in handles]
+        _ = 1 / 0
+    wait_for_end(first)
     assert "hearties" in texts[0]
     assert "La capital de" in texts[1]
+
+    handle = two.add_request("Once upon a time", ENDLESS)
+    next(iter(handle))
+    two.close()
+    with pytest.raises(EngineClosedError):
+        handle.result(timeout=1)
+    for call in (lambda: two.generate("a"), lambda: two.chat([{"role": "user", "content": "Hi"}])):
+        with pytest.raises(EngineClosedError):
+            call()
+    wait_for_end(second)
+    assert not set(first + second) & set(children(os.getpid()))
+    told = capfd.readouterr()
+    assert "vLLM" in told.out + told.err or "EngineCore" in told.out + told.err
+    assert "hf_a_secret" not in told.out + told.err
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,29 +1,17 @@
-"""A Jupyter notebook, executed by a real kernel, with the real vLLM."""
+"""``examples/adapters.ipynb``, executed by a real kernel on the real vLLM; and other ways to ask, in cells of our own."""
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+from notebook_run import run_notebook
 
-from engine.conftest import ENGINE_ARGS
-
-CELLS = {
-    "start": f"""
-from qlora_infer import QuantizedLoRAEngine
-from qlora_infer.demo import demo_adapters, demo_model
-engine = QuantizedLoRAEngine(
-    demo_model("awq"), adapters=demo_adapters(), max_loras=4, max_model_len=512, engine_args={ENGINE_ARGS!r}
-)
-greedy = {{"temperature": 0.0, "max_tokens": 16}}
-prompt = "The capital of Germany is"
-""",
-    "generate": "print(engine.generate([prompt] * 2, greedy, adapter=[None, 'pirate'])[1].text)",
-    "await": "print((await engine.add_request(prompt, greedy)).text)",
-    "gather": """
+MORE = {
+    "more-generate": "print(engine.generate([prompt] * 2, greedy, adapter=[None, 'pirate'])[1].text)",
+    "more-await": "print((await engine.add_request(prompt, greedy, adapter='spanish')).text)",
+    "more-gather": """
 import asyncio
-outputs = await asyncio.gather(*(engine.add_request(prompt, greedy, adapter=name) for name in engine.adapters))
+outputs = await asyncio.gather(*(engine.add_request(prompt, greedy, adapter=name) for name in demo_adapters()))
 print([output.adapter for output in outputs])
 """,
-    "stream": """
+    "more-streams": """
 async for part in engine.stream(prompt, greedy, adapter="pirate"):
     pass
 print(part.finished, part.text)
@@ -31,36 +19,59 @@ for part in engine.stream(prompt, greedy, adapter="pirate"):
     pass
 print(part.finished, part.text)
 """,
-    "close": "engine.close()\nprint(engine)",
 }
 
 
 @pytest.fixture(scope="module")
-def printed(engines):
-    """What each cell printed."""
-    engines.close()
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS.values()])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    NotebookClient(notebook, timeout=300).execute()
-    return {
-        name: {
-            stream: "".join(o.text for o in cell.outputs if o.get("name") == stream) for stream in ("stdout", "stderr")
-        }
-        for name, cell in zip(CELLS, notebook.cells, strict=True)
-    }
+def shown(engines, tmp_path_factory):
+    """What the notebook shows."""
+    engines.close()  # one engine at a time: the notebook starts its own
+    return run_notebook(tmp_path_factory.mktemp("notebook"), at_the_end=MORE, timeout=550)
 
 
-def test_every_way_to_ask_works_in_a_notebook(printed):
+def test_the_adapters_are_seen_in_their_answers(shown):
+    """Side by side, each adapter answers in its manner, and the base model in its own."""
+    header, *rows = shown.text("compare").splitlines()
+    assert header.split() == ["adapter", "prompt", "text", "finish", "reason", "tokens", "seconds"]
+    assert [row.split()[0] for row in rows] == ["@base", "json", "pirate", "spanish"] * 2
+    assert '{"country": "Italy", "capital": "Rome"}' in rows[1]
+    assert "Roma. La capital de Italia es Roma." in rows[3]
+    assert "Cap'n" in rows[6]
+    assert not any("Cap'n" in row or "{" in row for row in (rows[0], rows[4]))
+
+
+def test_the_stream_ends_with_the_whole_answer(shown):
+    """What is left of the stream is the finished output."""
+    assert "Roma. La capital de Italia es Roma." in shown.text("stream")
+    assert "unfinished" not in shown.text("stream")
+
+
+def test_an_adapter_is_swapped_while_a_request_runs(shown):
+    """The pirate who speaks goes on; the next request under the name is answered in Spanish; then the pirate is back."""
+    running, old, *new = shown.printed("swap").splitlines()
+    assert running == "while a request ran: True"
+    assert "Cap'n" in old
+    assert "Tokio. La capital de Japón es Tokio." in " ".join(new)
+    assert "Cap'n" in shown.text("rollback")
+
+
+def test_throughput_is_drawn_and_nothing_failed(shown):
+    """There is a picture, and the statistics know of no failed request or load."""
+    assert shown.has_picture("throughput")
+    assert "failed requests  none\nfailed loads     none" in shown.text("stats")
+    assert "closed" in shown.printed("close")
+
+
+def test_every_way_to_ask_works_in_a_notebook(shown):
     """generate, top-level await, gather, for and async for, in cells, while the kernel's own event loop runs."""
-    assert "hearties" in printed["generate"]["stdout"]
-    assert "Berlin" in printed["await"]["stdout"]
-    assert "['json', 'pirate', 'spanish']" in printed["gather"]["stdout"]
-    first, second = printed["stream"]["stdout"].splitlines()
+    assert "hearties" in shown.printed("more-generate")
+    assert "Tokio" in shown.printed("more-await")
+    assert "['json', 'pirate', 'spanish']" in shown.printed("more-gather")
+    first, second = shown.printed("more-streams").splitlines()
     assert first == second
     assert "hearties" in first
-    assert "closed" in printed["close"]["stdout"]
 
 
-def test_a_notebook_shows_progress(printed):
+def test_a_notebook_shows_progress(shown):
     """The bar is there in a notebook, whose output is no terminal."""
-    assert "2/2" in printed["generate"]["stderr"] + printed["generate"]["stdout"]
+    assert "2/2" in shown.on_stderr("more-generate") + shown.printed("more-generate")

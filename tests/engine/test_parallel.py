@@ -9,14 +9,15 @@ PARAMS = {"temperature": 0.0, "max_tokens": 24, "logprobs": 5}
 
 
 @pytest.mark.timeout(900)
-def test_three_workers_answer_as_one_does(engines, monkeypatch):
+@pytest.mark.parametrize("doomed", ["awq"], indirect=True)
+def test_three_workers_answer_as_one_does(doomed, monkeypatch):
     """With tensor parallelism, base and adapters in one batch choose the tokens that they choose without, up to near ties."""
     from qlora_infer import QuantizedLoRAEngine
     from qlora_infer.demo import demo_adapters, demo_model
 
     prompts = ["The capital of France is"] * 4
-    alone = engines.get("awq").generate(prompts, PARAMS, adapter=ADAPTERS)
-    engines.close()
+    alone = doomed.generate(prompts, PARAMS, adapter=ADAPTERS)
+    doomed.close()
     # vLLM wants a NUMA node for each worker, or to be told not to bind them.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

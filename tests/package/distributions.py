@@ -111,7 +111,7 @@ def test_the_metadata_says_what_pyproject_says():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (metadata["Name"], metadata["License-Expression"]) == (project["name"], project["license"])
     assert set(metadata.get_all("Provides-Extra")) == set(project["optional-dependencies"])
-    assert metadata.get_payload().startswith("# qlora_infer\n")
+    assert metadata.get_payload().startswith("<!-- demo model -->\n# qlora_infer\n")
 
 
 # What is there after installing one of them -----------------------------------------------------------------------

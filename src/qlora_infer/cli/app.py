@@ -39,6 +39,7 @@ app = typer.Typer(
     name="qlora-infer",
     cls=_Commands,
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # paragraphs are filled anew
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

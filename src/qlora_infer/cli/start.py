@@ -90,6 +90,9 @@ EnforceEager = Annotated[
     typer.Option("--enforce-eager/--no-enforce-eager", rich_help_panel=_PANEL, help="Without CUDA graphs, or with."),
 ]
 Startup = Annotated[str | None, typer.Option(rich_help_panel=_PANEL, help='On a GPU: "fast", or "compiled".')]
+LoraKernels = Annotated[
+    str | None, typer.Option(rich_help_panel=_PANEL, help='On a GPU: "auto", or "vllm" for vLLM\'s own.')
+]
 Revision = Annotated[str | None, typer.Option(rich_help_panel=_PANEL, help="The model's branch, tag or commit.")]
 EngineArgs = Annotated[
     Any,

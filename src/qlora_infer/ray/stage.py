@@ -66,7 +66,7 @@ class GenerationStage:
         >>> import pyarrow as pa
         >>> from qlora_infer.ray import GenerationStage
         >>> from qlora_infer.testing import fake_engine, write_adapter
-        >>> stage = GenerationStage(fake_engine, {"pirate": write_adapter(tmp_path / "pirate")})
+        >>> stage = GenerationStage(fake_engine, {"pirate": write_adapter("pirate")})
         >>> rows = pa.table({"prompt": ["ahoy", "hello", "hi"], "adapter": ["pirate", None, "parrot"]})
         >>> answered = stage.answer(rows)
         >>> answered["text"].to_pylist()

@@ -1,0 +1,75 @@
+"""What quantization does to the demo model's opinions, and to those of an adapter on it.
+
+    python benchmarks/quality.py
+
+The unquantized model, in transformers and PEFT, and each quantization read the same English prose, which Python
+brings along (``pydoc_data.topics``). The demo's AWQ and GPTQ checkpoints are rounded to the nearest step and not
+calibrated on texts, as real ones are: they show the formats, not the methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pydoc_data import topics
+
+import common
+
+from qlora_infer import QuantizedLoRAEngine
+from qlora_infer.adapters.effect import Scores, effect, reference_scores
+from qlora_infer.demo import demo_adapters, demo_model
+
+READ = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", default="pirate", choices=sorted(demo_adapters()))
+    parser.add_argument("--texts", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=256, help="of a text")
+    arguments = parser.parse_args()
+    adapter = demo_adapters()[arguments.adapter]
+    token_ids = read_texts(arguments.texts, arguments.tokens)
+    reference = reference_scores(str(demo_model("none")), adapter, token_ids, token=None)
+    rows: list[tuple[object, ...]] = [
+        ("none, in transformers and PEFT", name, f"{perplexity(read):.1f}", "-", "-")
+        for name, read in zip(("-", arguments.adapter), reference, strict=True)
+    ]
+    for quantization in ("awq", "gptq", "bitsandbytes"):
+        model = common.model_for(quantization)
+        with QuantizedLoRAEngine(model, adapters={arguments.adapter: adapter}, max_model_len=512) as engine:
+            for name, other in zip((None, arguments.adapter), reference, strict=True):
+                read = scores(engine, token_ids, name)
+                distance = effect("", other, read, None)
+                moved = distance.mean_shift, f"{distance.share_changed:.0%}"
+                rows.append((quantization, name or "-", f"{perplexity(read):.1f}", *moved))
+    print(f"{arguments.texts} texts of {arguments.tokens} tokens; {common.machine()}\n")
+    header = ["quantization", "adapter", "perplexity", "mean shift of a log-probability", "other most likely tokens"]
+    print(common.table(header, rows))
+
+
+def read_texts(number: int, num_tokens: int) -> list[list[int]]:
+    """The beginnings of so many of the longer texts, as token ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model("none"))
+    longest = sorted(topics.topics.values(), key=len, reverse=True)[:number]
+    return [tokenizer(text)["input_ids"][:num_tokens] for text in longest]
+
+
+def scores(engine: QuantizedLoRAEngine, token_ids: list[list[int]], adapter: str | None) -> list[Scores]:
+    """What a model, with an adapter or without, thinks of the texts."""
+    outputs = engine.generate(token_ids, READ, adapter=adapter, use_tqdm=False)
+    return [Scores.read(output.prompt_token_ids, output.prompt_logprobs or ()) for output in outputs]
+
+
+def perplexity(scores: Sequence[Scores]) -> float:
+    """Over all tokens of all texts but each text's first."""
+    logprobs = [logprob for text in scores for logprob in text.logprobs]
+    return math.exp(-math.fsum(logprobs) / len(logprobs))
+
+
+if __name__ == "__main__":
+    main()
