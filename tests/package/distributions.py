@@ -29,6 +29,7 @@ NEED_AN_EXTRA = {
     "qlora_infer.kernels.fused_triton": "triton",
     "qlora_infer.kernels.gpu": "torch",
     "qlora_infer.kernels.rows": "torch",
+    "qlora_infer.kernels.vectors": "llvmlite",
     "qlora_infer._worker": "torch",
     "qlora_infer.metrics": "'qlora-infer[metrics]'",
     "qlora_infer.ray": "'qlora-infer[ray]'",

@@ -27,10 +27,9 @@ from qlora_infer.kernels.vectors import ROWS, WIDTH, Numbers, dots, outers
 
 #: What a call is told: 64-bit numbers, addresses among them, and one float. The three counters are written by all
 #: threads, and each has a cache line of its own.
-X, Y, X_STRIDE, Y_STRIDE, SLICES, NUM_SLICES, NUM_INPUTS, BLOCKS, NUM_BLOCKS, TILES, NUM_TILES, SUMS, MAX_RANK = range(
-    13
-)
-SCALE, SHRUNK, DONE, EXPANDED = 13, 16, 24, 32
+X, Y, X_STRIDE, Y_STRIDE, SLICES, NUM_SLICES, NUM_INPUTS, BLOCKS, NUM_BLOCKS = range(9)
+TILES, NUM_TILES, SUMS, MAX_RANK, SCALE = range(9, 14)
+SHRUNK, DONE, EXPANDED = 16, 24, 32
 CALL_LAYOUT = struct.Struct("13qd16x" + 3 * "q56x")
 CALL = CALL_LAYOUT.size // 8
 #: What it is told of a slice.
