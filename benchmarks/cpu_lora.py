@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_lora.py                    # whole engines, tokens/s
     python benchmarks/cpu_lora.py --layer            # one layer's arithmetic, microseconds, and its floor
+    python benchmarks/cpu_lora.py --step             # where a step's LoRA goes, milliseconds, and its floor
 
 All three are in one process tree and take turns; two vLLM engines and PEFT fit into 12 GiB. Plain vLLM is as its
 documentation shows it, with its own kernels and settings. PEFT has the same weights where transformers can read them
@@ -11,6 +12,7 @@ documentation shows it, with its own kernels and settings. PEFT has the same wei
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,10 +77,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layer", action="store_true")
+    parser.add_argument("--step", action="store_true")
     arguments = parser.parse_args()
     print(common.machine(), flush=True)
     if arguments.layer:
         print(layers(arguments.rank))
+        return
+    if arguments.step:
+        print(steps(arguments.quantization[0], arguments.rank[0], arguments))
         return
     for quantization in arguments.quantization:
         for rank in arguments.rank:
@@ -192,6 +198,74 @@ def _microseconds(run: Callable[[], object]) -> float:
         times.append(time.perf_counter() - before)
         number += 1
     return statistics.median(times) * 1e6
+
+
+def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
+    """A table of a step's milliseconds: the base model, with adapters, and LoRA's share of them.
+
+    The model runs in this process, so that its parts can be timed.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch
+
+    from qlora_infer.kernels import cpu, rows
+
+    model = common.model_for(quantization)
+    limits: dict[str, Any] = {"max_loras": MAX_ADAPTERS, "max_lora_rank": rank, "max_cpu_loras": 8}
+    limits |= {"max_model_len": 256, "max_num_seqs": max(arguments.requests), "enable_prefix_caching": False}
+    widths = sum(sum(shape) for shape in common.llama_modules(model).values())
+    table = []
+    with common.adapters_for(model, MAX_ADAPTERS, rank=rank) as adapters:
+        engine = common.Plain(
+            model, quantization, adapters, our_kernels=True, distributed_executor_backend="uni", **limits
+        )
+        all_of_it = _timed(cpu.GroupedPunicaWrapper, "_add_lora")
+        compiled = _timed(rows.Rows, "add")
+        peak, bandwidth = _peak(torch), _bandwidth(torch)
+        for num_requests in arguments.requests:
+            for num_adapters in (number for number in arguments.adapters if number <= num_requests):
+                names = [f"a{number % num_adapters}" for number in range(num_requests)]
+                base, lora, inside, code = [], [], [], []
+                for repeat in range(arguments.repeats + 1):
+                    measured = []
+                    for chosen in ([None] * num_requests, names):
+                        all_of_it[0] = compiled[0] = 0.0
+                        seconds = num_requests / _speed(engine, common.prompts(num_requests), arguments.tokens, chosen)
+                        measured.append(seconds * 1e3)
+                    if repeat:  # the first warms up
+                        base.append(measured[0])
+                        lora.append(measured[1])
+                        inside.append(all_of_it[0] * 1e3 / arguments.tokens)
+                        code.append(compiled[0] * 1e3 / arguments.tokens)
+                size = 2 * widths * rank * num_adapters
+                floor = max(2 * num_requests * rank * widths / peak, size / bandwidth) * 1e3
+                figures = (statistics.median(values) for values in (base, lora, inside, code))
+                table.append((num_requests, num_adapters, *figures, floor))
+        engine.close()
+    header = (
+        "requests",
+        "adapters",
+        "base, ms",
+        "with adapters, ms",
+        "in LoRA's layers, ms",
+        "of it in compiled code, ms",
+    )
+    return common.table((*header, "floor of a step, ms"), table)
+
+
+def _timed(owner: type[Any], name: str) -> list[float]:
+    """From now on, the seconds that a method takes are added up in what this returns."""
+    method, spent = getattr(owner, name), [0.0]
+
+    def timed(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return method(*arguments)
+        finally:
+            spent[0] += time.perf_counter() - began
+
+    setattr(owner, name, timed)
+    return spent
 
 
 def _peak(torch: Any) -> float:
