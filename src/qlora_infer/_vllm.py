@@ -1,6 +1,6 @@
 """The only file that imports vLLM's engine: it translates arguments, requests, outputs and errors.
 
-Everything here was read in vLLM 0.32.0, and is run on the CPU build of 0.28 to 0.32. What it touches beyond
+Everything here was read in vLLM 0.32.0, and is run on the CPU build of 0.29 to 0.32. What it touches beyond
 ``LLMEngine``'s public methods is named where it is touched, and ``tests/engine/test_vllm_internals.py`` fails when
 vLLM has changed it.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import math
 import signal
 import threading
 import time
@@ -23,9 +22,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 
 from qlora_infer import startup
-from qlora_infer.adapters.peft_config import read_config, scaling
 from qlora_infer.adapters.preflight import ModuleShape
-from qlora_infer.adapters.snapshot import CONFIG_NAME
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterError,
@@ -388,17 +385,14 @@ def _lora_request(version: AdapterVersion) -> Any:
 def _check_scaling(version: AdapterVersion) -> None:
     """Refuse an adapter that this vLLM would multiply with the wrong numbers, without a word.
 
-    vLLM 0.28 to 0.31 read neither ``rank_pattern`` nor ``alpha_pattern`` and scale every module by ``lora_alpha / r``;
+    vLLM 0.29 to 0.31 read neither ``rank_pattern`` nor ``alpha_pattern`` and scale every module by ``lora_alpha / r``;
     0.32 asks ``PEFTHelper.get_rank_and_scaling`` for each module.
     """
     from vllm.lora.peft_helper import PEFTHelper
 
     if hasattr(PEFTHelper, "get_rank_and_scaling"):
         return
-    config = read_config(version.name, version.path / CONFIG_NAME)
-    everywhere = scaling({**config, "alpha_pattern": None}, "", config["r"])
-    modules = version.manifest.modules
-    wrong = [name for name in modules if not math.isclose(scaling(config, name, modules[name].rank), everywhere)]
+    wrong = version.manifest.scaled_by_pattern
     if wrong:
         raise IncompatibleAdapterError(
             version.name,
