@@ -162,6 +162,23 @@ UNSUPPORTED = {
 }
 
 
+def test_modules_that_a_pattern_scales_otherwise_are_told(tmp_path):
+    """Those whose alpha over rank is not that of r and lora_alpha; a pattern that changes nothing is none."""
+
+    def told(**config):
+        return read_manifest("a", write_adapter(tmp_path / "a", rank=8, alpha=16, **config)).scaled_by_pattern
+
+    names = tuple(read_manifest("a", write_adapter(tmp_path / "a")).modules)
+    some = tuple(name for name in names if name.endswith("v_proj"))
+    assert some and some != names
+    assert told() == told(use_rslora=True) == ()
+    assert told(alpha_pattern={"v_proj": 16}) == told(rank_pattern={"v_proj": 8}) == ()
+    assert told(alpha_pattern={"v_proj": 8}) == told(alpha_pattern={"v_proj": 0}, use_rslora=True) == some
+    # All tensors have rank 8: with r=4, every module's rank is the pattern's.
+    assert told(r=4, rank_pattern={".*": 8}) == names
+    assert told(r=4, lora_alpha=8, rank_pattern={".*": 8}, alpha_pattern={".*": 16}) == ()
+
+
 @pytest.mark.parametrize("words", UNSUPPORTED)
 def test_what_vllm_cannot_run_is_named_in_what_peft_saves(words, tmp_path):
     """PEFT's other variants, as PEFT saves them, are readable and each is named as unsupported."""

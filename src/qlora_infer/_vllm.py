@@ -24,9 +24,11 @@ from qlora_infer import startup
 from qlora_infer.adapters.preflight import ModuleShape
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
+    AdapterError,
     AdapterLoadError,
     EngineDeadError,
     EngineStartError,
+    IncompatibleAdapterError,
     MissingDependencyError,
     RequestRejectedError,
 )
@@ -201,6 +203,7 @@ class VLLMBackend:
                 if is_seen or was_begun:
                     self._rpc("qlora_finish_load", version.vllm_name, version.int_id, str(version.path))
                 if not is_seen:
+                    _check_scaling(version)
                     self._engine.add_lora(_lora_request(version))
                     self._seen_to_load.add(version.int_id)
             except Exception as error:
@@ -208,6 +211,8 @@ class VLLMBackend:
                     raise
                 # A load that failed in the middle may have left the adapter registered.
                 self._engine.remove_lora(version.int_id)
+                if isinstance(error, AdapterError):
+                    raise
                 raise AdapterLoadError(version.name, f"vLLM refused adapter {version.name!r}: {error}") from error
 
     def prefetch_adapter(self, version: AdapterVersion) -> None:
@@ -374,6 +379,27 @@ def _lora_request(version: AdapterVersion) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(version.vllm_name, version.int_id, str(version.path))
+
+
+def _check_scaling(version: AdapterVersion) -> None:
+    """Refuse an adapter that this vLLM would multiply with the wrong numbers, without a word.
+
+    vLLM 0.29 to 0.31 read neither ``rank_pattern`` nor ``alpha_pattern`` and scale every module by ``lora_alpha / r``;
+    0.32 asks ``PEFTHelper.get_rank_and_scaling`` for each module.
+    """
+    from vllm.lora.peft_helper import PEFTHelper
+
+    if hasattr(PEFTHelper, "get_rank_and_scaling"):
+        return
+    wrong = version.manifest.scaled_by_pattern
+    if wrong:
+        raise IncompatibleAdapterError(
+            version.name,
+            [
+                f"It scales {len(wrong)} of its modules ({wrong[0]}) by rank_pattern or alpha_pattern, which vLLM does "
+                "not read before 0.32: install vLLM 0.32, or train without patterns."
+            ],
+        )
 
 
 def _report_death(core: Any, processes: Sequence[Any]) -> None:

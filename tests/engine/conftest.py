@@ -10,6 +10,14 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 #: What a machine needs beside, as JSON; on a GPU, say, {"gpu_memory_utilization": 0.3}.
 ENGINE_ARGS = json.loads(os.environ.get("QLORA_INFER_TEST_ENGINE_ARGS", "{}"))
 
+
+def vllm_release():
+    """vLLM's release, such as (0, 32): a few tests say what holds for which."""
+    from vllm.version import __version_tuple__
+
+    return __version_tuple__[:2]
+
+
 QUANTIZATIONS = ("awq", "gptq", "bitsandbytes")
 
 

@@ -6,9 +6,10 @@ import threading
 
 import psutil
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
+from engine.conftest import vllm_release
 from qlora_infer import IncompatibleAdapterError
 from qlora_infer.demo import demo_adapters, demo_model
 from qlora_infer.testing import write_adapter
@@ -108,6 +109,47 @@ def test_a_blend_of_an_adapter_with_itself_is_that_adapter(awq, tmp_path):
     assert answer(awq, "half") not in (base, "")
     for name in ("twin", "same", "none", "half"):
         awq.unload_adapter(name)
+
+
+def test_a_blend_whose_ranks_differ_by_module_is_scaled_rightly(awq):
+    """Some of its modules have rank 4 and others 16 (rank_pattern): with next to nothing of spanish, pirate speaks."""
+    awq.load_blend("mostly", {"pirate": 1.0, "spanish": 1e-9})
+    assert awq.adapters["mostly"].rank == 16
+    assert answer(awq, "mostly") == answer(awq, "pirate")
+    awq.unload_adapter("mostly")
+
+
+def test_an_adapter_is_scaled_by_its_own_patterns_or_refused(awq, tmp_path):
+    """alpha_pattern does to the bit what the same factor does in the weights; a vLLM that ignores it never serves it."""
+    patterned, folded = (shutil.copytree(demo_adapters()["pirate"], tmp_path / name) for name in ("pattern", "folded"))
+    config = json.loads((patterned / "adapter_config.json").read_text())
+    tensors = load_file(folded / "adapter_model.safetensors")
+    halved = {name: tensor / 2 if "v_proj.lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(halved, folded / "adapter_model.safetensors")
+
+    def load(alpha):
+        text = json.dumps({**config, "alpha_pattern": {"v_proj": alpha}})
+        (patterned / "adapter_config.json").write_text(text)
+        awq.load_adapter("patterned", patterned)
+
+    load(config["lora_alpha"])  # a pattern that changes nothing
+    assert said(awq, "patterned") == said(awq, "pirate")
+    if vllm_release() < (0, 32):
+        with pytest.raises(IncompatibleAdapterError, match=r"scales 30 of its modules \(.*v_proj\)"):
+            load(config["lora_alpha"] / 2)
+        assert said(awq, "patterned") == said(awq, "pirate")
+    else:
+        awq.load_adapter("folded", folded)
+        load(config["lora_alpha"] / 2)
+        assert said(awq, "patterned") == said(awq, "folded") != said(awq, "pirate")
+        awq.unload_adapter("folded")
+    awq.unload_adapter("patterned")
+
+
+def said(engine, adapter):
+    """The tokens and their log-probabilities."""
+    (output,) = engine.generate(PROMPT, {**GREEDY, "logprobs": 0}, adapter=adapter, use_tqdm=False)
+    return [(token, step[token].logprob) for token, step in zip(output.token_ids, output.logprobs, strict=True)]
 
 
 @pytest.mark.timeout(600)

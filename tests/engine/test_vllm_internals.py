@@ -7,6 +7,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from engine.conftest import vllm_release
+
 
 def parameters(function):
     return list(inspect.signature(function).parameters)
@@ -23,13 +25,14 @@ def test_the_cpu_kernels_interface_is_the_one_that_we_replace():
         assert [parameter for parameter in ours if parameter in theirs] == theirs, name
     assert parameters(Theirs.update_metadata)[1:5] == ["mapping", "lora_index_to_id", "max_loras", "vocab_size"]
     public = {name for name in vars(Theirs) if not name.startswith("_")}
-    assert public == {
+    # For classification heads only, and right: it masks the rows by itself.
+    since_0_31 = {"apply_lora_full_linear"} if vllm_release() >= (0, 31) else set()
+    assert public == since_0_31 | {
         "add_shrink",
         "add_expand",
         "add_lora_linear",
         "add_lora_embedding",
         "add_lora_logits",
-        "apply_lora_full_linear",  # for classification heads only, and right: it masks the rows by itself
     }
 
 
@@ -129,6 +132,16 @@ def test_the_lora_manager_reads_and_takes_adapters_as_the_worker_extension_does(
     assert "lora = self._load_adapter(lora_request)" in theirs
     assert "self._adapter_manager.add_adapter(lora)" in theirs
     assert "activate" not in inspect.getsource(LRUCacheLoRAModelManager.add_adapter)
+
+
+def test_which_vllm_reads_an_adapter_s_patterns():
+    """get_rank_and_scaling came in 0.32, and scales each module; before, _check_scaling refuses what would be wrong."""
+    from vllm.lora.lora_weights import LoRALayerWeights
+    from vllm.lora.peft_helper import PEFTHelper
+
+    assert hasattr(PEFTHelper, "get_rank_and_scaling") == (vllm_release() >= (0, 32))
+    scales_alike = "peft_helper.vllm_lora_scaling_factor" in inspect.getsource(LoRALayerWeights.from_config)
+    assert scales_alike == (vllm_release() < (0, 32))
 
 
 def test_the_batch_sizes_are_those_of_vllm_s_own_class(awq):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from attrs import frozen
 
 from qlora_infer.adapters.manifest import AdapterManifest
-from qlora_infer.adapters.peft_config import read_config
+from qlora_infer.adapters.peft_config import read_config, scaling
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.adapters.ties import keep_largest, keep_random, mean_of_majority
 from qlora_infer.config import ALLOWED_RANKS
@@ -188,17 +188,9 @@ def _read_factors(part: AdapterPart) -> dict[str, _Factors]:
     for module, shape in part.manifest.modules.items():
         pairs = [tuple(_PREFIX + module + suffix.format(factor) for factor in "AB") for suffix in _SUFFIXES]
         a, b = next(pair for pair in pairs if pair[0] in tensors)
-        weight = part.weight * _scaling(config, module, shape.rank)
+        weight = part.weight * scaling(config, module, shape.rank)
         factors[module] = _Factors((a, b), tensors[a], tensors[b], weight)
     return factors
-
-
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What the product B A is multiplied with; PEFT's rule for patterns is that the first match wins."""
-    patterns = (config.get("alpha_pattern") or {}).items()
-    matching = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))
-    alpha: float = next(matching, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _add(shares: Sequence[_Factors]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,17 +9,25 @@ stores a weight, and A and B are the same either way.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
 from qlora_infer.adapters.features import unsupported_features
-from qlora_infer.adapters.peft_config import MAX_NAME_LENGTH, base_model, check_matches, largest_rank, read_config
+from qlora_infer.adapters.peft_config import (
+    MAX_NAME_LENGTH,
+    base_model,
+    check_matches,
+    largest_rank,
+    read_config,
+    scaling,
+)
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.adapters.tensors import TensorEntry, read_header
 from qlora_infer.errors import AdapterNotFoundError, AdapterSourceError, CorruptAdapterError, UnsafeAdapterError
@@ -65,6 +73,7 @@ class AdapterManifest:
         modules: Its modules by their name in the model, such as ``"model.layers.0.self_attn.q_proj"``.
         unsupported: What it asks for that vLLM cannot run, each a sentence.
         num_bytes: The size of its tensors.
+        scaled_by_pattern: The modules whose scale ``rank_pattern`` or ``alpha_pattern`` changes.
     """
 
     folder: Path
@@ -73,6 +82,7 @@ class AdapterManifest:
     modules: Mapping[str, LoRAModule]
     unsupported: tuple[str, ...]
     num_bytes: int
+    scaled_by_pattern: tuple[str, ...] = ()
 
 
 def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
@@ -112,6 +122,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         modules=modules,
         unsupported=tuple(unsupported),
         num_bytes=sum(entry.num_bytes for entry in entries.values()),
+        scaled_by_pattern=tuple(_scaled_by_pattern(config, modules)),
     )
 
 
@@ -240,6 +251,14 @@ def _module(adapter: str, name: str, pair: Mapping[str, TensorEntry], config: Ma
     if rank != expected:
         raise CorruptAdapterError(adapter, f"{name} has rank {rank}, but {CONFIG_NAME} says {expected}")
     return LoRAModule(rank, in_features, out_features)
+
+
+def _scaled_by_pattern(config: Mapping[str, Any], modules: Mapping[str, LoRAModule]) -> Iterator[str]:
+    everywhere = scaling({**config, "alpha_pattern": None}, "", config["r"])
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        for name, module in modules.items():
+            if not math.isclose(scaling(config, name, module.rank), everywhere):
+                yield name
 
 
 def _say_leftover(names: list[str]) -> str:

@@ -6,6 +6,7 @@ What counts as right is what vLLM 0.32.0 reads (``vllm/lora/peft_helper.py``) an
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -195,6 +196,14 @@ def check_matches(adapter: str, names: Collection[str], config: Mapping[str, Any
             f"{CONFIG_NAME} has {len(patterns)} patterns for {len(names)} modules, too many to match: write "
             "plain names into rank_pattern and alpha_pattern, and only those whose rank or alpha differs",
         )
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What a module's product B A is multiplied with; PEFT's rule for patterns is that the first match wins."""
+    patterns = (config.get("alpha_pattern") or {}).items()
+    matching = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))
+    alpha: float = next(matching, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def base_model(config: Mapping[str, Any]) -> str | None:

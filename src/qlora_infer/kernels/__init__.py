@@ -10,7 +10,8 @@ from qlora_infer.startup import KERNELS_KEY
 
 logger = logging.getLogger("qlora_infer")
 
-#: What vLLM 0.32's layers find on the class of the CPU's LoRA kernels; a name beyond these is one we do not know.
+#: What the layers of vLLM 0.29 to 0.32 find on the class of the CPU's LoRA kernels (``apply_lora_full_linear`` since
+#: 0.31); a name beyond these is one we do not know.
 KNOWN_NAMES = frozenset(
     {
         *("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
