@@ -2,8 +2,7 @@
 
 vLLM mixes ``WorkerExtension`` into its worker class (``worker_extension_cls``) and imports this module before it
 builds the model. So this module's import is the place to install kernels: it happens only in the workers of engines
-that this library starts. Read in vLLM 0.32.0, ``vllm/v1/worker/worker_base.py`` and ``vllm/lora/model_manager.py``,
-and run on the CPU build of 0.29 to 0.32.
+that this library starts. Read in vLLM 0.32.0, ``vllm/v1/worker/worker_base.py`` and ``vllm/lora/model_manager.py``.
 """
 
 from __future__ import annotations
