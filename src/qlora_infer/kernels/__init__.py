@@ -10,14 +10,14 @@ from qlora_infer.startup import KERNELS_KEY
 
 logger = logging.getLogger("qlora_infer")
 
-#: What the layers of vLLM 0.29 to 0.32 find on the class of the CPU's LoRA kernels (``apply_lora_full_linear`` since
-#: 0.31); a name beyond these is one we do not know.
+#: What the layers of vLLM 0.28 to 0.32 find on the class of the CPU's LoRA kernels; a name beyond these is one we do
+#: not know. 0.28 alone has ``embeddings_indices``, which ours inherits; ``apply_lora_full_linear`` came in 0.31.
 KNOWN_NAMES = frozenset(
     {
         *("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
         *("add_lora_fused_moe", "add_lora_w13", "add_lora_w2", "apply_lora_full_linear"),
         *("moe_lora_align_block_size", "update_metadata", "prefill_metadata"),
-        *("token_lora_indices", "sampler_indices", "sampler_indices_padded"),
+        *("token_lora_indices", "sampler_indices", "sampler_indices_padded", "embeddings_indices"),
     }
 )
 
