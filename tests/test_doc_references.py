@@ -10,6 +10,7 @@ import tomllib
 import pytest
 from doc_blocks import FENCE, ROOT, blocks, pages, text_of
 from doc_commands import Command, commands
+from packaging.requirements import Requirement
 
 from qlora_infer import errors
 
