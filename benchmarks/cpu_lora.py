@@ -206,10 +206,6 @@ def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
     The model runs in this process, so that its parts can be timed.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import torch
-
-    from qlora_infer.kernels import cpu, rows
-
     model = common.model_for(quantization)
     limits: dict[str, Any] = {"max_loras": MAX_ADAPTERS, "max_lora_rank": rank, "max_cpu_loras": 8}
     limits |= {"max_model_len": 256, "max_num_seqs": max(arguments.requests), "enable_prefix_caching": False}
@@ -219,6 +215,11 @@ def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
         engine = common.Plain(
             model, quantization, adapters, our_kernels=True, distributed_executor_backend="uni", **limits
         )
+        # After vLLM's start, which looks through all modules that are there and fails at one of numba's.
+        import torch
+
+        from qlora_infer.kernels import cpu, rows
+
         all_of_it = _timed(cpu.GroupedPunicaWrapper, "_add_lora")
         compiled = _timed(rows.Rows, "add")
         peak, bandwidth = _peak(torch), _bandwidth(torch)
