@@ -156,9 +156,9 @@ def host_us(work: Callable[[], None]) -> float:
 def candidates(num_rows: int, rank: int) -> list[Settings]:
     """Settings to try for steps of so many rows."""
     if num_rows > 512:
-        large = partial(Settings, block_m=64, splits=1, block_k=64, block_n=128)
+        large = partial(Settings, block_m=64, inputs=1 << 20, block_k=64, block_n=128)
         return [
-            *(large(), large(stages=4), large(block_k=128), large(splits=2)),
+            *(large(), large(stages=4), large(block_k=128), large(inputs=4096)),
             *(large(block_n=256), large(block_n=256, warps=8)),
         ]
     if num_rows > 64:
@@ -166,16 +166,16 @@ def candidates(num_rows: int, rank: int) -> list[Settings]:
         return [
             *(few(block_n=512), few(block_n=512, warps=8)),
             *(few(block_m=32), few(block_m=32, warps=8), few(block_m=32, block_n=512, warps=8)),
-            *(few(block_m=32, block_n=128), few(block_m=64, splits=4, block_k=64, warps=8)),
+            *(few(block_m=32, block_n=128), few(block_m=64, inputs=1024, block_k=64, warps=8)),
         ]
     if rank > 16:
         wide = partial(Settings, words=8)
         return [
             *(wide(block_n=128), wide(block_n=128, warps=8), wide(), wide(warps=8), wide(block_n=512, warps=8)),
-            *(wide(warps=8, splits=16), wide(warps=8, splits=4, block_k=256), wide(warps=8, words=16)),
+            *(wide(warps=8, inputs=256), wide(warps=8, inputs=1024, block_k=256), wide(warps=8, words=16)),
         ]
     return [
-        *(Settings(), Settings(block_n=512), Settings(block_n=512, words=8), Settings(block_n=512, splits=16)),
+        *(Settings(), Settings(block_n=512), Settings(block_n=512, words=8), Settings(block_n=512, inputs=256)),
         *(Settings(block_n=512, stages=2), Settings(block_n=512, stages=4), Settings(block_n=1024, warps=8, words=8)),
     ]
 

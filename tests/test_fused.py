@@ -184,8 +184,10 @@ def test_settings_fit_the_memory_that_is_there():
     for by_rows in fused.SETTINGS.values():
         for most_rows, chosen in by_rows.items():
             assert most_rows <= fused.MOST_ROWS[chosen.block_m]
-            assert chosen.splits * chosen.block_m <= fused.SUMS_OF_TILE
-            assert chosen.splits.bit_count() == 1
+            for num_inputs in (1, 576, 4096, 14336, 28672):
+                splits = chosen.splits(num_inputs)
+                assert splits * chosen.block_m <= fused.SUMS_OF_TILE
+                assert splits.bit_count() == 1
 
 
 COMPILE = """
@@ -196,11 +198,11 @@ from qlora_infer.kernels import fused
 
 kernel, chosen = fused.lora_kernel, fused.settings_for(64, 16)
 names = kernel.arg_names
-pointers = {"x": "*fp16", "y": "*fp16", "a_pointers": "*i64", "b_pointers": "*i64", "sums": "*i64", "rounds": "*i32"}
+pointers = {"x": "*fp16", "y": "*fp16", "a_pointers": "*i64", "b_pointers": "*i64", "sums": "*i64", "rounds": "*i64"}
 pointers |= {"tiles": "*i32", "blocks": "*i32"}
 integers = ["num_tiles", "num_blocks", "K", "chunk_k", "x_stride", "y_stride", "a_slot_stride", "first_bit"]
 constants = dict(
-    SLICES=3, SPLITS=chosen.splits, RANK=16, BLOCK_R=16, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
+    SLICES=3, SPLITS=chosen.splits(4096), RANK=16, BLOCK_R=16, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
     BLOCK_K=chosen.block_k, SUMS=4096, AT_ONCE=8, EVEN_K=True, ALIGNED=True, SHRUNK=False, ADD=True, PDL=True,
     launch_pdl=True,
 )

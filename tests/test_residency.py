@@ -46,8 +46,8 @@ class Memory:
         assert version not in self.inside
         self.being_read.add(version)
 
-    def has_read(self, version):
-        return version in self.being_read
+    def have_read(self, versions):
+        return self.being_read.intersection(versions)
 
     def remove_adapter(self, version):
         self.inside.discard(version)
@@ -63,7 +63,7 @@ class Files:
 
 def start(residency, version):
     residency.enter(version)
-    assert residency.has_read(version)
+    assert version in residency.have_read([version])
     return residency.activate(version)
 
 

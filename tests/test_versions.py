@@ -268,8 +268,8 @@ class SlowReader(FakeEngine):
         super().prefetch_adapter(version)
         self.begun_at = self.num_steps
 
-    def has_read(self, version):
-        return self.num_steps >= self.begun_at + 20 or not self.num_unfinished
+    def have_read(self, versions):
+        return set(versions) if self.num_steps >= self.begun_at + 20 or not self.num_unfinished else set()
 
 
 def test_steps_go_on_while_an_adapter_is_read(tmp_path):

@@ -13,7 +13,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
@@ -221,9 +221,12 @@ class VLLMBackend:
         self._being_read.add(version.int_id)
         self._rpc("qlora_begin_load", version.vllm_name, version.int_id, str(version.path))
 
-    def has_read(self, version: AdapterVersion) -> bool:
-        """Asked of the workers."""
-        return version.int_id not in self._being_read or all(self._rpc("qlora_has_read", version.int_id))
+    def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
+        """Asked of the workers, all at once, for a question waits until they have ended a step."""
+        being_read = {version.int_id for version in versions} & self._being_read
+        if being_read:
+            being_read -= set.intersection(*map(set, self._rpc("qlora_have_read", sorted(being_read))))
+        return {version for version in versions if version.int_id not in being_read}
 
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Out of the slots and of host memory."""

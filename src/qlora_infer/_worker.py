@@ -19,6 +19,9 @@ logger = logging.getLogger("qlora_infer")
 
 kernels.install()
 
+#: Adapters that are read at a time, at most.
+MOST_READERS = 4
+
 
 class WorkerExtension:
     """Methods that the driving process calls by name through ``collective_rpc``."""
@@ -61,15 +64,17 @@ class WorkerExtension:
         from vllm.lora.request import LoRARequest
 
         if self._qlora_reader is None:
-            self._qlora_reader = ThreadPoolExecutor(1, "qlora-infer-read", initializer=_leave_the_compute_cores)
+            self._qlora_reader = ThreadPoolExecutor(
+                _num_readers(self.device.type), "qlora-infer-read", initializer=_leave_the_compute_cores
+            )
             self._qlora_reads = {}
         if int_id not in self._qlora_reads:
             read = self.model_runner.lora_manager._load_adapter
             self._qlora_reads[int_id] = self._qlora_reader.submit(read, LoRARequest(name, int_id, path))
 
-    def qlora_has_read(self, int_id: int) -> bool:
-        """Whether the reading of an adapter has ended, well or badly."""
-        return self._qlora_reads[int_id].done()
+    def qlora_have_read(self, int_ids: list[int]) -> list[int]:
+        """Those whose reading has ended, well or badly."""
+        return [int_id for int_id in int_ids if self._qlora_reads[int_id].done()]
 
     def qlora_finish_load(self, name: str, int_id: int, path: str) -> None:
         """Have an adapter in host memory, waiting for its reading where need be; unlike vLLM's, without a slot.
@@ -86,6 +91,11 @@ class WorkerExtension:
             read = self._qlora_reads.pop(int_id, None)
             if read is not None:
                 read.cancel()
+
+
+def _num_readers(device: str) -> int:
+    """How many adapters are read at a time: one where cores compute, some where they feed a GPU."""
+    return 1 if device == "cpu" else max(1, min(MOST_READERS, (os.cpu_count() or 1) // 4))
 
 
 def _leave_the_compute_cores() -> None:

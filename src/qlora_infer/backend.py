@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, frozen
@@ -91,8 +91,8 @@ class Backend(Protocol):
         """Begin to read a version into host memory, so that ``load_adapter`` finds it read."""
         ...
 
-    def has_read(self, version: AdapterVersion) -> bool:
-        """Whether the reading that ``prefetch_adapter`` began has ended, well or badly."""
+    def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
+        """Those whose reading, which ``prefetch_adapter`` began, has ended, well or badly."""
         ...
 
     def remove_adapter(self, version: AdapterVersion) -> None:

@@ -152,7 +152,7 @@ def test_an_adapter_is_read_once_beside_the_steps(awq, tmp_path):
     call, residency = awq._driver.call, awq._residency
     (expected,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
     call(residency.prefetch, version)
-    while not call(residency.has_read, version):
+    while version not in call(residency.have_read, [version]):
         time.sleep(0.01)
     shutil.rmtree(version.path)
     call(residency.load, version)

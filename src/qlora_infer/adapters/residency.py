@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Collection
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,8 +30,8 @@ class AdapterMemory(Protocol):
         """Begin to read a version into host memory, so that ``load_adapter`` finds it read."""
         ...
 
-    def has_read(self, version: AdapterVersion) -> bool:
-        """Whether the reading that ``prefetch_adapter`` began has ended, well or badly."""
+    def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
+        """Those whose reading, which ``prefetch_adapter`` began, has ended, well or badly."""
         ...
 
     def remove_adapter(self, version: AdapterVersion) -> None:
@@ -130,17 +131,22 @@ class Residency:
             else:
                 self._begin(version)
 
-    def has_read(self, version: AdapterVersion | None) -> bool:
-        """Whether ``activate`` need not wait for a reading that has begun."""
-        if version is None or version not in self._prefetched:
-            return True
-        if version in self._fetched:
-            if not self._fetched[version].done():
-                return False
-            if self._fetched.pop(version).exception() is not None:
-                return True  # load will tell why
-            self._memory.prefetch_adapter(version)
-        return self._memory.has_read(version)
+    def have_read(self, versions: Collection[AdapterVersion | None]) -> set[AdapterVersion | None]:
+        """Those for which ``activate`` need not wait for a reading that has begun."""
+        read = {version for version in versions if version is None or version not in self._prefetched}
+        being_read = []
+        for version in versions:
+            if version is None or version in read:
+                continue
+            if version in self._fetched:
+                if not self._fetched[version].done():
+                    continue
+                if self._fetched.pop(version).exception() is not None:
+                    read.add(version)  # load will tell why
+                    continue
+                self._memory.prefetch_adapter(version)
+            being_read.append(version)
+        return read.union(self._memory.have_read(being_read)) if being_read else read
 
     def activate(self, version: AdapterVersion | None) -> bool:
         """Load the adapter of a request that runs now, after ``enter``.

@@ -1,4 +1,4 @@
-"""LoRA's arithmetic, where vLLM's own is wrong or slow, and how vLLM is given it."""
+"""Arithmetic, where vLLM's own is wrong, slow or missing, and how vLLM is given it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ def install() -> None:
 
     name = None
     if current_platform.is_cpu():
+        from qlora_infer.kernels import int4_cpu
+
+        int4_cpu.install()
         name = _for_a_cpu()
     elif current_platform.is_cuda():
         name = _for_a_gpu(current_platform)

@@ -7,6 +7,7 @@ module's work is cut up beyond that is in ``SETTINGS``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,13 +26,13 @@ MOST_ROWS = {16: 512, 32: 1024, 64: 1 << 20}
 SUMS_OF_TILE = 256
 
 
-@frozen
+@frozen(cache_hash=True)
 class Settings:
     """How a module's work is cut up.
 
     Attributes:
         block_m: Rows of one adapter that a program takes.
-        splits: Programs that share the first product of a tile and a slice; a power of two.
+        inputs: What a program of the first product takes of them at most, where there are not too many sums then.
         block_k: Inputs that such a program multiplies at a time.
         block_n: Outputs that a program of the second product takes.
         warps: Warps of a program.
@@ -40,12 +41,16 @@ class Settings:
     """
 
     block_m: int = 16
-    splits: int = 8
+    inputs: int = 512
     block_k: int = 128
     block_n: int = 256
     warps: int = 4
     stages: int = 3
     words: int = 16
+
+    def splits(self, num_inputs: int) -> int:
+        """Programs that share the first product of a tile and a slice; a power of two."""
+        return min(triton.next_power_of_2(-(-num_inputs // self.inputs)), SUMS_OF_TILE // self.block_m)
 
 
 def most_tiles(num_rows: int, block_m: int, num_slots: int) -> int:
@@ -113,6 +118,7 @@ class Module:
     a_slot_stride: int
     first_bit: int = 0
     _blocks: dict[int, torch.Tensor] = field(factory=dict)
+    _plans: dict[tuple[Settings, int, bool], Plan] = field(factory=dict)
 
     @classmethod
     def of(cls, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], *, first_bit: int = 0) -> Module:
@@ -144,6 +150,55 @@ class Module:
             self._blocks[block_n] = torch.tensor(rows, dtype=torch.int32, device=self.a_pointers.device)
         return self._blocks[block_n]
 
+    def plan(self, settings: Settings, num_sums: int, *, is_shrunk: bool) -> Plan:
+        """What is the same in all launches with these settings."""
+        key = settings, num_sums, is_shrunk
+        if key not in self._plans:
+            self._plans[key] = Plan.of(self, settings, num_sums, is_shrunk=is_shrunk)
+        return self._plans[key]
+
+
+@define
+class Plan:
+    """How a module's work is cut up, and the kernels that were compiled for it.
+
+    Triton finds a compiled kernel by all that a call is given, which takes the host longer than the GPU takes for the
+    kernel. In steps without a CUDA graph, as those with prompts are, that is what everybody waits for. So the kernel is
+    kept here, by what Triton would compile another one for.
+
+    Attributes:
+        blocks: ``Module.blocks``.
+        chunk_k: Inputs that a program of the first product multiplies.
+        shrinks: Programs of the first product for a tile.
+        constants: The kernel's constants but the last three.
+        kernels: Compiled for the rows' strides and alignment, ``ADD`` and ``PDL``.
+    """
+
+    blocks: torch.Tensor
+    chunk_k: int
+    shrinks: int
+    constants: tuple[int | bool, ...]
+    kernels: dict[tuple[int, int, bool, bool, bool], Any] = field(factory=dict)
+
+    @classmethod
+    def of(cls, module: Module, settings: Settings, num_sums: int, *, is_shrunk: bool) -> Plan:
+        """Cut up a module's work."""
+        num_slices = len(module.sizes)
+        splits = settings.splits(module.num_inputs)
+        chunk_k = triton.cdiv(triton.cdiv(module.num_inputs, splits), settings.block_k) * settings.block_k
+        block_r = max(16, triton.next_power_of_2(module.rank))
+        at_once = settings.words * 32 * settings.warps // (settings.block_m * block_r)
+        return cls(
+            blocks=module.blocks(settings.block_n),
+            chunk_k=chunk_k,
+            shrinks=0 if is_shrunk else num_slices * splits,
+            constants=(
+                *(num_slices, splits, module.rank, block_r, settings.block_m, settings.block_n),
+                *(settings.block_k, num_sums, max(1, min(splits, at_once))),
+                *(module.num_inputs == chunk_k * splits, module.is_aligned, is_shrunk),
+            ),
+        )
+
 
 class Scratch:
     """What launches leave for each other on a device; launches that share it must run one after the other."""
@@ -155,7 +210,7 @@ class Scratch:
         )
         self.num_sums = SUMS_OF_TILE * max(16, triton.next_power_of_2(rank))
         self.sums = torch.zeros(num_tiles * num_slices * self.num_sums, dtype=torch.int64, device=device)
-        self.rounds = torch.zeros(num_tiles * num_slices * 2, dtype=torch.int32, device=device)
+        self.rounds = torch.zeros(num_tiles * num_slices, dtype=torch.int64, device=device)
 
 
 #: How a module's work is cut up: by the highest rank and the most rows for which it is so. What
@@ -165,17 +220,18 @@ SETTINGS: dict[int, dict[int, Settings]] = {
         64: Settings(block_n=512, stages=4),
         256: Settings(block_n=512, words=8),
         512: Settings(block_m=32, words=8),
-        1 << 20: Settings(block_m=64, splits=1, block_k=64, block_n=128, stages=4),
+        1 << 20: Settings(block_m=64, inputs=1 << 20, block_k=64, block_n=128, stages=4),
     },
     1 << 20: {
         64: Settings(block_n=512, warps=8, words=8),
         256: Settings(block_n=512, words=8),
         512: Settings(block_m=32, block_n=512, warps=8, words=8),
-        1 << 20: Settings(block_m=64, splits=1, block_k=64),
+        1 << 20: Settings(block_m=64, inputs=1 << 20, block_k=64),
     },
 }
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def settings_for(num_rows: int, rank: int) -> Settings:
     """How to cut up the work of a module, of so many rows and of adapters up to a rank."""
     by_rows = next(by_rows for highest, by_rows in SETTINGS.items() if rank <= highest)
@@ -221,44 +277,28 @@ def add_lora(
     chosen = settings or settings_for(len(x), module.rank)
     if len(x) > MOST_ROWS[chosen.block_m]:
         raise ValueError(f"{len(x)} rows are not cut into tiles of {chosen.block_m}")
-    blocks = module.blocks(chosen.block_n)
+    plan = module.plan(chosen, scratch.num_sums, is_shrunk=is_shrunk)
     num_tiles = most_tiles(len(x), chosen.block_m, batch.num_slots)
-    num_slices = len(module.sizes)
-    chunk_k = triton.cdiv(triton.cdiv(module.num_inputs, chosen.splits), chosen.block_k) * chosen.block_k
-    block_r = max(16, triton.next_power_of_2(module.rank))
-    num_shrink = 0 if is_shrunk else num_tiles * num_slices * chosen.splits
-    options: dict[str, Any] = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    lora_kernel[(num_shrink + num_tiles * len(blocks),)](
-        x,
-        y,
-        module.a_pointers,
-        module.b_pointers,
-        scratch.sums,
-        scratch.rounds,
-        batch.tiles[chosen.block_m],
-        blocks,
-        num_tiles,
-        len(blocks),
-        module.num_inputs,
-        chunk_k,
-        x.stride(0),
-        y.stride(0),
-        module.a_slot_stride,
-        module.first_bit,
-        SLICES=num_slices,
-        SPLITS=chosen.splits,
-        RANK=module.rank,
-        BLOCK_R=block_r,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
-        BLOCK_K=chosen.block_k,
-        SUMS=scratch.num_sums,
-        AT_ONCE=max(1, min(chosen.splits, chosen.words * 32 * chosen.warps // (chosen.block_m * block_r))),
-        EVEN_K=module.num_inputs == chunk_k * chosen.splits,
-        ALIGNED=module.is_aligned,
-        SHRUNK=is_shrunk,
-        ADD=add,
-        PDL=pdl,
-        launch_pdl=pdl,
-        **options,
+    num_blocks = len(plan.blocks)
+    num_programs = num_tiles * (plan.shrinks + num_blocks)
+    tensors = (
+        *(x, y, module.a_pointers, module.b_pointers, scratch.sums, scratch.rounds),
+        *(batch.tiles[chosen.block_m], plan.blocks),
     )
+    numbers = (
+        *(num_tiles, num_blocks, module.num_inputs, plan.chunk_k, x.stride(0), y.stride(0), module.a_slot_stride),
+        module.first_bit,
+    )
+    key = x.stride(0), y.stride(0), (x.data_ptr() | y.data_ptr()) % 16 == 0, add, pdl
+    kernel = plan.kernels.get(key)
+    if kernel is not None:
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        kernel[num_programs, 1, 1](*addresses, *numbers, *plan.constants, add, pdl, pdl)
+    else:  # Triton's interpreter gives no kernel
+        plan.kernels[key] = lora_kernel[(num_programs,)](
+            *(*tensors, *numbers, *plan.constants),
+            *(add, pdl),
+            launch_pdl=pdl,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+        )

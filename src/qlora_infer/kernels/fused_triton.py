@@ -9,13 +9,17 @@ waiting always has an end. A row's sums do not depend on the rows beside it.
 
 A partial sum is one 64-bit word: the float, and above it the number of the round that wrote it. So who waits reads
 the sums themselves until they are this round's, and needs no flag, fence or second reading (as the LL protocol of
-NCCL does, https://github.com/NVIDIA/nccl).
+NCCL does, https://github.com/NVIDIA/nccl). The round is counted by those who have read: each adds its share of one
+whole round, and goes on without waiting. Until the last has read, the count's whole part is that of the round before.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+#: A count of rounds has so many bits behind the point; there are never as many programs to share a round out to.
+ROUND_BITS = tl.constexpr(20)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "chunk_k", "first_bit"])
@@ -34,7 +38,7 @@ def lora_kernel(
         a_pointers: For each slice the address of its A matrices ``[slots, RANK, K]``.
         b_pointers: For each slice the address of its B matrices ``[slots, size, RANK]``.
         sums: Scratch ``[num_tiles, SLICES, SUMS]`` that only this kernel writes.
-        rounds: ``[num_tiles, SLICES, 2]``: how many rounds there were, and how many programs read this round's sums.
+        rounds: ``[num_tiles, SLICES]``: how many rounds there were, with ``ROUND_BITS`` behind the point.
         tiles: ``[num_tiles, 4 + BLOCK_M]``: ``TILE_HEAD`` and the rows.
         blocks: ``[num_blocks, 4]``: slice, first output in the slice, first output in y, the slice's size.
         first_bit: The bit of the first slice in what a tile says of its adapter.
@@ -54,6 +58,11 @@ def lora_kernel(
             x, y, b_pointers, sums, rounds, tiles, blocks, num_blocks, x_stride, y_stride, first_bit,
             SLICES, SPLITS, RANK, BLOCK_R, BLOCK_M, BLOCK_N, SUMS, AT_ONCE, ALIGNED, SHRUNK, ADD, PDL,
         )  # fmt: skip
+
+
+@triton.jit
+def _this_round(count):
+    return ((tl.load(count) >> ROUND_BITS) + 1) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -80,7 +89,7 @@ def _shrink(
         product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        now = tl.load(rounds + tile_slice * 2) + 1
+        now = _this_round(rounds + tile_slice)
         chunk = tl.multiple_of(split * chunk_k, 16)  # lets the compiler load 16 bytes at a time
         for start in range(0, chunk_k, BLOCK_K):
             k = chunk + start + tl.arange(0, BLOCK_K)
@@ -93,7 +102,7 @@ def _shrink(
                 x_part = tl.load(x_at, mask=is_row[:, None] & (k < K)[None, :], other=0.0)
                 a_part = tl.load(a_at, mask=is_rank[None, :] & (k < K)[:, None], other=0.0)
             product = tl.dot(x_part, a_part, product)
-        words = (now.to(tl.int64) << 32) | (product.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+        words = (now << 32) | (product.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
         at = sums + tile_slice.to(tl.int64) * SUMS + (split * BLOCK_M + row[:, None]) * BLOCK_R + r[None, :]
         if ALIGNED:
             rank = tl.multiple_of(rank, 8)
@@ -146,27 +155,28 @@ def _expand(
             product = tl.load(x + at_row[:, None] * x_stride + r[None, :], mask=is_sum, other=0.0)
         else:
             tile_slice = tile_number * SLICES + piece
-            round_at = rounds + tile_slice * 2
-            now = tl.load(round_at) + 1
+            round_at = rounds + tile_slice
+            now = _this_round(round_at)
             product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             split = tl.arange(0, AT_ONCE)
             at = sums + tile_slice.to(tl.int64) * SUMS
             at += (split[:, None, None] * BLOCK_M + row[None, :, None]) * BLOCK_R + r[None, None, :]
             is_sum = (split >= 0)[:, None, None] & is_row[None, :, None] & is_rank[None, None, :]
-            nothing = now.to(tl.int64) << 32
+            nothing = now << 32
             for begin in tl.static_range(0, SPLITS, AT_ONCE):
                 words = tl.load(at + begin * BLOCK_M * BLOCK_R, mask=is_sum, other=nothing, volatile=True)
                 while tl.max(((words >> 32) != now).to(tl.int32)) != 0:
                     words = tl.load(at + begin * BLOCK_M * BLOCK_R, mask=is_sum, other=nothing, volatile=True)
                 product += tl.sum((words & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True), axis=0)
-            # Whoever reads last ends the round; nobody needs the sums or the round's number any more.
-            num_read = tl.atomic_add(round_at + 1, 1, sem="relaxed", scope="gpu")
-            if num_read == tl.cdiv(size, BLOCK_N) - 1:
-                tl.store(round_at, now)
-                tl.store(round_at + 1, 0)
         delta = tl.dot(product.to(b_part.dtype), b_part)
         if ADD:
             delta += base.to(tl.float32)
         tl.store(y_at, delta.to(y.dtype.element_ty), mask=is_y)
+        if not SHRUNK:
+            # Nobody waits for what it returns.
+            num_readers = tl.cdiv(size, BLOCK_N)
+            share = (1 << ROUND_BITS) // num_readers
+            rest = (1 << ROUND_BITS) - share * num_readers
+            tl.atomic_add(round_at, (share + tl.where(first == 0, rest, 0)).to(tl.int64), sem="relaxed", scope="gpu")
     elif PDL:
         tl.extra.cuda.gdc_wait()

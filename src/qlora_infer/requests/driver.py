@@ -336,9 +336,9 @@ class Driver:
     def _hand_over_read(self) -> None:
         """Hand over those whose adapters have been read; steps go on without the others."""
         reading = list(self._reading)
-        has_read = {adapter: self._residency.has_read(adapter) for adapter in {p.request.adapter for p in reading}}
+        read = self._residency.have_read({pending.request.adapter for pending in reading}) if reading else ()
         for pending in reading:
-            if has_read[pending.request.adapter]:
+            if pending.request.adapter in read:
                 self._reading.remove(pending)
                 self._hand_over(pending)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, fields, frozen
@@ -228,10 +228,11 @@ class FakeEngine:
         self.prefetches.append(version.name)
         self._prefetched[version.int_id] = time.monotonic()
 
-    def has_read(self, version: AdapterVersion) -> bool:
-        """Whether ``load_seconds`` have passed since."""
+    def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
+        """Those for which ``load_seconds`` have passed since."""
         self._check_alive()
-        return time.monotonic() >= self._prefetched[version.int_id] + self._load_seconds
+        began = time.monotonic() - self._load_seconds
+        return {version for version in versions if self._prefetched[version.int_id] <= began}
 
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Forget it."""

@@ -1,0 +1,68 @@
+"""AWQ and GPTQ on a CPU without AVX-512, for which vLLM has no kernel.
+
+vLLM 0.32 chooses ``CPUWNA16LinearKernel`` for 4-bit weights on any CPU; what it calls, ``cpu_gemm_wna16``, is compiled
+into the builds for AVX-512 and AMX only, and the first step ends the engine. Here the weights are written out once, as
+they are loaded, in float32, which such a CPU multiplies several times as fast as bfloat16. They take eight times the
+memory for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from vllm.model_executor.kernels.linear import register_linear_kernel
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.layers.quantization.utils import replace_parameter
+from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
+from vllm.platforms import PlatformEnum
+
+logger = logging.getLogger("qlora_infer")
+
+
+class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
+    """A linear module whose 4-bit weights were written out in float32."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Write the weights out, ``[out_features, in_features]``, in place of the packed ones."""
+        packed, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
+        # compressed-tensors has them the other way round.
+        quantized = packed.data.t() if packed.input_dim == 1 else packed.data
+        factors = scales.data.t() if scales.output_dim == 0 else scales.data
+        steps = unpack_quantized_values_into_int32(quantized, self.config.weight_type, 0)
+        num_inputs, num_outputs = steps.shape
+        weight = steps.float().view(len(factors), -1, num_outputs)
+        weight -= self._zeros(layer)
+        weight *= factors.float()[:, None]
+        replace_parameter(layer, self.w_q_name, weight.view(num_inputs, num_outputs).t().contiguous())
+        for name in (self.w_s_name, self.w_zp_name):
+            if name is not None:
+                setattr(layer, name, None)
+
+    def _zeros(self, layer: torch.nn.Module) -> torch.Tensor | int:
+        """The step that stands for zero: one for all, or of each group and output."""
+        if not self.config.zero_points:
+            return int(self.config.weight_type.bias)
+        packed = getattr(layer, self.w_zp_name)
+        zeros = packed.data.t().contiguous() if packed.output_dim == 0 else packed.data
+        unpacked: torch.Tensor = unpack_quantized_values_into_int32(zeros, self.config.weight_type, 1)
+        return unpacked[:, None]
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The product, in float32."""
+        weight = getattr(layer, self.w_q_name)
+        product = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+        return product.to(x.dtype)
+
+
+def install() -> None:
+    """Have vLLM use it in this process, if this CPU needs it."""
+    from vllm import _custom_ops  # noqa: F401  # loads the operators that were compiled for this CPU
+
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return
+    logger.info("this CPU has no AVX-512: AWQ and GPTQ weights are written out in float32 (docs/cpu.md)")
+    register_linear_kernel(ExpandedLinearKernel, PlatformEnum.CPU, "mp")
+    disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")
+    os.environ["VLLM_DISABLED_KERNELS"] = ",".join(filter(None, (disabled, CPUWNA16LinearKernel.__name__)))

@@ -1,0 +1,87 @@
+"""4-bit weights on a CPU without AVX-512: the arithmetic of kernels/int4_cpu.py, on any CPU; no engine is started."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from vllm import _custom_ops  # noqa: E402, F401
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.model_executor.kernels.linear import choose_mp_linear_kernel  # noqa: E402
+from vllm.model_executor.kernels.linear.mixed_precision import MPLinearLayerConfig  # noqa: E402
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel  # noqa: E402
+from vllm.model_executor.layers.quantization.auto_awq import _convert_awq_to_standard_format  # noqa: E402
+from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter  # noqa: E402
+from vllm.platforms import PlatformEnum, current_platform  # noqa: E402
+from vllm.scalar_type import scalar_types  # noqa: E402
+
+from qlora_infer.demo._pack import GROUP_SIZE, pack_awq, pack_gptq, quantize  # noqa: E402
+from qlora_infer.kernels import int4_cpu  # noqa: E402
+
+K, N = 192, 96
+
+
+def layer_of(tensors, packed_dim):
+    """A layer as vLLM fills it from a checkpoint."""
+
+    def weight(name, kind, **options):
+        return kind(data=tensors[name], input_dim=0, output_dim=1, weight_loader=None, **options)
+
+    layer = torch.nn.Module()
+    layer.qweight = weight("qweight", PackedvLLMParameter, packed_dim=packed_dim, packed_factor=8)
+    layer.qzeros = weight("qzeros", PackedvLLMParameter, packed_dim=1, packed_factor=8)
+    layer.scales = weight("scales", GroupQuantScaleParameter)
+    return layer
+
+
+@pytest.mark.parametrize("quantization", ["awq", "gptq"])
+@pytest.mark.parametrize("num_rows", [1, 5, 64])
+def test_a_layer_is_what_its_steps_stand_for(quantization, num_rows, monkeypatch):
+    """Both layouts, with zeros of each group and without: the product with the dequantized matrix, rounded once."""
+    monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_world_size", lambda: 1)
+    is_awq = quantization == "awq"
+    matrix = quantize(torch.randn(K, N, generator=torch.Generator().manual_seed(0)), symmetric=not is_awq)
+    config = MPLinearLayerConfig(
+        full_weight_shape=(K, N),
+        partition_weight_shape=(K, N),
+        weight_type=scalar_types.uint4 if is_awq else scalar_types.uint4b8,
+        act_type=torch.bfloat16,
+        group_size=GROUP_SIZE,
+        zero_points=is_awq,
+    )
+    layer = layer_of(pack_awq(matrix) if is_awq else pack_gptq(matrix), packed_dim=1 if is_awq else 0)
+    if is_awq:
+        _convert_awq_to_standard_format(layer, "qweight", "qzeros", 4)
+    kernel = int4_cpu.ExpandedLinearKernel(config, "qweight", "scales", "qzeros")
+    kernel.process_weights_after_loading(layer)
+
+    x, bias = torch.randn(num_rows, K).bfloat16(), torch.randn(N).bfloat16()
+    expected = x.double() @ matrix.dequantized().double() + bias.double()
+    product = kernel.apply_weights(layer, x, bias)
+    assert product.dtype == torch.bfloat16
+    assert torch.allclose(product.double(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_vllms_kernel_is_used_where_there_is_one(monkeypatch):
+    """With the operator that vLLM's kernel calls, install changes nothing; without it, vLLM chooses ours."""
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", "")
+    kernels = []
+    monkeypatch.setattr(int4_cpu, "register_linear_kernel", lambda kernel, *where: kernels.append((kernel, *where)))
+    int4_cpu.install()
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        assert not kernels
+    else:
+        assert kernels == [(int4_cpu.ExpandedLinearKernel, PlatformEnum.CPU, "mp")]
+
+
+def test_vllm_still_chooses_as_we_know_it(monkeypatch):
+    """vLLM's only kernel for 4-bit weights on a CPU is the one that ours stands in for, and it can be turned off."""
+    assert current_platform.is_cpu()
+    config = MPLinearLayerConfig((K, N), (K, N), scalar_types.uint4b8, torch.bfloat16, GROUP_SIZE, zero_points=False)
+    with set_current_vllm_config(VllmConfig()):
+        monkeypatch.setenv("VLLM_DISABLED_KERNELS", "")
+        assert choose_mp_linear_kernel(config) is CPUWNA16LinearKernel
+        monkeypatch.setenv("VLLM_DISABLED_KERNELS", CPUWNA16LinearKernel.__name__)
+        with pytest.raises(ValueError, match="CPUWNA16LinearKernel disabled by environment variable"):
+            choose_mp_linear_kernel(config)
