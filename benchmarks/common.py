@@ -101,7 +101,8 @@ class Plain:
             arguments["worker_extension_cls"] = "qlora_infer._worker.WorkerExtension"
         if quantization == "bitsandbytes":
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
-        self.llm = LLM(str(model), enable_lora=True, **arguments)
+        with startup.breakable_graphs(arguments):
+            self.llm = LLM(str(model), enable_lora=True, **arguments)
         if not arguments.get("disable_log_stats", True):
             # The times of requests are wanted, and nobody to log them; ours does the same.
             self.llm.llm_engine.logger_manager = None

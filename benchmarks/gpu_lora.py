@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -40,12 +40,14 @@ BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
 class Step:
     """The LoRA work of one step."""
 
-    def __init__(self, rank: int, *, layers: int, dtype: torch.dtype = torch.float16) -> None:
+    def __init__(
+        self, rank: int, *, layers: int, modules: Iterable[str] = MODULES, dtype: torch.dtype = torch.float16
+    ) -> None:
         """Draw the weights."""
         self.rank = rank
         self.weights = []
         for _ in range(layers):
-            for num_inputs, sizes in MODULES.values():
+            for num_inputs, sizes in (MODULES[name] for name in modules):
                 a = tuple(_random(SLOTS, 1, rank, num_inputs, dtype=dtype) for _ in sizes)
                 b = tuple(_random(SLOTS, 1, size, rank, dtype=dtype) for size in sizes)
                 self.weights.append((Module.of(a, b), a, b))
@@ -97,13 +99,13 @@ class Step:
         return worst
 
     def tried(self, settings: Settings) -> str:
-        """Cells of a table: the time on the GPU and on the host, and the error; or what does not fit."""
+        """Cells of a table: the time of a module, and the error; or what does not fit."""
         try:
             error = self.error(settings)
-            ms, us = graph_ms(partial(self.ours, settings)), host_us(partial(self.ours, settings)) / len(self.weights)
+            us = 1e3 * graph_ms(partial(self.ours, settings)) / len(self.weights)
         except Exception as fault:  # a setting that does not fit is a result
-            return f"{str(fault)[:80]!r} | | "
-        return f"{ms:.3f} | {us:.0f} | {error:.1e}"
+            return f"{str(fault)[:80]!r} | "
+        return f"{us:.2f} | {error:.1e}"
 
     def free(self) -> None:
         """Give the weights' memory back."""
@@ -156,48 +158,42 @@ def host_us(work: Callable[[], None]) -> float:
 def candidates(num_rows: int, rank: int) -> list[Settings]:
     """Settings to try for steps of so many rows."""
     if num_rows > 512:
-        large = partial(Settings, block_m=64, inputs=1 << 20, block_k=64, block_n=128)
-        return [
-            *(large(), large(stages=4), large(block_k=128), large(inputs=4096)),
-            *(large(block_n=256), large(block_n=256, warps=8)),
-        ]
+        large = partial(Settings, block_m=64, inputs=1 << 20, block_k=64)
+        return [large(block_n=n, warps=warps, stages=4) for n, warps in ((128, 4), (256, 4), (256, 8))]
     if num_rows > 64:
-        few = partial(Settings, words=8)
+        few = partial(Settings, words=8, stages=4)
         return [
-            *(few(block_n=512), few(block_n=512, warps=8)),
-            *(few(block_m=32), few(block_m=32, warps=8), few(block_m=32, block_n=512, warps=8)),
-            *(few(block_m=32, block_n=128), few(block_m=64, inputs=1024, block_k=64, warps=8)),
-        ]
-    if rank > 16:
-        wide = partial(Settings, words=8)
-        return [
-            *(wide(block_n=128), wide(block_n=128, warps=8), wide(), wide(warps=8), wide(block_n=512, warps=8)),
-            *(wide(warps=8, inputs=256), wide(warps=8, inputs=1024, block_k=256), wide(warps=8, words=16)),
+            few(block_m=block_m, block_n=n, warps=warps, inputs=inputs)
+            for block_m, n, warps in ((16, 512, 4), (32, 256, 4), (32, 256, 8), (32, 512, 8))
+            for inputs in (512, 1024)
         ]
     return [
-        *(Settings(), Settings(block_n=512), Settings(block_n=512, words=8), Settings(block_n=512, inputs=256)),
-        *(Settings(block_n=512, stages=2), Settings(block_n=512, stages=4), Settings(block_n=1024, warps=8, words=8)),
+        Settings(block_n=n, warps=warps, inputs=inputs, stages=4, words=8 if rank > 16 else 16)
+        for n, warps in ((128, 4), (256, 4), (512, 4), (256, 8), (512, 8), (1024, 8))
+        for inputs in (256, 512, 1024)
     ]
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    """Print every candidate's time."""
-    print(
-        "| rank | rows x adapters | ms | host, us a module | error | settings |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    """Print every candidate's time for each module."""
+    print("| rank | module | rows x adapters | us | error | settings |\n| --- | --- | --- | --- | --- | --- |")
     for rank in arguments.rank:
-        step = Step(rank, layers=arguments.layers)
-        for num_rows, num_adapters in arguments.cases:
-            step.rows(num_rows, num_adapters)
-            for settings in candidates(num_rows, rank):
-                print(f"| {rank} | {num_rows} x {num_adapters} | {step.tried(settings)} | {settings} |", flush=True)
-        step.free()
+        for name in MODULES:
+            step = Step(rank, layers=arguments.layers, modules=[name])
+            for num_rows, num_adapters in arguments.cases:
+                step.rows(num_rows, num_adapters)
+                for settings in candidates(num_rows, rank):
+                    tried = f"{step.tried(settings)} | {settings}"
+                    print(f"| {rank} | {name} | {num_rows} x {num_adapters} | {tried} |", flush=True)
+            step.free()
 
 
 def compile_all(arguments: argparse.Namespace) -> None:
     """Compile what ``tune`` needs in many processes, which share a cache on disk."""
     begin = time.perf_counter()
-    some = [sys.executable, __file__, "--compile", "--layers", "1", "--cases", "64x8", "256x8", "4096x8"]
+    # Of steps that are cut up alike, one.
+    cases = {min(size for size in (64, 512, 1 << 20) if rows <= size): f"{rows}x{n}" for rows, n in arguments.cases}
+    some = [sys.executable, __file__, "--compile", "--layers", "1", "--cases", *cases.values()]
     jobs = [
         subprocess.Popen([*some, "--rank", str(rank), "--nth", str(nth)])
         for rank in arguments.rank
@@ -210,19 +206,21 @@ def compile_all(arguments: argparse.Namespace) -> None:
 
 def compile_some(arguments: argparse.Namespace) -> None:
     """Compile every so manyth candidate."""
-    step = Step(arguments.rank[0], layers=1)
-    for num_rows, num_adapters in arguments.cases:
-        step.rows(num_rows, num_adapters)
-        for settings in candidates(num_rows, arguments.rank[0])[arguments.nth :: NUM_JOBS]:
-            step.tried(settings)
+    (rank,) = arguments.rank
+    for name in MODULES:
+        step = Step(rank, layers=1, modules=[name])
+        for num_rows, num_adapters in arguments.cases:
+            step.rows(num_rows, num_adapters)
+            for settings in candidates(num_rows, rank)[arguments.nth :: NUM_JOBS]:
+                step.tried(settings)
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a table of ours beside vLLM's."""
     from vllm.lora.ops.triton_ops import LoRAKernelMeta
 
-    print("| rank | rows x adapters | vLLM, ms | ours, ms | vLLM / ours | floor, ms | error |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| rank | rows x adapters | vLLM, ms | ours, ms | vLLM / ours | floor, ms | host, us a module | error |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for rank in arguments.rank:
         step = Step(rank, layers=arguments.layers)
         for num_rows, num_adapters in arguments.cases:
@@ -232,9 +230,10 @@ def compare(arguments: argparse.Namespace) -> None:
             error = step.error()
             theirs = graph_ms(partial(step.vllms, meta))
             ours = graph_ms(step.ours)
+            host = host_us(step.ours) / len(step.weights)
             print(
                 f"| {rank} | {num_rows} x {num_adapters} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | "
-                f"{step.floor(num_adapters):.2f} | {error:.1e} |",
+                f"{step.floor(num_adapters):.2f} | {host:.0f} | {error:.1e} |",
                 flush=True,
             )
         step.free()

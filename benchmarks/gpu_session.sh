@@ -11,7 +11,7 @@
 #   step      a profile of decoding steps and the share of the base model's speed, ours and vLLM's kernels: 6 minutes
 #   two       tests/gpu on two GPUs, tensor_parallel_size=2: 4 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
-#   graphs    CUDA graphs of steps with prompts too (vLLM's breakable graphs), against this library's own: 5 minutes
+#   graphs    CUDA graphs of decoding steps only, against those of all: 5 minutes
 #   tuning    settings that may pay, against this library's own: 4 minutes
 #
 # Without a part: tests 8b. Needs a python3 with vLLM's CUDA build, vllm-bnb-plugin, pytest, pytest-timeout and peft, and
@@ -38,20 +38,17 @@ bench() { # NAME SECONDS ARGUMENTS...
   grep -h '^|\|^started\|Error' "$OUT/$name.log" | cut -c1-250
 }
 
-build_demo() {
-  local build='import sys; from qlora_infer.demo import demo_model; demo_model(sys.argv[1])'
-  python3 -c "$build" none && {
-    python3 -c "$build" awq &
-    python3 -c "$build" gptq &
-    wait
-  }
+demo() { # SECONDS QUANTIZATION...: build the demo model
+  local seconds=$1
+  shift
+  part demo "$seconds" python3 -c 'import sys; from qlora_infer.demo import demo_model; [demo_model(q) for q in sys.argv[1:]]' "$@"
 }
-export -f build_demo
 
-part demo 200 bash -c build_demo
+demo 60 none
 for name in ${@:-tests 8b}; do
   case $name in
     tests)
+      demo 240 awq gptq
       part tests 360 python3 -m pytest tests/gpu -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
         --durations 15 --junitxml "$OUT/tests.xml"
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
@@ -67,15 +64,14 @@ for name in ${@:-tests 8b}; do
       done
       ;;
     two)
+      demo 240 awq gptq
       part two 300 python3 -m pytest tests/gpu -v -m two_gpus --tb=short --show-capture=no --timeout 240 -p no:cacheprovider
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$' "$OUT/two.log" | cut -c1-180
       ;;
     pause) bench pause 240 --shape 8B --pause --adapters 16 --rank 64 --seqs 32 ;;
     graphs)
-      sizes='[1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512]'
       bench graphs 300 --shape 8B --quantization gptq --adapters 0 1 8 --repeats 1 --against ours --minutes 4 \
-        --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=1 --ours-args \
-        '{"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": '"$sizes"'}}'
+        --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=0
       ;;
     tuning)
       few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 256 --repeats 4 --against ours)

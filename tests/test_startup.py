@@ -12,7 +12,7 @@ from qlora_infer.testing import FakeEngine, fake_engine
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    for name in ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"):
+    for name in ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
 
@@ -27,8 +27,8 @@ def test_on_a_cpu_vllms_own_operators_are_used():
     assert arguments == {"model": "m"}
 
 
-def test_on_a_gpu_decoding_is_captured_and_nothing_compiled(caplog):
-    """By default: CUDA graphs of decoding batches up to max_num_seqs, no torch.compile, and never FULL; it is logged."""
+def test_on_a_gpu_steps_are_captured_and_nothing_compiled(caplog):
+    """By default: CUDA graphs of all steps up to 512 tokens, no torch.compile, and never FULL; it is logged."""
     with caplog.at_level(logging.INFO, "qlora_infer"):
         chosen = startup.with_defaults({"model": "m", "max_num_seqs": 32}, device="cuda")
     assert chosen == {
@@ -36,8 +36,8 @@ def test_on_a_gpu_decoding_is_captured_and_nothing_compiled(caplog):
         "max_num_seqs": 32,
         "compilation_config": {
             "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32],
+            "cudagraph_mode": "FULL_AND_PIECEWISE",
+            "cudagraph_capture_sizes": startup.graph_sizes(32),
         },
     }
     assert 'startup="fast"' in caplog.text
@@ -50,18 +50,28 @@ def test_compiled_is_vllms_own_default(caplog):
     assert "minutes" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("max_num_seqs", "sizes"),
-    [
-        (1, [1]),
-        (3, [1, 2, 3]),
-        (64, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]),
-        (100, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]),
-    ],
-)
-def test_every_decoding_batch_has_a_graph(max_num_seqs, sizes):
-    """The largest size is max_num_seqs itself, for vLLM drops larger ones."""
-    assert startup.graph_sizes(max_num_seqs) == sizes
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 64, 100, 512])
+def test_every_decoding_batch_has_a_graph(max_num_seqs):
+    """Also the full one: vLLM does not decode in graphs of more than max_num_seqs."""
+    sizes = startup.graph_sizes(max_num_seqs)
+    assert max_num_seqs in sizes
+    assert sizes[-1] == 512
+
+
+def test_vllm_is_told_of_breakable_graphs_while_such_an_engine_starts(monkeypatch):
+    """Only then, so that another engine of the process starts as it would alone; and not against the user's word."""
+    chosen = startup.with_defaults({}, device="cuda")
+    with startup.breakable_graphs(chosen):
+        assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "1"
+    assert "VLLM_USE_BREAKABLE_CUDAGRAPH" not in os.environ
+    for others in ({}, {"compilation_config": 3}, {"compilation_config": {"mode": 3}}):
+        with startup.breakable_graphs(others):
+            assert "VLLM_USE_BREAKABLE_CUDAGRAPH" not in os.environ
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    chosen = startup.with_defaults({}, device="cuda")
+    assert chosen["compilation_config"]["cudagraph_mode"] == "FULL_DECODE_ONLY"
+    with startup.breakable_graphs(chosen):
+        assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "0"
 
 
 def test_graphs_are_as_large_as_vllms_and_fewer():
@@ -95,7 +105,7 @@ def test_without_graphs_there_are_none():
 def test_who_chooses_graph_sizes_gets_them(given):
     """vLLM takes sizes from one place only."""
     chosen = startup.with_defaults(given, device="cuda")
-    assert chosen["compilation_config"] == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    assert chosen["compilation_config"] == {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}
 
 
 class GPU(FakeEngine):
@@ -115,7 +125,7 @@ def test_an_engine_on_a_gpu_starts_fast(caplog):
     """What the engine hands to vLLM, from its own arguments; the compiled start only when it is asked for."""
     backend = GPU(80)
     with fake_engine(backend=backend, engine_args={"max_num_seqs": 2}):
-        assert backend.engine_args["compilation_config"]["cudagraph_capture_sizes"] == [1, 2]
+        assert backend.engine_args["compilation_config"]["cudagraph_capture_sizes"][:3] == [1, 2, 4]
         assert backend.engine_args["enforce_eager"] is False
     with fake_engine(backend=backend, startup="compiled"):
         assert "compilation_config" not in backend.engine_args

@@ -123,7 +123,7 @@ class VLLMBackend:
         startup.set_environment(device=current_platform.device_type)
         own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
         try:
-            with _shielded_from_ctrl_c():
+            with _shielded_from_ctrl_c(), startup.breakable_graphs(engine_args):
                 # LLM_CLASS chooses the batch sizes that ``vllm.LLM`` has.
                 self._engine = LLMEngine.from_engine_args(
                     EngineArgs(**{**engine_args, **own}), UsageContext.LLM_CLASS, enable_multiprocessing=True

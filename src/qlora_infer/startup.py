@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 logger = logging.getLogger("qlora_infer")
 
-#: How an engine on a GPU starts: with CUDA graphs for decoding alone, or compiled by torch as vLLM does by default.
+#: How an engine on a GPU starts: with CUDA graphs alone, or compiled by torch too, as vLLM does by default.
 Startup = Literal["fast", "compiled"]
 
 #: Whose LoRA kernels a GPU computes with.
@@ -21,11 +22,16 @@ KERNELS_KEY = "qlora_infer_lora_kernels"
 #: On so few cores none is left idle for vLLM's own loop.
 FEW_CORES = 2
 
-#: The largest batch that vLLM captures a CUDA graph for by itself (``vllm/config/vllm.py``; Blackwell's is larger).
+#: The largest step that vLLM captures a CUDA graph for by itself (``vllm/config/vllm.py``; Blackwell's is larger).
 LARGEST_GRAPH = 512
-#: A batch runs in the next larger graph. Each takes 0.1 to 0.2 s at the start, twice: with adapters and without. So
-#: these grow with the batch, by a quarter at most; vLLM's own go on in steps of 8 and 16.
+#: A step runs in the next larger graph. Each takes some 0.1 s at the start, twice: with adapters and without. So these
+#: grow with the step, by a quarter at most; vLLM's own go on in steps of 8 and 16.
 GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, LARGEST_GRAPH, 64))
+
+#: vLLM's switch for graphs that are captured without torch.compile, around the attention, which runs by itself
+#: (``vllm/compilation/breakable_cudagraph.py`` in 0.32). It is an environment variable only.
+BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}
 
 #: Who gives one of these has chosen how the model is compiled, or for which sizes.
 COMPILATION_ARGS = frozenset({"compilation_config", "optimization_level"})
@@ -41,8 +47,9 @@ def with_defaults(engine_args: Mapping[str, Any], *, device: str, startup: Start
     off, as it does for models that it compiles. They are turned on.
 
     On a GPU it compiles, which takes minutes (more than 330 s for 8 billion parameters with LoRA, against 56 s with
-    CUDA graphs alone, on an H100). Graphs of decoding steps are as fast there. ``FULL`` is not used: it garbles
-    batches of several prompts in vLLM 0.32.0.
+    CUDA graphs alone, on an H100). Graphs are as fast there. Steps that only decode are one graph each; those with
+    prompts are cut at the attention (``breakable_graphs``). ``FULL`` for both is not used: it garbles batches of
+    several prompts in vLLM 0.32.0.
 
     Args:
         engine_args: Arguments of vLLM's ``EngineArgs``.
@@ -58,8 +65,10 @@ def with_defaults(engine_args: Mapping[str, Any], *, device: str, startup: Start
     if startup == "compiled":
         logger.info('startup="compiled": torch.compile and CUDA graphs; the first start takes minutes')
         return dict(engine_args)
-    logger.info('startup="fast": CUDA graphs for decoding, without torch.compile ("compiled" is the other choice)')
-    compilation_config: dict[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    logger.info('startup="fast": CUDA graphs without torch.compile ("compiled" is the other choice)')
+    compilation_config: dict[str, Any] = dict(GRAPHS)
+    if os.environ.get(BREAKABLE) == "0":
+        compilation_config["cudagraph_mode"] = "FULL_DECODE_ONLY"
     if not GRAPH_SIZE_ARGS & engine_args.keys():
         compilation_config["cudagraph_capture_sizes"] = graph_sizes(engine_args.get("max_num_seqs"))
     return {**engine_args, "compilation_config": compilation_config}
@@ -83,9 +92,25 @@ def with_kernels(engine_args: Mapping[str, Any], lora_kernels: LoraKernels, *, d
 
 
 def graph_sizes(max_num_seqs: int | None) -> list[int]:
-    """The sizes of decoding batches to capture CUDA graphs for; ``None`` for the limit that vLLM chooses itself."""
-    largest = min(max_num_seqs or LARGEST_GRAPH, LARGEST_GRAPH)
-    return [*(size for size in GRAPH_SIZES if size < largest), largest]
+    """How many tokens of a step there are CUDA graphs for; one is for ``max_num_seqs`` requests that decode."""
+    return sorted({*GRAPH_SIZES, min(max_num_seqs or LARGEST_GRAPH, LARGEST_GRAPH), LARGEST_GRAPH})
+
+
+@contextlib.contextmanager
+def breakable_graphs(engine_args: Mapping[str, Any]) -> Iterator[None]:
+    """Set ``BREAKABLE`` for an engine that starts with ``GRAPHS``: its processes take over the environment."""
+    compilation_config = engine_args.get("compilation_config")
+    wanted = isinstance(compilation_config, Mapping) and GRAPHS.items() <= compilation_config.items()
+    before = os.environ.get(BREAKABLE)
+    if wanted:
+        os.environ[BREAKABLE] = "1"
+    try:
+        yield
+    finally:
+        if wanted and before is None:
+            del os.environ[BREAKABLE]
+        elif wanted:
+            os.environ[BREAKABLE] = str(before)
 
 
 def set_environment(*, device: str, num_cores: int | None = None) -> None:

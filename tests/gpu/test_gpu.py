@@ -65,12 +65,12 @@ def ask(engine, adapter, params=GREEDY, prompt=PROMPT):
 
 
 def test_the_fast_start_is_what_vllm_runs(awq):
-    """By default vLLM runs CUDA graphs of decoding steps, compiles nothing, and is not eager."""
+    """By default vLLM runs CUDA graphs, of steps with prompts too, compiles nothing, and is not eager."""
     config = awq._backend._engine.vllm_config
     assert not config.model_config.enforce_eager
     assert config.compilation_config.mode == 0
-    assert config.compilation_config.cudagraph_mode.name == "FULL_DECODE_ONLY"
-    assert config.compilation_config.cudagraph_capture_sizes[-1] == config.scheduler_config.max_num_seqs
+    assert config.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
+    assert config.scheduler_config.max_num_seqs in config.compilation_config.cudagraph_capture_sizes
 
 
 def test_a_batch_of_everything_gives_what_each_gives_alone(engine, request, record_property):

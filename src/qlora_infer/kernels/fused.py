@@ -50,7 +50,8 @@ class Settings:
 
     def splits(self, num_inputs: int) -> int:
         """Programs that share the first product of a tile and a slice; a power of two."""
-        return min(triton.next_power_of_2(-(-num_inputs // self.inputs)), SUMS_OF_TILE // self.block_m)
+        wanted: int = triton.next_power_of_2(-(-num_inputs // self.inputs))
+        return min(wanted, SUMS_OF_TILE // self.block_m)
 
 
 def most_tiles(num_rows: int, block_m: int, num_slots: int) -> int:
