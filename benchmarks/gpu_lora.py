@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -40,14 +40,12 @@ BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
 class Step:
     """The LoRA work of one step."""
 
-    def __init__(
-        self, rank: int, *, layers: int, modules: Iterable[str] = MODULES, dtype: torch.dtype = torch.float16
-    ) -> None:
+    def __init__(self, rank: int, *, layers: int, dtype: torch.dtype = torch.float16) -> None:
         """Draw the weights."""
         self.rank = rank
         self.weights = []
         for _ in range(layers):
-            for num_inputs, sizes in (MODULES[name] for name in modules):
+            for num_inputs, sizes in MODULES.values():
                 a = tuple(_random(SLOTS, 1, rank, num_inputs, dtype=dtype) for _ in sizes)
                 b = tuple(_random(SLOTS, 1, size, rank, dtype=dtype) for size in sizes)
                 self.weights.append((Module.of(a, b), a, b))
@@ -99,13 +97,13 @@ class Step:
         return worst
 
     def tried(self, settings: Settings) -> str:
-        """Cells of a table: the time of a module, and the error; or what does not fit."""
+        """Cells of a table: the time, and the error; or what does not fit."""
         try:
             error = self.error(settings)
-            us = 1e3 * graph_ms(partial(self.ours, settings)) / len(self.weights)
+            ms = graph_ms(partial(self.ours, settings))
         except Exception as fault:  # a setting that does not fit is a result
             return f"{str(fault)[:80]!r} | "
-        return f"{us:.2f} | {error:.1e}"
+        return f"{ms:.3f} | {error:.1e}"
 
     def free(self) -> None:
         """Give the weights' memory back."""
@@ -169,23 +167,21 @@ def candidates(num_rows: int, rank: int) -> list[Settings]:
         ]
     return [
         Settings(block_n=n, warps=warps, inputs=inputs, stages=4, words=8 if rank > 16 else 16)
-        for n, warps in ((128, 4), (256, 4), (512, 4), (256, 8), (512, 8), (1024, 8))
-        for inputs in (256, 512, 1024)
+        for n, warps in ((128, 4), (256, 4), (512, 4), (512, 8), (1024, 8))
+        for inputs in (512, 1024, 2048)
     ]
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    """Print every candidate's time for each module."""
-    print("| rank | module | rows x adapters | us | error | settings |\n| --- | --- | --- | --- | --- | --- |")
+    """Print every candidate's time. Modules follow each other as in a model: alone they favour other settings."""
+    print("| rank | rows x adapters | ms | error | settings |\n| --- | --- | --- | --- | --- |")
     for rank in arguments.rank:
-        for name in MODULES:
-            step = Step(rank, layers=arguments.layers, modules=[name])
-            for num_rows, num_adapters in arguments.cases:
-                step.rows(num_rows, num_adapters)
-                for settings in candidates(num_rows, rank):
-                    tried = f"{step.tried(settings)} | {settings}"
-                    print(f"| {rank} | {name} | {num_rows} x {num_adapters} | {tried} |", flush=True)
-            step.free()
+        step = Step(rank, layers=arguments.layers)
+        for num_rows, num_adapters in arguments.cases:
+            step.rows(num_rows, num_adapters)
+            for settings in candidates(num_rows, rank):
+                print(f"| {rank} | {num_rows} x {num_adapters} | {step.tried(settings)} | {settings} |", flush=True)
+        step.free()
 
 
 def compile_all(arguments: argparse.Namespace) -> None:
@@ -207,12 +203,11 @@ def compile_all(arguments: argparse.Namespace) -> None:
 def compile_some(arguments: argparse.Namespace) -> None:
     """Compile every so manyth candidate."""
     (rank,) = arguments.rank
-    for name in MODULES:
-        step = Step(rank, layers=1, modules=[name])
-        for num_rows, num_adapters in arguments.cases:
-            step.rows(num_rows, num_adapters)
-            for settings in candidates(num_rows, rank)[arguments.nth :: NUM_JOBS]:
-                step.tried(settings)
+    step = Step(rank, layers=1)
+    for num_rows, num_adapters in arguments.cases:
+        step.rows(num_rows, num_adapters)
+        for settings in candidates(num_rows, rank)[arguments.nth :: NUM_JOBS]:
+            step.tried(settings)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -41,7 +41,8 @@ bench() { # NAME SECONDS ARGUMENTS...
 demo() { # SECONDS QUANTIZATION...: build the demo model
   local seconds=$1
   shift
-  part demo "$seconds" python3 -c 'import sys; from qlora_infer.demo import demo_model; [demo_model(q) for q in sys.argv[1:]]' "$@"
+  # More threads than that wait for each other.
+  OMP_NUM_THREADS=4 part demo "$seconds" python3 -c 'import sys; from qlora_infer.demo import demo_model; [demo_model(q) for q in sys.argv[1:]]' "$@"
 }
 
 demo 60 none

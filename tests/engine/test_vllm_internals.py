@@ -182,3 +182,19 @@ def test_the_bitsandbytes_plugin_is_the_one_that_we_ask_for():
     from importlib.metadata import entry_points
 
     assert "bitsandbytes" in {entry.name for entry in entry_points(group="vllm.general_plugins")}
+
+
+def test_vllm_reads_adapters_as_we_know_it():
+    """The worker's manager makes adapters with the class that we replace, from the method that we extend."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    assert "self._lora_model_cls.from_local_checkpoint(" in inspect.getsource(WorkerLoRAManager._load_adapter)
+    assert "cls.from_lora_tensors(" in inspect.getsource(LoRAModel.from_local_checkpoint)
+    parameters = list(inspect.signature(LoRAModel.from_lora_tensors).parameters)
+    assert parameters[:5] == ["lora_model_id", "tensors", "peft_helper", "device", "dtype"]
+    lora = LoRALayerWeights("m", 2, 8, *(pytest.importorskip("torch").ones(shape) for shape in ((2, 3), (4, 2))))
+    lora.optimize()
+    lora.optimize()
+    assert lora.lora_b.tolist() == [[4.0, 4.0]] * 4

@@ -18,9 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: A count of rounds has so many bits behind the point; there are never as many programs to share a round out to.
-ROUND_BITS = tl.constexpr(20)
-
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "chunk_k", "first_bit"])
 def lora_kernel(
@@ -38,7 +35,7 @@ def lora_kernel(
         a_pointers: For each slice the address of its A matrices ``[slots, RANK, K]``.
         b_pointers: For each slice the address of its B matrices ``[slots, size, RANK]``.
         sums: Scratch ``[num_tiles, SLICES, SUMS]`` that only this kernel writes.
-        rounds: ``[num_tiles, SLICES]``: how many rounds there were, with ``ROUND_BITS`` behind the point.
+        rounds: ``[num_tiles, SLICES]``: how many rounds there were, with 20 bits behind the point.
         tiles: ``[num_tiles, 4 + BLOCK_M]``: ``TILE_HEAD`` and the rows.
         blocks: ``[num_blocks, 4]``: slice, first output in the slice, first output in y, the slice's size.
         first_bit: The bit of the first slice in what a tile says of its adapter.
@@ -62,7 +59,7 @@ def lora_kernel(
 
 @triton.jit
 def _this_round(count):
-    return ((tl.load(count) >> ROUND_BITS) + 1) & 0x7FFFFFFF
+    return ((tl.load(count) >> 20) + 1) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -173,10 +170,10 @@ def _expand(
             delta += base.to(tl.float32)
         tl.store(y_at, delta.to(y.dtype.element_ty), mask=is_y)
         if not SHRUNK:
-            # Nobody waits for what it returns.
+            # A 2**20th is the smallest share; nobody waits for what the counter was.
             num_readers = tl.cdiv(size, BLOCK_N)
-            share = (1 << ROUND_BITS) // num_readers
-            rest = (1 << ROUND_BITS) - share * num_readers
+            share = (1 << 20) // num_readers
+            rest = (1 << 20) - share * num_readers
             tl.atomic_add(round_at, (share + tl.where(first == 0, rest, 0)).to(tl.int64), sem="relaxed", scope="gpu")
     elif PDL:
         tl.extra.cuda.gdc_wait()

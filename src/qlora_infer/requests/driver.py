@@ -46,7 +46,8 @@ CLOSE_TIMEOUT = 10.0
 PLACES_PER_SPARE = 8
 STEPS_AHEAD = 4
 
-#: Adapters that are read into host memory before their turn.
+#: Adapters that are read into host memory before their turn: as many as often change at once, which is half the slots,
+#: and so many at least.
 LOOK_AHEAD = 2
 
 #: Seconds between two looks at adapters that are being read, while there is no step to make.
@@ -359,7 +360,7 @@ class Driver:
 
     def _look_ahead(self) -> None:
         with self._lock:
-            upcoming = self._queue.upcoming(LOOK_AHEAD)
+            upcoming = self._queue.upcoming(max(LOOK_AHEAD, self._queue.max_loras // 2))
         for version in upcoming:
             self._residency.prefetch(version)
 

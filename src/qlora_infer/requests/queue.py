@@ -68,6 +68,7 @@ class RequestQueue:
         is_resident: Whether an adapter is in host memory, so that giving it a slot is quick.
 
     Attributes:
+        max_loras: The slots.
         max_num_seqs: The sequences of a batch.
         num_places: The places, some more than that where the engine is to have the next ones already.
         num_running: The places taken.
@@ -82,7 +83,7 @@ class RequestQueue:
         is_resident: Callable[[AdapterVersion], bool] = lambda version: True,
     ) -> None:
         self._policy = policy
-        self._max_loras = max_loras
+        self.max_loras = max_loras
         self._is_resident = is_resident
         self._numbers = itertools.count()
         self._lanes: dict[str | None, _Lane] = {}
@@ -251,7 +252,7 @@ class RequestQueue:
         """Give free slots to the lanes that have waited longest for one, and see to it that slots become free."""
         while self._line:
             lane = self._line.head()
-            if self._num_slots_spoken_for() >= self._max_loras:
+            if self._num_slots_spoken_for() >= self.max_loras:
                 if lane.next_version not in self._in_slots:
                     if self._end_turns(lane.priority):
                         continue
@@ -283,7 +284,7 @@ class RequestQueue:
         )
 
     def _has_few(self, lane: _Lane) -> bool:
-        return len(lane.waiting) <= max(1.0, self.max_num_seqs / self._max_loras / 4)
+        return len(lane.waiting) <= max(1.0, self.max_num_seqs / self.max_loras / 4)
 
     def _num_slots_spoken_for(self) -> int:
         meant = {lane.next_version for lane in self._in_turn.values()} - {None}
@@ -305,7 +306,7 @@ class RequestQueue:
     def _end_turns(self, priority: int, *, any_number: bool = False) -> bool:
         """Stop admitting to lanes that have had their turn, for those in line; whether somebody can begin now."""
         num_emptying = sum(version.name not in self._in_turn for version in self._in_slots)
-        num_wanted = min(max(1, self._max_loras // 2), len(self._line)) - num_emptying
+        num_wanted = min(max(1, self.max_loras // 2), len(self._line)) - num_emptying
         if any_number:
             num_wanted = len(self._in_turn)
         done = [lane for lane in self._in_turn.values() if self._has_had_its_turn(lane, priority)]
@@ -327,7 +328,7 @@ class RequestQueue:
         if not lane.waiting:
             return False
         version = lane.next_version
-        return version is None or version in self._in_slots or len(self._in_slots) < self._max_loras
+        return version is None or version in self._in_slots or len(self._in_slots) < self.max_loras
 
     # Credit -----------------------------------------------------------------------------------------------------
 
