@@ -168,7 +168,7 @@ def candidates(num_rows: int, rank: int) -> list[Settings]:
     return [
         Settings(block_n=n, warps=warps, inputs=inputs, stages=4, words=8 if rank > 16 else 16)
         for n, warps in ((128, 4), (256, 4), (512, 4), (512, 8), (1024, 8))
-        for inputs in (512, 1024, 2048)
+        for inputs in ((512, 1024) if rank <= 16 else (1024, 2048))
     ]
 
 

@@ -61,6 +61,8 @@ def test_a_layer_is_what_its_steps_stand_for(quantization, num_rows, monkeypatch
     product = kernel.apply_weights(layer, x, bias)
     assert product.dtype == torch.bfloat16
     assert torch.allclose(product.double(), expected, rtol=2**-8, atol=1e-4)
+    for row in range(min(num_rows, 3)):
+        assert torch.equal(kernel.apply_weights(layer, x[row : row + 1], bias)[0], product[row])
 
 
 def test_vllms_kernel_is_used_where_there_is_one(monkeypatch):

@@ -36,7 +36,7 @@ def _span(first: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _neighbours(tensors: Mapping[str, torch.Tensor], most: int) -> Iterator[list[str]]:
-    """Names of tensors of one dtype, each beginning where the one before ends, with so many numbers together at most."""
+    """Names of tensors of one dtype, each beginning where the one before ends, with so many numbers in all at most."""
     run: list[str] = []
     length = 0
     for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):

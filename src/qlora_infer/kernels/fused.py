@@ -22,6 +22,8 @@ from qlora_infer.kernels.tiles import TILE_HEAD, tiles_of
 
 #: The sizes of tiles that a batch is cut into, and the most rows of a step that is cut so (``settings_for``).
 MOST_ROWS = {16: 512, 32: 1024, 64: 1 << 20}
+#: The most programs that share a first product: all who wait read the sums of each.
+MOST_SPLITS = 8
 #: The most partial sums of a tile and slice, for each rank.
 SUMS_OF_TILE = 256
 
@@ -32,7 +34,7 @@ class Settings:
 
     Attributes:
         block_m: Rows of one adapter that a program takes.
-        inputs: What a program of the first product takes of them at most, where there are not too many sums then.
+        inputs: What a program of the first product takes of them, unless more than ``MOST_SPLITS`` would share it.
         block_k: Inputs that such a program multiplies at a time.
         block_n: Outputs that a program of the second product takes.
         warps: Warps of a program.
@@ -51,7 +53,7 @@ class Settings:
     def splits(self, num_inputs: int) -> int:
         """Programs that share the first product of a tile and a slice; a power of two."""
         wanted: int = triton.next_power_of_2(-(-num_inputs // self.inputs))
-        return min(wanted, SUMS_OF_TILE // self.block_m)
+        return min(wanted, MOST_SPLITS, SUMS_OF_TILE // self.block_m)
 
 
 def most_tiles(num_rows: int, block_m: int, num_slots: int) -> int:

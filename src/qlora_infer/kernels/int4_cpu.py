@@ -20,6 +20,9 @@ from vllm.platforms import PlatformEnum
 
 logger = logging.getLogger("qlora_infer")
 
+#: With fewer rows for a thread, torch's products sum in another order, and a row would depend on the rows beside it.
+ROWS_OF_THREAD = 4
+
 
 class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
     """A linear module whose 4-bit weights were written out in float32."""
@@ -50,10 +53,13 @@ class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
         return unpacked[:, None]
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The product, in float32."""
+        """The product, in float32; of a row the same bits, whatever rows are beside it."""
         weight = getattr(layer, self.w_q_name)
-        product = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
-        return product.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        missing = max(0, ROWS_OF_THREAD * torch.get_num_threads() - len(rows))
+        padded = torch.nn.functional.pad(rows.float(), (0, 0, 0, missing))
+        product = torch.nn.functional.linear(padded, weight, None if bias is None else bias.float())
+        return product[: len(rows)].to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def install() -> None:
