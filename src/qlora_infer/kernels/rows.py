@@ -110,7 +110,7 @@ class Rows:
         self._call_at = ctypes.addressof(self._call)
         self._sums = np.zeros(0, np.float32)
         self._sums_at = 0
-        self._threads = _openmp()
+        self._threads = openmp()
 
     def can_add(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether the code reads these."""
@@ -144,7 +144,8 @@ class Rows:
             self._threads(self._address, self._call_at, 0, 0)
 
 
-def _openmp() -> Callable[[int, int, int, int], None] | None:
+@cache
+def openmp() -> Callable[[int, int, int, int], None] | None:
     """OpenMP's "run this on all threads", of the OpenMP that torch computes with; ``None`` if it cannot be had.
 
     ``GOMP_parallel(function, argument, number of threads or 0, flags)`` is what compilers call for a parallel region,
@@ -163,7 +164,7 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _count(context: Any, address: Any, step: Any) -> Any:
+def count_up(context: Any, address: Any, step: Any) -> Any:
     """Add to a counter that all threads share; what it was before."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -202,7 +203,7 @@ def _view(numbers: Any) -> Any:
     return view
 
 
-_int32s, _int64s, _float64s = _view(types.int32), _view(types.int64), _view(types.float64)
+_int32s, int64s, _float64s = _view(types.int32), _view(types.int64), _view(types.float64)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -229,8 +230,8 @@ def _compiled(dtype: torch.dtype) -> Any:
         """The first product of a tile and a slice."""
         tile_number, piece = divmod(number, call[NUM_SLICES])
         slot, count, x0, x1, x2, x3 = _tile(call, tile_number, call[X], call[X_STRIDE])
-        part = _int64s(call[SLICES] + piece * 8 * SLICE, SLICE)
-        rank, stride = _int64s(part[RANKS], slot + 1)[slot], part[A_RANK]
+        part = int64s(call[SLICES] + piece * 8 * SLICE, SLICE)
+        rank, stride = int64s(part[RANKS], slot + 1)[slot], part[A_RANK]
         a, sums_stride = part[A] + slot * part[A_SLOT], 4 * call[MAX_RANK]
         sums = call[SUMS] + number * ROWS * sums_stride
         done = 0
@@ -245,11 +246,11 @@ def _compiled(dtype: torch.dtype) -> Any:
     def expand(call: npt.NDArray[np.int64], number: int) -> None:
         """The second product of a tile and a block of columns."""
         tile_number, block_number = divmod(number, call[NUM_BLOCKS])
-        block = _int64s(call[BLOCKS] + block_number * 24, 3)
-        part = _int64s(call[SLICES] + block[0] * 8 * SLICE, SLICE)
+        block = int64s(call[BLOCKS] + block_number * 24, 3)
+        part = int64s(call[SLICES] + block[0] * 8 * SLICE, SLICE)
         y = call[Y] + (part[OFFSET] + block[1]) * size
         slot, count, y0, y1, y2, y3 = _tile(call, tile_number, y, call[Y_STRIDE])
-        rank, stride = _int64s(part[RANKS], slot + 1)[slot], part[B_RANK]
+        rank, stride = int64s(part[RANKS], slot + 1)[slot], part[B_RANK]
         if rank == 0:
             return
         b, sums_stride = part[B] + slot * part[B_SLOT] + block[1] * size, 4 * call[MAX_RANK]
@@ -271,20 +272,20 @@ def _compiled(dtype: torch.dtype) -> Any:
     @cfunc(types.void(types.int64), nopython=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def run(address: int) -> None:
         """What each thread does."""
-        call = _int64s(address, CALL)
+        call = int64s(address, CALL)
         scale = np.float32(_float64s(address, CALL)[SCALE])
         total = call[NUM_TILES] * call[NUM_SLICES]
-        number = _count(address + 8 * SHRUNK, 1)
+        number = count_up(address + 8 * SHRUNK, 1)
         while number < total:
             shrink(call, scale, number)
-            _count(address + 8 * DONE, 1)
-            number = _count(address + 8 * SHRUNK, 1)
+            count_up(address + 8 * DONE, 1)
+            number = count_up(address + 8 * SHRUNK, 1)
         while _read(address + 8 * DONE) < total:
             pass  # others are at the last pieces of the first product
         total = call[NUM_TILES] * call[NUM_BLOCKS]
-        number = _count(address + 8 * EXPANDED, 1)
+        number = count_up(address + 8 * EXPANDED, 1)
         while number < total:
             expand(call, number)
-            number = _count(address + 8 * EXPANDED, 1)
+            number = count_up(address + 8 * EXPANDED, 1)
 
     return run
