@@ -1,6 +1,7 @@
 """A picture of throughput against the number of adapters, from the lines of JSON that gpu.py keeps.
 
     python benchmarks/plot_adapters.py 8b.jsonl awq.jsonl --output docs/adapters.svg
+    python benchmarks/plot_adapters.py 8b.jsonl --share --output docs/share.svg
 
 One panel for each model; of each number of adapters, the runs with the most requests, in an order that nobody sorted.
 """
@@ -24,10 +25,15 @@ def main() -> None:
     """Write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="of lines of JSON")
+    parser.add_argument("--share", action="store_true", help="of the base model's speed on the same side, not tokens/s")
     parser.add_argument("--output", type=Path, default=Path("docs/adapters.svg"))
     arguments = parser.parse_args()
     lines = [json.loads(line) for path in arguments.files for line in path.read_text().splitlines()]
-    draw(panels(lines), arguments.output)
+    found = panels(lines)
+    if arguments.share:
+        draw(shares(found), arguments.output, "share of the base model's speed")
+    else:
+        draw(found, arguments.output, "tokens/s")
 
 
 def panels(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curves]:
@@ -51,7 +57,15 @@ def _speed(runs: Sequence[Mapping[str, Any]]) -> float:
     return statistics.median(run["tokens_per_second"] for run in shuffled or runs)
 
 
-def draw(panels: Mapping[str, Curves], output: Path) -> None:
+def shares(panels: Mapping[str, Curves]) -> dict[str, Curves]:
+    """Each side's speeds by that of its own base model."""
+    return {
+        model: {side: {number: speed / curve[0] for number, speed in curve.items()} for side, curve in curves.items()}
+        for model, curves in panels.items()
+    }
+
+
+def draw(panels: Mapping[str, Curves], output: Path, quantity: str) -> None:
     """Draw with matplotlib; the same lines give the same file."""
     import matplotlib as mpl
 
@@ -67,7 +81,7 @@ def draw(panels: Mapping[str, Curves], output: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (model, curves) in zip(axes[0], panels.items(), strict=True):
         _draw_panel(axis, model, curves)
-    axes[0][0].set_ylabel("tokens/s")
+    axes[0][0].set_ylabel(quantity)
     axes[0][-1].legend(frameon=False, loc="lower left")
     figure.tight_layout()
     figure.savefig(output, metadata={"Date": None})

@@ -206,11 +206,19 @@ def test_the_picture_shows_the_unsorted_order(load):
     assert found == {"8B gptq": {"ours": {0: 8000.0, 32: 5100.0}, "plain": {32: 4000.0}}}
 
 
+def test_a_share_is_of_the_same_sides_base_model(load):
+    """Each side's speeds are divided by that of its own base model, which becomes 1."""
+    panels = {"8B gptq": {"ours": {0: 8000.0, 8: 6000.0}, "plain": {0: 4000.0, 8: 1000.0}}}
+    assert load("plot_adapters").shares(panels) == {"8B gptq": {"ours": {0: 1.0, 8: 0.75}, "plain": {0: 1.0, 8: 0.25}}}
+
+
 def test_the_picture_is_an_svg(load, tmp_path):
     """The same lines give the same file."""
     pytest.importorskip("matplotlib")
     plot = load("plot_adapters")
     for name in ("one.svg", "two.svg"):
-        plot.draw({"8B gptq": {"ours": {0: 8000.0, 1: 6000.0, 32: 5000.0}, "plain": {1: 6000.0}}}, tmp_path / name)
+        plot.draw(
+            {"8B gptq": {"ours": {0: 8000.0, 1: 6000.0, 32: 5000.0}, "plain": {1: 6000.0}}}, tmp_path / name, "tokens/s"
+        )
     assert (tmp_path / "one.svg").read_text().count("<svg") == 1
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qlora_infer.adapters import pieces
+from qlora_infer.kernels import pieces
 
 
 @settings(max_examples=50, deadline=None)

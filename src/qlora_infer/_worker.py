@@ -17,8 +17,8 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 
 from qlora_infer import kernels
-from qlora_infer.adapters.pieces import in_pieces
 from qlora_infer.kernels import bitsandbytes_cpu
+from qlora_infer.kernels.pieces import in_pieces
 
 logger = logging.getLogger("qlora_infer")
 

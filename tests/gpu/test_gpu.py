@@ -27,6 +27,7 @@ from engine.test_versions import (
 )
 
 from gpu.conftest import LEFT_OVER, QUANTIZATIONS
+from gpu.twelve_heads import their_adapters, twelve_heads
 from qlora_infer import EngineDeadError
 from qlora_infer.demo import demo_adapters
 
@@ -43,6 +44,7 @@ __all__ = [
 TOLERANCE = 0.3
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "logprobs": 5}
 ENDLESS = {"temperature": 0.0, "max_tokens": 400, "ignore_eos": True, "logprobs": 5}
+TWO = {"tensor_parallel_size": 2}
 PROMPT = "The capital of France is"
 
 
@@ -198,10 +200,11 @@ def test_a_closed_engine_frees_the_gpu(engines, record_property):
 
 @pytest.mark.two_gpus
 @pytest.mark.parametrize("quantization", ["awq", "gptq"])
-def test_two_gpus_serve_what_one_serves(engines, quantization):
+def test_two_gpus_serve_what_one_serves(engines, quantization, tmp_path):
     """tensor_parallel_size=2 through the same API: base and three adapters in one batch give what each gives alone."""
     engines.close()
-    with start(quantization=quantization, adapters=demo_adapters(), engine_args={"tensor_parallel_size": 2}) as engine:
+    model, adapters = twelve_heads(tmp_path, quantization), their_adapters(tmp_path)
+    with start(model=model, quantization=quantization, adapters=adapters, engine_args=TWO) as engine:
         mixed = engine.generate([PROMPT] * 4, GREEDY, adapter=ADAPTERS)
         distances = [distance(ask(engine, adapter), output) for adapter, output in zip(ADAPTERS, mixed)]
     assert max(distances) < TOLERANCE
