@@ -17,6 +17,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMPa
 from vllm.platforms import PlatformEnum, current_platform  # noqa: E402
 from vllm.scalar_type import scalar_types  # noqa: E402
 
+from qlora_infer import kernels  # noqa: E402
 from qlora_infer.demo._pack import GROUP_SIZE, pack_awq, pack_gptq, quantize  # noqa: E402
 from qlora_infer.kernels import int4_cpu  # noqa: E402
 from qlora_infer.kernels.products import product  # noqa: E402
@@ -69,13 +70,13 @@ def test_a_layer_is_what_its_steps_stand_for(quantization, num_rows, monkeypatch
 def test_vllms_kernel_is_used_where_there_is_one(monkeypatch):
     """With the operator that vLLM's kernel calls, install changes nothing; without it, vLLM chooses ours."""
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", "")
-    kernels = []
-    monkeypatch.setattr(int4_cpu, "register_linear_kernel", lambda kernel, *where: kernels.append((kernel, *where)))
-    int4_cpu.install()
+    registered = []
+    monkeypatch.setattr(int4_cpu, "register_linear_kernel", lambda kernel, *where: registered.append((kernel, *where)))
+    kernels._complete_4_bit_weights()
     if hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        assert not kernels
+        assert not registered
     else:
-        assert kernels == [(int4_cpu.ExpandedLinearKernel, PlatformEnum.CPU, "mp")]
+        assert registered == [(int4_cpu.ExpandedLinearKernel, PlatformEnum.CPU, "mp")]
 
 
 def test_vllm_still_chooses_as_we_know_it(monkeypatch):

@@ -36,9 +36,7 @@ def install() -> None:
 
     name = None
     if current_platform.is_cpu():
-        from qlora_infer.kernels import int4_cpu
-
-        int4_cpu.install()
+        _complete_4_bit_weights()
         name = _for_a_cpu()
     elif current_platform.is_cuda():
         name = _for_a_gpu(current_platform)
@@ -53,6 +51,17 @@ def _vllms_are_wanted() -> bool:
 
     additional_config = get_current_vllm_config().additional_config
     return isinstance(additional_config, dict) and additional_config.get(KERNELS_KEY) == "vllm"
+
+
+def _complete_4_bit_weights() -> None:
+    """Have products with 4-bit weights where vLLM was compiled without them: on CPUs without AVX-512."""
+    import torch
+    from vllm import _custom_ops  # noqa: F401  # loads the operators that were compiled for this CPU
+
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        from qlora_infer.kernels import int4_cpu
+
+        int4_cpu.install()
 
 
 def _for_a_cpu() -> str | None:

@@ -61,11 +61,7 @@ class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
 
 
 def install() -> None:
-    """Have vLLM use it in this process, if this CPU needs it."""
-    from vllm import _custom_ops  # noqa: F401  # loads the operators that were compiled for this CPU
-
-    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        return
+    """Have vLLM use it in this process."""
     logger.info("this CPU has no AVX-512: AWQ and GPTQ weights are written out in float32 (docs/cpu.md)")
     register_linear_kernel(ExpandedLinearKernel, PlatformEnum.CPU, "mp")
     disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")
