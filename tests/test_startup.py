@@ -75,8 +75,10 @@ def test_vllm_is_told_of_breakable_graphs_while_such_an_engine_starts(monkeypatc
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
     chosen = startup.with_defaults({}, device="cuda")
     assert chosen["compilation_config"]["cudagraph_mode"] == "FULL_DECODE_ONLY"
-    with startup.breakable_graphs(chosen):
-        assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "0"
+    for any_of_them in (chosen, {"compilation_config": startup.GRAPHS}):
+        with startup.breakable_graphs(any_of_them):
+            assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "0"
+    assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "0"
 
 
 def test_graphs_are_as_large_as_vllms_and_fewer():

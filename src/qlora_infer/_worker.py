@@ -122,9 +122,9 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         **options: Any,
     ) -> Any:
         """What vLLM calls with an adapter's tensors as they lie in its file."""
-        if str(device) == "cpu" and dtype is not None and torch.cuda.is_available():
+        if str(device) == "cpu" and dtype is not None:
             weights = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-            tensors = {**tensors, **in_pieces(weights, dtype, pin=True)}
+            tensors = {**tensors, **in_pieces(weights, dtype, pin=torch.cuda.is_available())}
         model = super().from_lora_tensors(lora_model_id, tensors, peft_helper, device, dtype, **options)
         for lora in model.loras.values():
             lora.optimize()  # into B, after which there is nothing left to scale

@@ -98,19 +98,17 @@ def graph_sizes(max_num_seqs: int | None) -> list[int]:
 
 @contextlib.contextmanager
 def breakable_graphs(engine_args: Mapping[str, Any]) -> Iterator[None]:
-    """Set ``BREAKABLE`` for an engine that starts with ``GRAPHS``: its processes take over the environment."""
+    """Set ``BREAKABLE``, unless it is, for an engine that starts with ``GRAPHS``: its processes take it over."""
     compilation_config = engine_args.get("compilation_config")
     wanted = isinstance(compilation_config, Mapping) and GRAPHS.items() <= compilation_config.items()
-    before = os.environ.get(BREAKABLE)
-    if wanted:
-        os.environ[BREAKABLE] = "1"
+    if not wanted or BREAKABLE in os.environ:
+        yield
+        return
+    os.environ[BREAKABLE] = "1"
     try:
         yield
     finally:
-        if wanted and before is None:
-            del os.environ[BREAKABLE]
-        elif wanted:
-            os.environ[BREAKABLE] = str(before)
+        del os.environ[BREAKABLE]
 
 
 def set_environment(*, device: str, num_cores: int | None = None) -> None:

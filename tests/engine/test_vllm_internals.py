@@ -1,6 +1,8 @@
 """What this library touches of vLLM beyond its public methods: when vLLM changes it, these fail and name it."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,38 @@ def test_the_bitsandbytes_plugin_is_the_one_that_we_ask_for():
     from importlib.metadata import entry_points
 
     assert "bitsandbytes" in {entry.name for entry in entry_points(group="vllm.general_plugins")}
+
+
+PINNED = """
+import sys
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from qlora_infer._worker import PinnedLoRAModel
+
+def read(kind):
+    helper = PEFTHelper.from_local_dir(sys.argv[1], 512)
+    modules = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    options = {"peft_helper": helper, "lora_model_id": 1, "device": "cpu", "dtype": torch.float16}
+    return kind.from_local_checkpoint(sys.argv[1], modules, **options).loras
+
+theirs, ours = read(LoRAModel), read(PinnedLoRAModel)
+assert list(theirs) == list(ours), (list(theirs)[:3], list(ours)[:3])
+assert len(ours) > 50, len(ours)
+assert any(lora.scaling != 1 for lora in theirs.values()) and all(lora.scaling == 1 for lora in ours.values())
+for name, lora in theirs.items():
+    assert torch.equal(lora.lora_a, ours[name].lora_a)
+    assert torch.equal(lora.optimize().lora_b, ours[name].lora_b)
+"""
+
+
+def test_an_adapter_read_in_pieces_is_what_vllm_reads():
+    """All of its tensors, to the bit, with the scaling in B already. In a process of its own: a worker's module acts."""
+    from qlora_infer.demo import demo_adapters
+
+    command = [sys.executable, "-c", PINNED, str(demo_adapters()["pirate"])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_vllm_reads_adapters_as_we_know_it():

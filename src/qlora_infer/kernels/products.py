@@ -54,12 +54,8 @@ def _compiled() -> Any:
         call: npt.NDArray[np.int64] = int64s(address, CALL)
         num_blocks = (call[NUM_OUTPUTS] + OUTPUTS - 1) // OUTPUTS
         total = num_blocks * ((call[NUM_ROWS] + ROWS - 1) // ROWS)
-        stride, y_stride, num_inputs, scale = (
-            4 * call[NUM_INPUTS],
-            4 * call[NUM_OUTPUTS],
-            call[NUM_INPUTS],
-            np.float32(1),
-        )
+        num_inputs, scale = call[NUM_INPUTS], np.float32(1)
+        stride, y_stride = 4 * num_inputs, 4 * call[NUM_OUTPUTS]
         number = count_up(address + 8 * PIECES, 1)
         while number < total:
             block, tile = divmod(number, total // num_blocks)
