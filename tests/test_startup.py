@@ -32,6 +32,19 @@ def test_on_a_cpu_vllms_own_operators_are_used():
     assert arguments == {"model": "m"}
 
 
+def test_on_a_cpu_the_kv_cache_takes_what_is_there(monkeypatch):
+    """A quarter of the free memory, where vLLM would want 0.92 of all, unless the user says how much."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    free = {"device": "cpu", "free_memory": 8 << 30}
+    assert startup.with_cpu_memory({"model": "m"}, **free) == {"model": "m", "kv_cache_memory_bytes": 2 << 30}
+    for given in ({"gpu_memory_utilization": 0.5}, {"kv_cache_memory_bytes": 1}):
+        assert startup.with_cpu_memory(given, **free) == given
+    assert startup.with_cpu_memory({}, device="cuda", free_memory=8 << 30) == {}
+    assert startup.with_cpu_memory({}, device="cpu", free_memory=None) == {}
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert startup.with_cpu_memory({}, **free) == {}
+
+
 def test_on_a_gpu_steps_are_captured_and_nothing_compiled(caplog):
     """By default: CUDA graphs of all steps up to 512 tokens, no torch.compile, and never FULL; it is logged."""
     with caplog.at_level(logging.INFO, "qlora_infer"):

@@ -41,10 +41,12 @@ from qlora_infer.requests.intake import Intake
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
-from qlora_infer.startup import LoraKernels, Startup, with_defaults, with_kernels
+from qlora_infer.startup import LoraKernels, Startup, with_cpu_memory, with_defaults, with_kernels
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+
+    from qlora_infer.quantization import Platform
 else:
     SamplingParams = Any  # vLLM is loaded by an engine that needs it, not by this module
 
@@ -191,17 +193,19 @@ class QuantizedLoRAEngine(Displayed):
         self._intake = Intake(self._backend, cache, driver, model=config.model)
         self._close = weakref.finalize(self, _close, driver, copies, store)
         try:
-            self._start(strategy_args, adapters or {}, device=platform.device)
+            self._start(strategy_args, adapters or {}, platform)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, strategy_args: Mapping[str, Any], adapters: Mapping[str, Source], *, device: str) -> None:
+    def _start(self, strategy_args: Mapping[str, Any], adapters: Mapping[str, Source], platform: Platform) -> None:
+        device = platform.device
         # Adapters are read before the model is, so that a mistake in one shows in seconds.
         versions = [self._loader.prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
         max_lora_rank = self._loader.choose_rank(self._config.max_lora_rank, versions)
         engine_args = self._config.vllm_args(strategy_args, max_lora_rank=max_lora_rank)
         engine_args = with_defaults(engine_args, device=device, startup=self._config.startup)
+        engine_args = with_cpu_memory(engine_args, device=device, free_memory=platform.host_memory)
         engine_args = with_kernels(engine_args, self._config.lora_kernels, device=device)
         logger.info("starting with %s; this takes from half a minute to some minutes", self._config.model)
         began = time.monotonic()
