@@ -13,6 +13,7 @@ from vllm.model_executor.kernels.linear import choose_mp_linear_kernel  # noqa: 
 from vllm.model_executor.kernels.linear.mixed_precision import MPLinearLayerConfig  # noqa: E402
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel  # noqa: E402
 from vllm.model_executor.layers.quantization.auto_awq import _convert_awq_to_standard_format  # noqa: E402
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig  # noqa: E402
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter  # noqa: E402
 from vllm.platforms import PlatformEnum, current_platform  # noqa: E402
 from vllm.scalar_type import scalar_types  # noqa: E402
@@ -38,6 +39,20 @@ def layer_of(tensors, packed_dim):
     return layer
 
 
+def config_of(weight_type, *, zero_points, is_reordered=False):
+    """What vLLM says of a layer when it chooses a kernel; until 0.31 also whether its inputs were reordered."""
+    fields = {"has_g_idx": is_reordered} if "has_g_idx" in MPLinearLayerConfig.__dataclass_fields__ else {}
+    return MPLinearLayerConfig(
+        full_weight_shape=(K, N),
+        partition_weight_shape=(K, N),
+        weight_type=weight_type,
+        act_type=torch.bfloat16,
+        group_size=GROUP_SIZE,
+        zero_points=zero_points,
+        **fields,
+    )
+
+
 @pytest.mark.parametrize("quantization", ["awq", "gptq"])
 @pytest.mark.parametrize("num_rows", [1, 5, 64])
 def test_a_layer_is_what_its_steps_stand_for(quantization, num_rows, monkeypatch):
@@ -46,14 +61,7 @@ def test_a_layer_is_what_its_steps_stand_for(quantization, num_rows, monkeypatch
     monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_world_size", lambda: 1)
     is_awq = quantization == "awq"
     matrix = quantize(torch.randn(K, N, generator=torch.Generator().manual_seed(0)), symmetric=not is_awq)
-    config = MPLinearLayerConfig(
-        full_weight_shape=(K, N),
-        partition_weight_shape=(K, N),
-        weight_type=scalar_types.uint4 if is_awq else scalar_types.uint4b8,
-        act_type=torch.bfloat16,
-        group_size=GROUP_SIZE,
-        zero_points=is_awq,
-    )
+    config = config_of(scalar_types.uint4 if is_awq else scalar_types.uint4b8, zero_points=is_awq)
     layer = layer_of(pack_awq(matrix) if is_awq else pack_gptq(matrix), packed_dim=1 if is_awq else 0)
     if is_awq:
         _convert_awq_to_standard_format(layer, "qweight", "qzeros", 4)
@@ -82,13 +90,26 @@ def test_vllms_kernel_is_used_where_there_is_one(monkeypatch):
 def test_vllm_still_chooses_as_we_know_it(monkeypatch):
     """vLLM's only kernel for 4-bit weights on a CPU is the one that ours stands in for, and it can be turned off."""
     assert current_platform.is_cpu()
-    config = MPLinearLayerConfig((K, N), (K, N), scalar_types.uint4b8, torch.bfloat16, GROUP_SIZE, zero_points=False)
+    config = config_of(scalar_types.uint4b8, zero_points=False)
     with set_current_vllm_config(VllmConfig()):
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", "")
         assert choose_mp_linear_kernel(config) is CPUWNA16LinearKernel
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", CPUWNA16LinearKernel.__name__)
         with pytest.raises(ValueError, match="CPUWNA16LinearKernel disabled by environment variable"):
             choose_mp_linear_kernel(config)
+
+
+def test_reordered_inputs_are_refused():
+    """GPTQ with desc_act, whose groups are not of neighbours, would give wrong text: refused by vLLM, until 0.31 by us."""
+    if "has_g_idx" in MPLinearLayerConfig.__dataclass_fields__:
+        config = config_of(scalar_types.uint4b8, zero_points=False, is_reordered=True)
+        is_possible, reason = int4_cpu.ExpandedLinearKernel.can_implement(config)
+        assert not is_possible
+        assert "desc_act" in reason
+    else:
+        checkpoint = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True}
+        with pytest.raises(ValueError, match="desc_act"):
+            AutoGPTQConfig.from_config(checkpoint)
 
 
 @settings(max_examples=40, deadline=None)

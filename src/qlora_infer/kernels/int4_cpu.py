@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import torch
 from vllm.model_executor.kernels.linear import register_linear_kernel
@@ -25,6 +26,14 @@ logger = logging.getLogger("qlora_infer")
 
 class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
     """A linear module whose 4-bit weights were written out in float32."""
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        """As vLLM's, but for GPTQ's reordered inputs, which vLLM itself has refused since 0.32."""
+        if getattr(config, "has_g_idx", False):
+            return False, "GPTQ with desc_act is not served on a CPU without AVX-512"
+        possible: tuple[bool, str | None] = super().can_implement(config)
+        return possible
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Write the weights out, ``[out_features, in_features]``, in place of the packed ones."""
