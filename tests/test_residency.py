@@ -33,6 +33,8 @@ class Memory:
         self.being_read = set()
         self.loads = 0
         self.refused = set()
+        self.slow = set()
+        self.questions = []
 
     def load_adapter(self, version):
         if version in self.refused:
@@ -47,7 +49,8 @@ class Memory:
         self.being_read.add(version)
 
     def have_read(self, versions):
-        return self.being_read.intersection(versions)
+        self.questions.append(set(versions))
+        return self.being_read.intersection(versions) - self.slow
 
     def remove_adapter(self, version):
         self.inside.discard(version)
@@ -63,14 +66,15 @@ class Files:
 
 def start(residency, version):
     residency.enter(version)
-    assert version in residency.have_read([version])
+    residency.read_on()
+    assert residency.has_read(version)
     return residency.activate(version)
 
 
 @given(
     max_cpu_loras=st.integers(1, 4),
     actions=st.lists(
-        st.tuples(st.sampled_from(["enter", "leave", "load", "prefetch", "drop"]), st.sampled_from(VERSIONS)),
+        st.tuples(st.sampled_from(["enter", "leave", "load", "prefetch", "read_on", "drop"]), st.sampled_from(VERSIONS)),
         max_size=80,
     ),
 )
@@ -90,6 +94,8 @@ def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_lora
             residency.load(version)
         elif action == "prefetch":
             residency.prefetch(version)
+        elif action == "read_on":
+            residency.read_on()
         elif action == "drop" and version not in running:
             residency.drop(version)
         assert set(running) <= memory.inside
@@ -109,6 +115,25 @@ def test_a_prefetched_adapter_is_finished_when_it_is_needed():
     assert not start(residency, a)
     assert not start(residency, None)
     residency.leave(None)
+
+
+def test_all_readings_are_asked_of_at_once_and_no_longer_than_they_take():
+    """A question waits until a step has ended: one for all that are being read, none for those that have been."""
+    memory, a, b = Memory(), Version("a"), Version("b")
+    residency = Residency(memory, Files(), 2, 1)
+    for version in (a, b):
+        residency.prefetch(version)
+    memory.slow = {b}
+    asked = []
+    for _ in range(3):
+        asked.append((residency.has_read(a), residency.has_read(b)))
+        residency.read_on()
+    memory.slow.clear()
+    for _ in range(3):
+        residency.read_on()
+    assert asked == [(False, False), (True, False), (True, False)]
+    assert residency.has_read(b)
+    assert memory.questions == [{a, b}, {b}, {b}, {b}]
 
 
 def test_slots_are_counted_as_vllm_keeps_them():

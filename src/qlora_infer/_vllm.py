@@ -81,7 +81,9 @@ class VLLMBackend:
         self._processes: Sequence[Any] = ()
         self._requests: dict[str, _Begun] = {}
         self._seen_to_load: set[int] = set()
-        self._being_read: set[int] = set()
+        self._being_read: set[int] = set()  # of these, _to_begin has what the workers have not been told of,
+        self._to_begin: dict[int, tuple[str, int, str]] = {}
+        self._in_memory: set[int] = set()  # and this, what was read well and has not been asked for
         self._scheduler = _SchedulerLog()
         self.max_num_seqs = 0
 
@@ -198,10 +200,11 @@ class VLLMBackend:
         afterwards the adapter is only read.
         """
         is_seen, was_begun = version.int_id in self._seen_to_load, version.int_id in self._being_read
-        self._being_read.discard(version.int_id)
+        is_in_memory = version.int_id in self._in_memory
+        self._forget_reading(version)
         with _translated_death():
             try:
-                if is_seen or was_begun:
+                if (is_seen or was_begun) and not is_in_memory:
                     self._rpc("qlora_finish_load", version.vllm_name, version.int_id, str(version.path))
                 if not is_seen:
                     _check_scaling(version)
@@ -217,22 +220,26 @@ class VLLMBackend:
                 raise AdapterLoadError(version.name, f"vLLM refused adapter {version.name!r}: {error}") from error
 
     def prefetch_adapter(self, version: AdapterVersion) -> None:
-        """The workers read it on a thread of their own."""
+        """The workers do, on threads of their own, from when ``have_read`` is called next."""
         self._being_read.add(version.int_id)
-        self._rpc("qlora_begin_load", version.vllm_name, version.int_id, str(version.path))
+        self._to_begin[version.int_id] = (version.vllm_name, version.int_id, str(version.path))
 
     def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
         """Asked of the workers, all at once, for a question waits until they have ended a step."""
         being_read = {version.int_id for version in versions} & self._being_read
         if being_read:
-            being_read -= set.intersection(*map(set, self._rpc("qlora_have_read", sorted(being_read))))
+            begin, self._to_begin = list(self._to_begin.values()), {}
+            answers = self._rpc("qlora_read", begin, sorted(being_read))
+            ended = set.intersection(*map(set, answers))
+            self._in_memory |= {int_id for int_id in ended if all(answer[int_id] for answer in answers)}
+            being_read -= ended
         return {version for version in versions if version.int_id not in being_read}
 
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Out of the slots and of host memory."""
         if version.int_id in self._being_read:
-            self._being_read.remove(version.int_id)
             self._rpc("qlora_drop_load", version.int_id)
+        self._forget_reading(version)
         with _translated_death():
             self._engine.remove_lora(version.int_id)
 
@@ -289,13 +296,19 @@ class VLLMBackend:
         if engine is None:
             return
         self._requests.clear()
-        self._being_read.clear()
+        for readings in (self._being_read, self._to_begin, self._in_memory):
+            readings.clear()
         engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT)
         for process in self._processes:
             process.join(SHUTDOWN_TIMEOUT)
             if process.is_alive():
                 process.kill()
                 process.join(SHUTDOWN_TIMEOUT)
+
+    def _forget_reading(self, version: AdapterVersion) -> None:
+        self._being_read.discard(version.int_id)
+        self._in_memory.discard(version.int_id)
+        self._to_begin.pop(version.int_id, None)
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         with _translated_death():

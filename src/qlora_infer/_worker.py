@@ -25,7 +25,7 @@ logger = logging.getLogger("qlora_infer")
 kernels.install()
 
 #: Adapters that are read at a time, at most.
-MOST_READERS = 4
+MOST_READERS = 2
 #: Seconds after which a thread that has something to do in Python gets its turn. A reader has, hundreds of times.
 SWITCH_INTERVAL = 0.0005
 
@@ -62,8 +62,38 @@ class WorkerExtension:
             shapes.update((part, (in_features, size)) for part, size in zip(parts, out_features, strict=True))
         return shapes
 
-    def qlora_begin_load(self, name: str, int_id: int, path: str) -> None:
-        """Begin to read an adapter into host memory on another thread, while steps go on.
+    def qlora_read(self, begin: list[tuple[str, int, str]], int_ids: list[int]) -> dict[int, bool]:
+        """Begin to read some adapters (name, id, path), and tell which of some readings have ended.
+
+        It is one call for all, once a step, because each waits until a step has ended. What was read well is put in
+        host memory here, so that no other call need do it.
+
+        Returns:
+            The ids of those whose reading has ended, and whether they are in host memory now.
+        """
+        for name, int_id, path in begin:
+            self._qlora_begin(name, int_id, path)
+        reads = {int_id: self._qlora_reads.get(int_id) for int_id in int_ids}
+        return {int_id: self._qlora_take_in(int_id) for int_id, read in reads.items() if read is None or read.done()}
+
+    def qlora_finish_load(self, name: str, int_id: int, path: str) -> None:
+        """Have an adapter in host memory, waiting for its reading where need be; unlike vLLM's, without a slot.
+
+        vLLM's ``add_lora`` would move it into a slot too, out of which it might push an adapter that runs.
+        """
+        self._qlora_begin(name, int_id, path)
+        adapter = self._qlora_reads.pop(int_id).result()
+        self.model_runner.lora_manager._adapter_manager.add_adapter(adapter)
+
+    def qlora_drop_load(self, int_id: int) -> None:
+        """Forget a reading that was begun and is not wanted any more."""
+        if self._qlora_reader is not None:
+            read = self._qlora_reads.pop(int_id, None)
+            if read is not None:
+                read.cancel()
+
+    def _qlora_begin(self, name: str, int_id: int, path: str) -> None:
+        """Begin to read an adapter on another thread, while steps go on.
 
         ``_load_adapter`` is what ``LRUCacheWorkerLoRAManager.add_adapter`` calls in the middle of a step, for an
         adapter that it does not have. It reads, casts and pins, and changes nothing of the manager.
@@ -82,25 +112,16 @@ class WorkerExtension:
             read = self.model_runner.lora_manager._load_adapter
             self._qlora_reads[int_id] = self._qlora_reader.submit(read, LoRARequest(name, int_id, path))
 
-    def qlora_have_read(self, int_ids: list[int]) -> list[int]:
-        """Those whose reading has ended, well or badly."""
-        return [int_id for int_id in int_ids if self._qlora_reads[int_id].done()]
-
-    def qlora_finish_load(self, name: str, int_id: int, path: str) -> None:
-        """Have an adapter in host memory, waiting for its reading where need be; unlike vLLM's, without a slot.
-
-        vLLM's ``add_lora`` would move it into a slot too, out of which it might push an adapter that runs.
-        """
-        self.qlora_begin_load(name, int_id, path)
-        adapter = self._qlora_reads.pop(int_id).result()
-        self.model_runner.lora_manager._adapter_manager.add_adapter(adapter)
-
-    def qlora_drop_load(self, int_id: int) -> None:
-        """Forget a reading that was begun and is not wanted any more."""
-        if self._qlora_reader is not None:
-            read = self._qlora_reads.pop(int_id, None)
-            if read is not None:
-                read.cancel()
+    def _qlora_take_in(self, int_id: int) -> bool:
+        """Put an adapter that was read well in host memory; a reading that failed stays, to be asked why."""
+        read = self._qlora_reads.get(int_id)
+        if read is None:
+            return True  # asked again, because another worker has not ended
+        if read.exception() is not None:
+            return False
+        del self._qlora_reads[int_id]
+        self.model_runner.lora_manager._adapter_manager.add_adapter(read.result())
+        return True
 
 
 class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]

@@ -215,7 +215,7 @@ class AdapterLoader:
         """Have a version read into host memory while steps go on, so that loading it costs the others one copy."""
         self._driving.call(self._residency.prefetch, version)
         deadline = time.monotonic() + READ_TIMEOUT
-        while version not in self._driving.call(self._residency.have_read, [version]):
+        while not self._driving.call(self._residency.has_read, version):
             if time.monotonic() > deadline:
                 raise AdapterLoadError(version.name, f"adapter {version.name!r} was not read within {READ_TIMEOUT:g} s")
             time.sleep(READ_POLL)

@@ -82,6 +82,7 @@ class Residency:
         self._resident: OrderedDict[AdapterVersion, None] = OrderedDict()  # the least recently used first
         self._prefetched: set[AdapterVersion] = set()
         self._fetched: dict[AdapterVersion, Future[None]] = {}  # of these, those whose files are being fetched first
+        self._read: set[AdapterVersion] = set()  # and those whose reading has ended, well or badly
         self._in_slots: OrderedDict[AdapterVersion, None] = OrderedDict()  # as vLLM keeps them, the oldest first
         self._num_running: dict[AdapterVersion, int] = {}
         self._pinned: set[str] = set()
@@ -131,22 +132,20 @@ class Residency:
             else:
                 self._begin(version)
 
-    def have_read(self, versions: Collection[AdapterVersion | None]) -> set[AdapterVersion | None]:
-        """Those for which ``activate`` need not wait for a reading that has begun."""
-        read = {version for version in versions if version is None or version not in self._prefetched}
-        being_read = []
-        for version in versions:
-            if version is None or version in read:
-                continue
-            if version in self._fetched:
-                if not self._fetched[version].done():
-                    continue
-                if self._fetched.pop(version).exception() is not None:
-                    read.add(version)  # load will tell why
-                    continue
+    def read_on(self) -> None:
+        """Have the readings go on that have begun, and learn which have ended; once for each step."""
+        for version in [version for version, fetched in self._fetched.items() if fetched.done()]:
+            if self._fetched.pop(version).exception() is None:
                 self._memory.prefetch_adapter(version)
-            being_read.append(version)
-        return read.union(self._memory.have_read(being_read)) if being_read else read
+            else:
+                self._read.add(version)  # load will tell why
+        being_read = self._prefetched - self._read - self._fetched.keys()
+        if being_read:
+            self._read |= self._memory.have_read(being_read)
+
+    def has_read(self, version: AdapterVersion | None) -> bool:
+        """Whether ``activate`` need not wait for a reading that has begun."""
+        return version is None or version not in self._prefetched or version in self._read
 
     def activate(self, version: AdapterVersion | None) -> bool:
         """Load the adapter of a request that runs now, after ``enter``.
@@ -187,8 +186,7 @@ class Residency:
         more when one of its requests starts.
         """
         began = time.monotonic()
-        self._prefetched.discard(version)
-        self._fetched.pop(version, None)
+        self._forget_reading(version)
         self._leave_memory(version)
         fetched = self._files.fetch(version)
         if fetched is not None:
@@ -223,8 +221,7 @@ class Residency:
         if version in self._resident:
             self._leave_memory(version)
             self._leave_slot(version)
-            self._prefetched.discard(version)
-            if self._fetched.pop(version, None) is None:
+            if not self._forget_reading(version):
                 self._memory.remove_adapter(version)
 
     def clear(self) -> list[AdapterVersion]:
@@ -234,6 +231,7 @@ class Residency:
         self._in_slots.clear()
         self._prefetched.clear()
         self._fetched.clear()
+        self._read.clear()
         self.recorder.emptied()
         return resident
 
@@ -241,6 +239,12 @@ class Residency:
         staying = [other for other in self._resident if not self._may_leave(other)]
         num_bytes = sum(other.manifest.num_bytes for other in (*staying, version))
         return len(staying) < self._max_cpu_loras and (self._max_bytes is None or num_bytes <= self._max_bytes)
+
+    def _forget_reading(self, version: AdapterVersion) -> bool:
+        """Forget that a reading was begun; tells whether its files were still being fetched."""
+        self._prefetched.discard(version)
+        self._read.discard(version)
+        return self._fetched.pop(version, None) is not None
 
     def _leave_memory(self, version: AdapterVersion) -> None:
         if version in self._resident:

@@ -46,7 +46,7 @@ CLOSE_TIMEOUT = 10.0
 PLACES_PER_SPARE = 8
 STEPS_AHEAD = 4
 
-#: Adapters that are read into host memory before their turn: as many as often change at once, which is half the slots,
+#: Adapters that are read into host memory before their turn: as many as may change at once, which is one for each slot,
 #: and so many at least.
 LOOK_AHEAD = 2
 
@@ -282,6 +282,7 @@ class Driver:
         self._drop_ended()
         self._admit()
         self._look_ahead()
+        self._residency.read_on()
         self._hand_over_read()
         if len(self._running) > len(self._reading):
             began = time.monotonic()
@@ -336,10 +337,8 @@ class Driver:
 
     def _hand_over_read(self) -> None:
         """Hand over those whose adapters have been read; steps go on without the others."""
-        reading = list(self._reading)
-        read = self._residency.have_read({pending.request.adapter for pending in reading}) if reading else ()
-        for pending in reading:
-            if pending.request.adapter in read:
+        for pending in list(self._reading):
+            if self._residency.has_read(pending.request.adapter):
                 self._reading.remove(pending)
                 self._hand_over(pending)
 
@@ -360,7 +359,7 @@ class Driver:
 
     def _look_ahead(self) -> None:
         with self._lock:
-            upcoming = self._queue.upcoming(max(LOOK_AHEAD, self._queue.max_loras // 2))
+            upcoming = self._queue.upcoming(max(LOOK_AHEAD, self._queue.max_loras))
         for version in upcoming:
             self._residency.prefetch(version)
 
