@@ -74,7 +74,9 @@ def start(residency, version):
 @given(
     max_cpu_loras=st.integers(1, 4),
     actions=st.lists(
-        st.tuples(st.sampled_from(["enter", "leave", "load", "prefetch", "read_on", "drop"]), st.sampled_from(VERSIONS)),
+        st.tuples(
+            st.sampled_from(["enter", "leave", "load", "prefetch", "read_on", "drop"]), st.sampled_from(VERSIONS)
+        ),
         max_size=80,
     ),
 )
