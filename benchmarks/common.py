@@ -140,6 +140,23 @@ class Plain:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+class Unquantized:
+    """A strategy for comparison's sake: the weights as they are, which ``"auto"`` would quantize as they load."""
+
+    name = "none"
+
+    def matches(self, model_config: Mapping[str, Any]) -> bool:
+        """It is only ever asked for."""
+        return False
+
+    def check(self, config: Any, model_config: Mapping[str, Any], platform: Any) -> None:
+        """Any machine will do."""
+
+    def engine_args(self, config: Any, model_config: Mapping[str, Any]) -> dict[str, Any]:
+        """None are needed."""
+        return {}
+
+
 class Ours:
     """``QuantizedLoRAEngine``."""
 
@@ -159,7 +176,7 @@ class Ours:
     ) -> None:
         self.engine = QuantizedLoRAEngine(
             model,
-            quantization="auto" if quantization in ("none", "auto") else quantization,
+            quantization=Unquantized() if quantization == "none" else quantization,
             adapters=adapters,
             max_loras=max_loras,
             max_lora_rank=max_lora_rank,  # type: ignore[arg-type]

