@@ -81,9 +81,11 @@ class VLLMBackend:
         self._processes: Sequence[Any] = ()
         self._requests: dict[str, _Begun] = {}
         self._seen_to_load: set[int] = set()
-        self._being_read: set[int] = set()  # of these, _to_begin has what the workers have not been told of,
+        # Adapters that were begun and not asked for yet; those of them that the workers have still to hear of; and
+        # those that the workers have read well and put in host memory.
+        self._being_read: set[int] = set()
         self._to_begin: dict[int, tuple[str, int, str]] = {}
-        self._in_memory: set[int] = set()  # and this, what was read well and has not been asked for
+        self._in_memory: set[int] = set()
         self._scheduler = _SchedulerLog()
         self.max_num_seqs = 0
 
