@@ -1,7 +1,7 @@
 """What LoRA costs on a CPU: against plain vLLM, against transformers and PEFT, and against no adapter at all.
 
     python benchmarks/cpu_lora.py                    # whole engines, tokens/s
-    python benchmarks/cpu_lora.py --layer            # one layer's arithmetic, microseconds, and its floor
+    python benchmarks/cpu_lora.py --layer            # one module's arithmetic, microseconds, and its floor
     python benchmarks/cpu_lora.py --step             # where a step's LoRA goes, milliseconds, and its floor
 
 All three are in one process tree and take turns; two vLLM engines and PEFT fit into 12 GiB. Plain vLLM is as its
@@ -12,6 +12,7 @@ documentation shows it, with its own kernels and settings. PEFT has the same wei
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -23,6 +24,23 @@ from typing import Any
 import common
 
 MAX_ADAPTERS = 4
+#: The modules of a layer, as vLLM packs them: inputs, and the outputs of each slice.
+MODULES = {
+    "135M": {
+        "q, k, v": (576, (576, 192, 192)),
+        "o": (576, (576,)),
+        "gate, up": (576, (1536, 1536)),
+        "down": (1536, (576,)),
+    },
+    "1.1B": {
+        "q, k, v": (2048, (2048, 256, 256)),
+        "o": (2048, (2048,)),
+        "gate, up": (2048, (5632, 5632)),
+        "down": (5632, (2048,)),
+    },
+}
+#: Bytes that are read between two calls so that weights are not in the cache: what a step of the 135M model reads.
+BETWEEN_TWO_CALLS = 2**27
 
 
 class Peft:
@@ -77,11 +95,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layer", action="store_true")
+    parser.add_argument("--models", nargs="+", default=list(MODULES), choices=list(MODULES), help="of --layer")
+    parser.add_argument("--modules", nargs="+", default=["gate, up"], choices=list(MODULES["1.1B"]), help="of --layer")
     parser.add_argument("--step", action="store_true")
     arguments = parser.parse_args()
     print(common.machine(), flush=True)
     if arguments.layer:
-        print(layers(arguments.rank))
+        print(layers(arguments))
         return
     if arguments.step:
         print(steps(arguments.quantization[0], arguments.rank[0], arguments))
@@ -137,65 +157,82 @@ def _speed(
     return common.tokens_per_second(partial(engine.run, texts, [params] * len(texts), names))
 
 
-def layers(ranks: Sequence[int]) -> str:
-    """A table of the arithmetic of a merged gate and up projection of two models, with the least that it can cost."""
+def layers(arguments: argparse.Namespace) -> str:
+    """A table of the arithmetic of a layer's modules, with the least that it can cost."""
     import torch
 
     peak, bandwidth = _peak(torch), _bandwidth(torch)
     rows = []
-    for model, hidden, inner in (("135M", 576, 1536), ("1.1B", 2048, 5632)):
-        for rank in ranks:
-            for num_rows, num_adapters in ((1, 1), (8, 1), (8, 4), (32, 1), (32, 4), (512, 1)):
-                ours, vllm, group = _layer(torch, hidden, inner, rank, num_rows, num_adapters)
-                flops = 2 * num_rows * rank * 2 * (hidden + inner)
-                size = 2 * (num_adapters * rank * 2 * (hidden + inner) + num_rows * (hidden + 4 * inner))
-                floor = max(flops / peak, size / bandwidth)
-                rows.append((model, rank, num_rows, num_adapters, vllm, group, ours, floor * 1e6))
+    for model in arguments.models:
+        for module in arguments.modules:
+            in_size, out_sizes = MODULES[model][module]
+            for rank in arguments.rank:
+                for num_rows, num_adapters in ((1, 1), (8, 1), (8, 4), (16, 1), (16, 4), (32, 1), (32, 4), (512, 1)):
+                    times = _layer(torch, in_size, out_sizes, rank, num_rows, num_adapters)
+                    widths = len(out_sizes) * in_size + sum(out_sizes)
+                    size = 2 * (num_adapters * rank * widths + num_rows * (in_size + 2 * sum(out_sizes)))
+                    floor = max(2 * num_rows * rank * widths / peak, size / bandwidth)
+                    rows.append((model, module, rank, num_rows, num_adapters, *times, floor * 1e6))
     threads = torch.get_num_threads()
-    title = f"{peak / 1e9:.0f} GFLOP/s in bf16 and {bandwidth / 1e9:.0f} GB/s, measured; {threads} threads\n"
-    header = ("model", "rank", "rows", "adapters", "vLLM, us", "F.linear for each adapter, us", "ours, us", "floor, us")
-    return title + "\n" + common.table(header, rows)
+    title = (
+        f"{peak / 1e9:.0f} GFLOP/s in bf16 and {bandwidth / 1e9:.0f} GB/s, measured; {threads} threads; microseconds\n"
+    )
+    header = ("model", "module", "rank", "rows", "adapters", "vLLM", "`F.linear` for each adapter", "ours")
+    return title + "\n" + common.table((*header, "ours, weights not in the cache", "floor"), rows)
 
 
-def _layer(torch: Any, hidden: int, inner: int, rank: int, num_rows: int, num_adapters: int) -> list[float]:
+def _layer(
+    torch: Any, in_size: int, out_sizes: tuple[int, ...], rank: int, num_rows: int, num_adapters: int
+) -> list[float]:
+    """Microseconds of vLLM's, of a product for each adapter, of ours, and of ours with cold caches."""
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     from qlora_infer.kernels.cpu import GroupedPunicaWrapper
 
-    x = torch.randn(num_rows, hidden).bfloat16()
-    y = torch.zeros(num_rows, 2 * inner).bfloat16()
-    a = tuple(torch.randn(MAX_ADAPTERS, 1, rank, hidden).bfloat16() for _ in range(2))
-    b = tuple(torch.randn(MAX_ADAPTERS, 1, inner, rank).bfloat16() for _ in range(2))
+    x = torch.randn(num_rows, in_size).bfloat16()
+    y = torch.zeros(num_rows, sum(out_sizes)).bfloat16()
+    a = tuple(torch.randn(MAX_ADAPTERS, 1, rank, in_size).bfloat16() for _ in out_sizes)
+    b = tuple(torch.randn(MAX_ADAPTERS, 1, size, rank).bfloat16() for size in out_sizes)
     ids = tuple(1 + i % num_adapters for i in range(num_rows))
-    times = []
-    for wrapper_class in (GroupedPunicaWrapper, PunicaWrapperCPU):
+
+    def adding(wrapper_class: type[Any]) -> Callable[[], object]:
         wrapper = wrapper_class(max_num_batched_tokens=512, max_batches=512, device="cpu")
         mapping = LoRAMapping(ids, ids, is_prefill=num_rows > 32)
         wrapper.update_metadata(mapping, list(range(1, MAX_ADAPTERS + 1)), MAX_ADAPTERS + 1, 512)
         own = tuple(tensor.clone() for tensor in b)
-        times.append(_microseconds(lambda w=wrapper, own=own: w.add_lora_linear(y, x, a, own, 1.0, (inner, inner))))
+        return lambda: wrapper.add_lora_linear(y, x, a, own, 1.0, out_sizes)
+
     rows = [torch.arange(i, num_rows, num_adapters) for i in range(num_adapters)]
+    slices = [slice(end - size, end) for size, end in zip(out_sizes, itertools.accumulate(out_sizes), strict=True)]
 
     def by_adapter() -> None:
         for index, where in enumerate(rows):
-            for number in range(2):
+            for number, outputs in enumerate(slices):
                 shrunk = torch.nn.functional.linear(x[where], a[number][index, 0])
-                y[where, number * inner : (number + 1) * inner] += torch.nn.functional.linear(
-                    shrunk, b[number][index, 0]
-                )
+                y[where, outputs] += torch.nn.functional.linear(shrunk, b[number][index, 0])
 
-    return [*times, _microseconds(by_adapter)]
+    other = torch.zeros(BETWEEN_TWO_CALLS // 4)
+
+    def read_something_else() -> None:
+        other.sum()
+        x.sum(), y.sum()  # which the base model's product has just read and written
+
+    ours = adding(GroupedPunicaWrapper)
+    times = [_microseconds(run) for run in (adding(PunicaWrapperCPU), by_adapter, ours)]
+    return [*times, _microseconds(ours, before=read_something_else)]
 
 
-def _microseconds(run: Callable[[], object]) -> float:
+def _microseconds(run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """The median of as many calls as fit into some time; ``before`` each of them is not counted."""
     run()
     began, number = time.perf_counter(), 0
     times = []
     while number < 5 or time.perf_counter() - began < 0.3:
-        before = time.perf_counter()
+        before()
+        started = time.perf_counter()
         run()
-        times.append(time.perf_counter() - before)
+        times.append(time.perf_counter() - started)
         number += 1
     return statistics.median(times) * 1e6
 
@@ -203,7 +240,8 @@ def _microseconds(run: Callable[[], object]) -> float:
 def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
     """A table of a step's milliseconds: the base model, with adapters, and LoRA's share of them.
 
-    The model runs in this process, so that its parts can be timed.
+    The model runs in this process, so that its parts can be timed. Answers of one token are the step of the prompts
+    alone; what longer ones take more is that of the steps which decode.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     model = common.model_for(quantization)
@@ -220,38 +258,52 @@ def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
 
         from qlora_infer.kernels import cpu, rows
 
-        all_of_it = _timed(cpu.GroupedPunicaWrapper, "_add_lora")
-        compiled = _timed(rows.Rows, "add")
+        spent = [_timed(cpu.GroupedPunicaWrapper, "_add_lora"), _timed(rows.Rows, "add")]
         peak, bandwidth = _peak(torch), _bandwidth(torch)
+
+        def measured(texts: Sequence[str], names: Sequence[str | None], num_tokens: int) -> list[float]:
+            """Milliseconds of all steps, of them in LoRA's layers, and of these in compiled code."""
+            for seconds in spent:
+                seconds[0] = 0.0
+            whole = len(texts) * num_tokens / _speed(engine, texts, num_tokens, names)
+            return [value * 1e3 for value in (whole, *(seconds[0] for seconds in spent))]
+
         for num_requests in arguments.requests:
+            texts = common.prompts(num_requests)
+            num_prompt_tokens = sum(len(engine.llm.get_tokenizer()(text).input_ids) for text in texts)
             for num_adapters in (number for number in arguments.adapters if number <= num_requests):
                 names = [f"a{number % num_adapters}" for number in range(num_requests)]
-                base, lora, inside, code = [], [], [], []
+                prompt_steps, steps = [], []
                 for repeat in range(arguments.repeats + 1):
-                    measured = []
-                    for chosen in ([None] * num_requests, names):
-                        all_of_it[0] = compiled[0] = 0.0
-                        seconds = num_requests / _speed(engine, common.prompts(num_requests), arguments.tokens, chosen)
-                        measured.append(seconds * 1e3)
+                    first = [measured(texts, chosen, 1) for chosen in ([None] * num_requests, names)]
+                    whole = [measured(texts, chosen, arguments.tokens) for chosen in ([None] * num_requests, names)]
                     if repeat:  # the first warms up
-                        base.append(measured[0])
-                        lora.append(measured[1])
-                        inside.append(all_of_it[0] * 1e3 / arguments.tokens)
-                        code.append(compiled[0] * 1e3 / arguments.tokens)
-                size = 2 * widths * rank * num_adapters
-                floor = max(2 * num_requests * rank * widths / peak, size / bandwidth) * 1e3
-                figures = (statistics.median(values) for values in (base, lora, inside, code))
-                table.append((num_requests, num_adapters, *figures, floor))
+                        prompt_steps.append((first[0][0], *first[1]))
+                        steps.append(
+                            [
+                                (long - short) / (arguments.tokens - 1)
+                                for long, short in zip((whole[0][0], *whole[1]), prompt_steps[-1], strict=True)
+                            ]
+                        )
+                for kind, num_rows, times in (
+                    ("prompts", num_prompt_tokens, prompt_steps),
+                    ("decoding", num_requests, steps),
+                ):
+                    floor = max(2 * num_rows * rank * widths / peak, 2 * widths * rank * num_adapters / bandwidth) * 1e3
+                    figures = (statistics.median(column) for column in zip(*times, strict=True))
+                    table.append((num_requests, num_adapters, kind, num_rows, *figures, floor))
         engine.close()
     header = (
         "requests",
         "adapters",
-        "base, ms",
-        "with adapters, ms",
-        "in LoRA's layers, ms",
-        "of it in compiled code, ms",
+        "step",
+        "rows",
+        "base",
+        "with adapters",
+        "in LoRA's layers",
+        "of it in compiled code",
     )
-    return common.table((*header, "floor of a step, ms"), table)
+    return common.table((*header, "floor"), table)
 
 
 def _timed(owner: type[Any], name: str) -> list[float]:

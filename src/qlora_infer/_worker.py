@@ -11,14 +11,17 @@ import logging
 import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import frozen
 from vllm.lora.lora_model import LoRAModel
 
 from qlora_infer import kernels
+from qlora_infer.adapters.snapshot import WEIGHTS_NAME
 from qlora_infer.kernels import bitsandbytes_cpu
-from qlora_infer.kernels.pieces import in_pieces
+from qlora_infer.kernels.pinned import read_weights
 
 logger = logging.getLogger("qlora_infer")
 
@@ -125,31 +128,51 @@ class WorkerExtension:
 
 
 class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
-    """An adapter in host memory, brought there in large pieces.
-
-    vLLM casts, pins and scales each of hundreds of tensors by itself. Beside steps that is slow, because each needs
-    Python's lock anew. Here neighbours in a file are cast and copied into pinned memory together, before vLLM sees
-    them, and scaled before the adapter comes to the thread that makes the steps.
-    """
+    """An adapter in host memory, brought there in a few calls of torch instead of thousands (``kernels/pinned.py``)."""
 
     @classmethod
-    def from_lora_tensors(
+    def from_local_checkpoint(
         cls,
-        lora_model_id: int,
-        tensors: dict[str, torch.Tensor],
+        lora_dir: str,
+        expected_lora_modules: set[str],
         peft_helper: Any,
-        device: str = "cuda",
-        dtype: torch.dtype | None = None,
+        *,
+        moe_ep_spec: Any = None,
         **options: Any,
     ) -> Any:
-        """What vLLM calls with an adapter's tensors as they lie in its file."""
-        if str(device) == "cpu" and dtype is not None:
-            weights = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-            tensors = {**tensors, **in_pieces(weights, dtype, pin=torch.cuda.is_available())}
-        model = super().from_lora_tensors(lora_model_id, tensors, peft_helper, device, dtype, **options)
-        for lora in model.loras.values():
-            lora.optimize()  # into B, after which there is nothing left to scale
+        """What vLLM calls for an adapter. That its modules are expected ones was checked when it was loaded."""
+        if moe_ep_spec is not None:  # some of its experts belong to other workers: vLLM knows which
+            return super().from_local_checkpoint(
+                lora_dir, expected_lora_modules, peft_helper, moe_ep_spec=moe_ep_spec, **options
+            )
+        weights = read_weights(Path(lora_dir) / WEIGHTS_NAME, options["dtype"], pin=torch.cuda.is_available())
+        placed = {name: _Placed(tensor) for name, tensor in weights.items()}
+        model = cls.from_lora_tensors(tensors=placed, peft_helper=peft_helper, **options)
+        loras = list(model.loras.values())
+        for lora in loras:
+            lora.lora_a, lora.lora_b = lora.lora_a.tensor, lora.lora_b.tensor
+        # Into B, after which there is nothing left to scale on the thread that makes the steps.
+        torch._foreach_mul_([lora.lora_b for lora in loras], [lora.scaling for lora in loras])
+        for lora in loras:
+            lora.scaling = 1
         return model
+
+
+@frozen
+class _Placed:
+    """A tensor that has the dtype already and is where it should be: vLLM asks for both, tensor by tensor."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def to(self, *, device: Any = None, dtype: Any = None) -> _Placed:
+        return self
+
+    def pin_memory(self) -> _Placed:
+        return self
 
 
 def _num_readers(device: str) -> int:

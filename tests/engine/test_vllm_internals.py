@@ -209,7 +209,7 @@ for name, lora in theirs.items():
 """
 
 
-def test_an_adapter_read_in_pieces_is_what_vllm_reads():
+def test_an_adapter_read_in_few_calls_is_what_vllm_reads():
     """All of its tensors, to the bit, with the scaling in B already. In a process of its own: a worker's module acts."""
     from qlora_infer.demo import demo_adapters
 
@@ -225,9 +225,11 @@ def test_vllm_reads_adapters_as_we_know_it():
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     assert "self._lora_model_cls.from_local_checkpoint(" in inspect.getsource(WorkerLoRAManager._load_adapter)
-    assert "cls.from_lora_tensors(" in inspect.getsource(LoRAModel.from_local_checkpoint)
-    parameters = list(inspect.signature(LoRAModel.from_lora_tensors).parameters)
-    assert parameters[:5] == ["lora_model_id", "tensors", "peft_helper", "device", "dtype"]
+    from_file = set(inspect.signature(LoRAModel.from_local_checkpoint).parameters)
+    from_tensors = set(inspect.signature(LoRAModel.from_lora_tensors).parameters)
+    until_0_31 = {"tensorizer_config_dict"}  # which has no meaning on a CPU, where another class reads
+    assert from_file - from_tensors - until_0_31 == {"lora_dir", "expected_lora_modules", "moe_ep_spec"}
+    assert from_tensors - from_file == {"tensors"}
     lora = LoRALayerWeights("m", 2, 8, *(pytest.importorskip("torch").ones(shape) for shape in ((2, 3), (4, 2))))
     lora.optimize()
     lora.optimize()

@@ -1,0 +1,76 @@
+"""An adapter's weights from its file into pinned host memory, from where a GPU copies by itself.
+
+A call of torch gives Python's lock away and waits for it again. Beside a loop that makes steps, which asks for the
+lock as often, the hundreds of small tensors of an adapter are slow to read one by one, and slow the steps down. So a
+file is read, cast and copied in a few calls, whatever it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from qlora_infer.adapters.tensors import TensorEntry, read_header
+
+#: Bytes that are pinned at a time. torch's allocator of pinned memory rounds up to powers of two.
+PIECE = 1 << 24
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def read_weights(path: Path, dtype: torch.dtype, *, pin: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file in another dtype, neighbours in the file still neighbours in memory.
+
+    Args:
+        path: The file; its tensors are floating-point numbers of at most 64 bits.
+        dtype: What they are cast to.
+        pin: Whether they are in pinned memory.
+
+    Returns:
+        The tensors by name, in the order of the file.
+
+    Raises:
+        CorruptAdapterError: It is not a whole safetensors file.
+    """
+    entries = sorted(read_header(str(path.parent), path).items(), key=lambda item: item[1].start)
+    file_bytes = _tensor_bytes(path, entries[-1][1].stop)
+    weights = {}
+    for run in _runs(entries, PIECE // dtype.itemsize):
+        first, last = run[0][1], run[-1][1]
+        numbers = file_bytes[first.start : last.stop].view(_DTYPES[first.dtype])
+        piece = torch.empty(len(numbers), dtype=dtype, pin_memory=pin).copy_(numbers)
+        tensors = torch._C._nn.unflatten_dense_tensors(piece, [_of_shape(entry.shape) for _, entry in run])
+        weights.update(zip((name for name, _ in run), tensors, strict=True))
+    return weights
+
+
+def _tensor_bytes(path: Path, length: int) -> torch.Tensor:
+    """The last bytes of a file, which are its tensors."""
+    content = torch.empty(length, dtype=torch.uint8)
+    with path.open("rb") as file:
+        file.seek(-length, 2)
+        file.readinto(content.numpy())
+    return content
+
+
+def _runs(entries: Sequence[tuple[str, TensorEntry]], most: int) -> Iterator[list[tuple[str, TensorEntry]]]:
+    """Tensors of one dtype that lie behind each other, with so many numbers in all at most, or one of more."""
+    run: list[tuple[str, TensorEntry]] = []
+    length = 0
+    for name, entry in entries:
+        size = entry.num_bytes // _DTYPES[entry.dtype].itemsize
+        if run and (entry.dtype != run[0][1].dtype or length + size > most):
+            yield run
+            run, length = [], 0
+        run.append((name, entry))
+        length += size
+    yield run
+
+
+@lru_cache(maxsize=1024)
+def _of_shape(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of a shape, which has no memory of its own: what ``unflatten_dense_tensors`` wants to be told."""
+    return torch.empty(()).expand(shape)

@@ -1,0 +1,43 @@
+"""An adapter's weights read in a few calls; without a GPU nothing is pinned."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from qlora_infer.errors import CorruptAdapterError
+from qlora_infer.kernels import pinned
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7)), min_size=1, max_size=12),
+    dtypes=st.lists(st.sampled_from(list(pinned._DTYPES.values())), min_size=12, max_size=12),
+    piece=st.integers(1, 200),
+    cast=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+def test_whatever_a_file_holds_is_read_and_cast(tmp_path_factory, shapes, dtypes, piece, cast):
+    """The same numbers, shapes and names; neighbours lie together up to a piece, and each tensor is contiguous."""
+    saved = {f"m{i}.lora_A.weight": torch.randn(shape).to(dtypes[i]) for i, shape in enumerate(shapes)}
+    path = tmp_path_factory.mktemp("pinned") / "a.safetensors"
+    save_file(saved, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pinned, "PIECE", cast.itemsize * piece)
+        read = pinned.read_weights(path, cast, pin=False)
+    assert read.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(read[name], tensor.to(cast))
+        assert read[name].is_contiguous()
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in read.values()}
+    largest = cast.itemsize * max(piece, *(tensor.numel() for tensor in saved.values()))
+    assert all(size <= largest for size in sizes.values())
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path):
+    """Its header says how long it should be."""
+    path = tmp_path / "a.safetensors"
+    save_file({"m.lora_A.weight": torch.ones(4, 4)}, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptAdapterError):
+        pinned.read_weights(path, torch.float16, pin=False)
