@@ -37,7 +37,7 @@ def read_weights(path: Path, dtype: torch.dtype, *, pin: bool) -> dict[str, torc
     """
     entries = sorted(read_header(str(path.parent), path).items(), key=lambda item: item[1].start)
     file_bytes = _tensor_bytes(path, entries[-1][1].stop)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for run in _runs(entries, PIECE // dtype.itemsize):
         first, last = run[0][1], run[-1][1]
         numbers = file_bytes[first.start : last.stop].view(_DTYPES[first.dtype])
