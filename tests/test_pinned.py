@@ -1,5 +1,7 @@
 """An adapter's weights read in a few calls; without a GPU nothing is pinned."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +34,23 @@ def test_whatever_a_file_holds_is_read_and_cast(tmp_path_factory, shapes, dtypes
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in read.values()}
     largest = cast.itemsize * max(piece, *(tensor.numel() for tensor in saved.values()))
     assert all(size <= largest for size in sizes.values())
+
+
+def test_tensors_that_are_not_aligned_are_read(tmp_path):
+    """Three numbers of 16 bits before one of 32, as other writers than safetensors' own may put them."""
+    header = {
+        "a.lora_A.weight": {"dtype": "F16", "shape": [1, 3], "data_offsets": [0, 6]},
+        "b.lora_A.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [6, 10]},
+    }
+    written = json.dumps(header).encode()
+    path = tmp_path / "a.safetensors"
+    numbers = torch.ones(3, dtype=torch.float16).numpy().tobytes() + torch.ones(1).numpy().tobytes()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + numbers)
+    read = pinned.read_weights(path, torch.bfloat16, pin=False)
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        "a.lora_A.weight": [[1.0, 1.0, 1.0]],
+        "b.lora_A.weight": [[1.0]],
+    }
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path):

@@ -7,6 +7,7 @@ file is read, cast and copied in a few calls, whatever it holds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -36,24 +37,17 @@ def read_weights(path: Path, dtype: torch.dtype, *, pin: bool) -> dict[str, torc
         CorruptAdapterError: It is not a whole safetensors file.
     """
     entries = sorted(read_header(str(path.parent), path).items(), key=lambda item: item[1].start)
-    file_bytes = _tensor_bytes(path, entries[-1][1].stop)
     weights: dict[str, torch.Tensor] = {}
-    for run in _runs(entries, PIECE // dtype.itemsize):
-        first, last = run[0][1], run[-1][1]
-        numbers = file_bytes[first.start : last.stop].view(_DTYPES[first.dtype])
-        piece = torch.empty(len(numbers), dtype=dtype, pin_memory=pin).copy_(numbers)
-        tensors = torch._C._nn.unflatten_dense_tensors(piece, [_of_shape(entry.shape) for _, entry in run])
-        weights.update(zip((name for name, _ in run), tensors, strict=True))
-    return weights
-
-
-def _tensor_bytes(path: Path, length: int) -> torch.Tensor:
-    """The last bytes of a file, which are its tensors."""
-    content = torch.empty(length, dtype=torch.uint8)
     with path.open("rb") as file:
-        file.seek(-length, 2)
-        file.readinto(content.numpy())
-    return content
+        file.seek(-entries[-1][1].stop, os.SEEK_END)
+        for run in _runs(entries, PIECE // dtype.itemsize):
+            content = torch.empty(sum(entry.num_bytes for _, entry in run), dtype=torch.uint8)
+            file.readinto(content.numpy())
+            numbers = content.view(_DTYPES[run[0][1].dtype])
+            piece = torch.empty(len(numbers), dtype=dtype, pin_memory=pin).copy_(numbers)
+            tensors = torch._C._nn.unflatten_dense_tensors(piece, [_of_shape(entry.shape) for _, entry in run])
+            weights.update(zip((name for name, _ in run), tensors, strict=True))
+    return weights
 
 
 def _runs(entries: Sequence[tuple[str, TensorEntry]], most: int) -> Iterator[list[tuple[str, TensorEntry]]]:
