@@ -29,7 +29,7 @@ kernels.install()
 
 #: Adapters that are read at a time, at most.
 MOST_READERS = 2
-#: Seconds after which a thread that has something to do in Python gets its turn. A reader has, hundreds of times.
+#: Seconds after which a thread that has something to do in Python gets its turn: a reader builds hundreds of objects.
 SWITCH_INTERVAL = 0.0005
 
 
