@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from qlora_infer import startup
+from qlora_infer import _shared_memory, startup
 from qlora_infer.adapters.preflight import ModuleShape
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("qlora_infer")
 
-#: Seconds that the engine core has to end by itself before it is killed.
+#: Seconds that the engine core has to end by itself before it is killed; on two cores it would take ten.
 SHUTDOWN_TIMEOUT = 5.0
 
 
@@ -79,6 +79,7 @@ class VLLMBackend:
         self._tokenizer: Any = None
         self._default_sampling_params: Mapping[str, Any] = {}
         self._processes: Sequence[Any] = ()
+        self._shared: set[str] = set()
         self._requests: dict[str, _Begun] = {}
         self._seen_to_load: set[int] = set()
         # Adapters that were begun and not asked for yet; those of them that the workers have still to hear of; and
@@ -142,6 +143,7 @@ class VLLMBackend:
         self._tokenizer = self._engine.get_tokenizer()
         self._default_sampling_params = self._engine.model_config.get_diff_sampling_param()
         self._processes = self._engine.engine_core.resources.engine_manager.processes
+        self._shared = _shared_memory.segments_of(self.pids)
         threading.Thread(
             target=_report_death,
             args=(self._engine.engine_core, self._processes),
@@ -306,6 +308,7 @@ class VLLMBackend:
             if process.is_alive():
                 process.kill()
                 process.join(SHUTDOWN_TIMEOUT)
+        _shared_memory.remove(self._shared)  # which a core that was killed has left
 
     def _forget_reading(self, version: AdapterVersion) -> None:
         self._being_read.discard(version.int_id)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -128,13 +129,18 @@ def wait_for_end(pids, seconds=30):
     assert not [pid for pid in pids if is_alive(pid)]
 
 
+def shared_memory():
+    """The names of the segments that processes share; Python removes what is left over when the program ends."""
+    return {path.name for path in Path("/dev/shm").glob("psm_*")}
+
+
 def test_two_engines_at_once_keep_apart_and_end_with_their_processes(alone, capfd):
     """Two engines in one process, with adapters of the same name and other content, each answer with their own.
 
-    An error in a ``with`` ends the processes of its engine, and close those of the other, with requests in flight. Nor
-    does vLLM's log, in any of these processes, tell the token that the engine was given.
+    An error in a ``with`` ends the processes of its engine, and close those of the other, with requests in flight; what
+    these shared is removed. Nor does vLLM's log, in any of these processes, tell the token that the engine was given.
     """
-    folders = demo_adapters()
+    folders, shared = demo_adapters(), shared_memory()
     two = start(adapters={"habit": folders["spanish"]}, quantization="gptq")
     with pytest.raises(ZeroDivisionError), start(adapters={"habit": folders["pirate"]}, token="hf_a_secret") as one:
         first, second = all_pids(one), all_pids(two)
@@ -155,6 +161,7 @@ def test_two_engines_at_once_keep_apart_and_end_with_their_processes(alone, capf
             call()
     wait_for_end(second)
     assert not set(first + second) & set(children(os.getpid()))
+    assert shared_memory() <= shared
     told = capfd.readouterr()
     assert "vLLM" in told.out + told.err or "EngineCore" in told.out + told.err
     assert "hf_a_secret" not in told.out + told.err
