@@ -273,13 +273,13 @@ def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
             num_prompt_tokens = sum(len(engine.llm.get_tokenizer()(text).input_ids) for text in texts)
             for num_adapters in (number for number in arguments.adapters if number <= num_requests):
                 names = [f"a{number % num_adapters}" for number in range(num_requests)]
-                prompt_steps, steps = [], []
+                prompt_steps, decoding_steps = [], []
                 for repeat in range(arguments.repeats + 1):
                     first = [measured(texts, chosen, 1) for chosen in ([None] * num_requests, names)]
                     whole = [measured(texts, chosen, arguments.tokens) for chosen in ([None] * num_requests, names)]
                     if repeat:  # the first warms up
                         prompt_steps.append((first[0][0], *first[1]))
-                        steps.append(
+                        decoding_steps.append(
                             [
                                 (long - short) / (arguments.tokens - 1)
                                 for long, short in zip((whole[0][0], *whole[1]), prompt_steps[-1], strict=True)
@@ -287,7 +287,7 @@ def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
                         )
                 for kind, num_rows, times in (
                     ("prompts", num_prompt_tokens, prompt_steps),
-                    ("decoding", num_requests, steps),
+                    ("decoding", num_requests, decoding_steps),
                 ):
                     floor = max(2 * num_rows * rank * widths / peak, 2 * widths * rank * num_adapters / bandwidth) * 1e3
                     figures = (statistics.median(column) for column in zip(*times, strict=True))
