@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODULES), choices=list(MODULES), help="of --layer")
     parser.add_argument("--modules", nargs="+", default=["gate, up"], choices=list(MODULES["1.1B"]), help="of --layer")
     parser.add_argument("--step", action="store_true")
+    parser.add_argument("--dtype", default="auto", help="of the model's activations and unquantized weights, in --step")
     arguments = parser.parse_args()
     print(common.machine(), flush=True)
     if arguments.layer:
@@ -247,6 +248,7 @@ def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
     model = common.model_for(quantization)
     limits: dict[str, Any] = {"max_loras": MAX_ADAPTERS, "max_lora_rank": rank, "max_cpu_loras": 8}
     limits |= {"max_model_len": 256, "max_num_seqs": max(arguments.requests), "enable_prefix_caching": False}
+    limits["dtype"] = arguments.dtype
     widths = sum(sum(shape) for shape in common.llama_modules(model).values())
     table = []
     with common.adapters_for(model, MAX_ADAPTERS, rank=rank) as adapters:
