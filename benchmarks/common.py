@@ -172,6 +172,7 @@ class Ours:
         max_model_len: int,
         policy: Any = "fair",
         startup: Any = "fast",
+        lora_kernels: Any = "auto",
         **engine_args: Any,
     ) -> None:
         self.engine = QuantizedLoRAEngine(
@@ -184,6 +185,7 @@ class Ours:
             max_model_len=max_model_len,
             policy=policy,
             startup=startup,
+            lora_kernels=lora_kernels,
             engine_args=engine_args,
         )
 

