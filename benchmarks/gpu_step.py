@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_step.py                 # our kernels
     python benchmarks/gpu_step.py --kernels vllm
+    python benchmarks/gpu_step.py --engine-args '{"specialize_active_lora": true}'
 
 A model of Llama's shape with 8 billion parameters in GPTQ and random weights; adapters of rank 16 on all its linear
 modules. Speeds are of whole answers, from the first request to the last token; profiles are of steady decoding.
@@ -41,6 +42,7 @@ def main() -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default="auto", choices=["auto", "vllm"])
+    parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="vLLM's arguments")
     parser.add_argument("--tokenizer", type=Path, help="a model's folder, to read it from; the demo model's by default")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8])
@@ -48,8 +50,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    print(f"{common.machine()}; lora_kernels={arguments.kernels!r}, rank {arguments.rank}", flush=True)
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.engine_args.items())
+    print(f"{common.machine()}; lora_kernels={arguments.kernels!r}, rank {arguments.rank}, {given}", flush=True)
     tokenizer = arguments.tokenizer or common.model_for("none")
+    began = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as traces,
         model_and_adapters("8B", "gptq", tokenizer, max(arguments.adapters), arguments.rank) as (model, adapters),
@@ -72,9 +76,11 @@ def main() -> None:
                     "torch_profiler_use_gzip": False,
                     "torch_profiler_dump_cuda_time_total": False,
                 },
+                **arguments.engine_args,
             },
         ) as engine,
     ):
+        print(f"started in {time.monotonic() - began:.0f} s", flush=True)
         measure_speed(engine, arguments)
         measure_step(engine, arguments, Path(traces))
 
