@@ -21,7 +21,7 @@ RUFF = "ruff>=0.17,<0.18"
 DOCS_REQUIREMENTS = ("mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2", RUFF)
 
 TEST_REQUIREMENTS = (
-    *("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17"),
+    *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "peft>=0.17"),
     *("fsspec>=2024.6", "aiohttp>=3.9"),  # adapters from URLs
     *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50"),  # a web service around the engine
     *("prometheus-client>=0.20", "opentelemetry-sdk>=1.25"),  # metrics and traces
@@ -99,7 +99,12 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Install and pass all tests, those on the real vLLM too."""
     install_cpu(session, *TEST_REQUIREMENTS)
-    session.run("pytest", *session.posargs)
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    session.run("pytest", "--ignore=tests/engine", "-n", "auto", "--maxprocesses=4", "--dist=loadfile")
+    # One at a time: threads of OpenMP that share cores with others wait for each other.
+    session.run("pytest", "tests/engine")
 
 
 @nox.session

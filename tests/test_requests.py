@@ -263,6 +263,8 @@ def test_a_full_queue_raises_or_blocks_as_the_caller_chooses():
         waiting = [engine.add_request("first"), engine.add_request("next")]
         with pytest.raises(QueueFullError, match="max_waiting=2"):
             engine.add_request("too much", block=False)
+        with pytest.raises(QueueFullError, match="max_waiting=2"):
+            engine.stream("too much", block=False)
         with pytest.raises(RequestTimeoutError):
             engine.add_request("too much", timeout=0.05)
         answers = []

@@ -583,6 +583,7 @@ class QuantizedLoRAEngine(Displayed):
         adapter: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        block: bool = True,
     ) -> PartialOutputs:
         """Answer one prompt and yield partial outputs as the tokens come, each with all the text so far.
 
@@ -595,11 +596,15 @@ class QuantizedLoRAEngine(Displayed):
             adapter: As in ``generate``.
             priority: As in ``generate``.
             timeout: As in ``generate``.
+            block: As in ``add_request``.
 
         Raises:
+            QueueFullError: ``max_waiting`` requests wait, and ``block`` is false.
             Exception: What ``generate`` raises; what is wrong with the arguments, already when it is called.
         """
-        return iter(self.add_request(prompt, sampling_params, adapter=adapter, priority=priority, timeout=timeout))
+        return iter(
+            self.add_request(prompt, sampling_params, adapter=adapter, priority=priority, timeout=timeout, block=block)
+        )
 
     def add_request(
         self,
