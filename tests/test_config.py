@@ -72,8 +72,8 @@ def test_engine_args_may_not_contradict_the_strategy():
     assert config.vllm_args({"dtype": "float16"}, max_lora_rank=16)["dtype"] == "float16"
 
 
-def test_vllm_gets_every_argument_and_one_place_more_in_host_memory():
-    """engine_args go to vLLM as they are; vLLM has one place more than is used, so that it never evicts by itself."""
+def test_vllm_gets_every_argument_and_more_places_than_are_used():
+    """engine_args go to vLLM as they are; vLLM has places enough never to evict by itself, also while all are replaced."""
     theirs = {"seed": 7, "tensor_parallel_size": 4, "pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}
     config = EngineConfig(**{**VALID, "token": "hf_secret", "engine_args": theirs})
     arguments = config.vllm_args({"quantization": "awq"}, max_lora_rank=32)
@@ -81,7 +81,7 @@ def test_vllm_gets_every_argument_and_one_place_more_in_host_memory():
     assert arguments["quantization"] == "awq"
     assert arguments["max_lora_rank"] == 32
     assert arguments["hf_token"] == "hf_secret"
-    assert arguments["max_cpu_loras"] == 4 * 8 + 1
+    assert arguments["max_cpu_loras"] == 2 * 4 * 8 + 1
 
 
 def test_a_token_is_never_printed():

@@ -395,3 +395,14 @@ def test_a_heap_keeps_its_items_in_order(actions):
             assert heap.first(item) == sorted(model, key=model.get)[:item]
         assert len(heap) == len(model)
         assert set(heap) == set(model)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("weight", [1e-7, 1e-300])
+def test_the_smallest_share_stops_nobody(weight):
+    """An adapter that owes more rounds than anybody could count is passed over at once, and answers when it is alone."""
+    simulation = Simulation(max_loras=1, max_num_seqs=8, weights={"low": weight})
+    low = [simulation.add("low", 100) for _ in range(40)]
+    others = [simulation.add(name, 100) for name in ("a", "b") for _ in range(20)]
+    simulation.run()
+    assert simulation.started.keys() >= {*low, *others}

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import math
 import os
 import pty
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import termios
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +25,9 @@ from qlora_infer import (
     RequestRejectedError,
     RequestTimeoutError,
 )
+from qlora_infer.requests.deadlines import Deadlines
+from qlora_infer.requests.pending import PendingRequest
+from qlora_infer.requests.request import GenerationRequest
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 LONG = {"max_tokens": 1000}
@@ -251,6 +256,70 @@ def test_generate_with_a_timeout_leaves_nothing_behind():
                 engine.generate("a", timeout=timeout)
         with pytest.raises(TypeError, match="priority"):
             engine.generate("a", priority=1.5)
+
+
+def test_a_timeout_without_end_ends_no_other():
+    """timeout=inf, or a number that no clock has, is no limit; the deadlines of others hold."""
+    backend, engine = slow_engine()
+    with engine:
+        for endless in (math.inf, 1e300):
+            assert engine.add_request("hi", timeout=endless).result(timeout=endless).finished
+        with pytest.raises(RequestTimeoutError):
+            engine.generate(ENDLESS, LONG, timeout=0.1)
+    backend, engine, _blocker = gated(max_waiting=1)
+    with engine:
+        engine.add_request("waits")
+        thread = threading.Thread(target=lambda: engine.add_request("waits too", timeout=math.inf).result())
+        thread.start()
+        backend.open.set()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_deadlines_of_ended_requests_are_forgotten():
+    """A service that gives each request a day keeps no memory of those that have ended."""
+    deadlines = Deadlines(lambda pending: None)
+    for number in range(5000):
+        pending = PendingRequest(GenerationRequest(f"r{number}", "prompt", None, None, timeout=86400.0))
+        deadlines.add(pending)
+        pending.fail(RuntimeError("it has ended"))
+    assert len(deadlines._heap) <= 1024
+    deadlines.close()
+
+
+def test_generates_timeout_counts_from_the_call():
+    """Also for those of its prompts that max_waiting has not let in at once."""
+    _, engine = slow_engine(max_waiting=1, engine_args={"max_num_seqs": 1})
+    with engine, pytest.raises(RequestTimeoutError):
+        engine.generate([" ".join(["word"] * 50)] * 10, {"max_tokens": 50}, timeout=2.5)  # half a second each
+
+
+def test_sampling_params_are_those_of_the_call():
+    """An object that is changed for the next request leaves those that wait as they were."""
+    backend, engine, _blocker = gated()
+    params = SimpleNamespace(max_tokens=2, n=1, logprobs=None, prompt_logprobs=None)
+    with engine:
+        handles = []
+        for params.max_tokens in (2, 4, 6):
+            handles.append(engine.add_request(ENDLESS, params))
+        backend.open.set()
+        assert [handle.result(10).num_tokens for handle in handles] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("prompts", [b"hello", bytearray(b"hello"), [b"hello"], b""])
+def test_bytes_are_no_token_ids(prompts):
+    """They are refused: a text that somebody forgot to decode would be answered as five tokens."""
+    with fake_engine() as engine, pytest.raises(TypeError, match="must be a string"):
+        engine.generate(prompts)
+
+
+def test_an_adapter_is_asked_for_by_its_name(tmp_path):
+    """Anything else, such as what load_adapter returns, is a TypeError that says so."""
+    with fake_engine() as engine:
+        loaded = engine.load_adapter("pirate", write_adapter(tmp_path / "pirate"))
+        for wrong in (loaded, 1):
+            with pytest.raises(TypeError, match="adapter must be the name"):
+                engine.add_request("hello", adapter=wrong)
 
 
 # Backpressure -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """The versions of an adapter: replaced in one step, named exactly, taken back, pushed from memory; on the fake engine."""
 
 import gc
+import shutil
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ from hypothesis import strategies as st
 from qlora_infer import (
     AdapterConflictError,
     AdapterLoadError,
+    AdapterNotFoundError,
     AdapterNotLoadedError,
+    AdapterSource,
     CorruptAdapterError,
     IncompatibleAdapterError,
 )
@@ -425,3 +430,131 @@ def test_lineage_is_told(tmp_path, caplog):
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "org/Mistral-7B" in warnings[0]
+
+
+# Copies that have made room for others -----------------------------------------------------------------------------
+
+
+def with_few_copies(folder, backend, *, names="abc", copies=1, **arguments):
+    """An engine with some adapters, of which the disk holds so many copies: those of the first have made room."""
+    sources = {name: write_adapter(folder / name, seed=seed) for seed, name in enumerate(names)}
+    size = sum(path.stat().st_size for path in sources["a"].iterdir())
+    engine = fake_engine(backend=backend, max_disk_bytes=int(size * (copies + 0.5)), **arguments)
+    for name, source in sources.items():
+        engine.load_adapter(name, source)
+    return engine, sources
+
+
+def test_a_source_that_fails_slowly_stops_nobody(tmp_path, monkeypatch):
+    """Its requests get the error, all of one fetch, while others get their tokens; later ones have it fetched again."""
+    backend = FakeEngine(step_seconds=0.01, reply=lambda prompt, adapter: "word " * 500)
+    engine, _ = with_few_copies(tmp_path, backend, max_cpu_loras=1, max_loras=1)
+    threads = []
+
+    def fail(source, name, **how):
+        threads.append(threading.current_thread().name)
+        time.sleep(0.5)
+        raise AdapterNotFoundError(name, "it is gone")
+
+    monkeypatch.setattr(AdapterSource, "resolve", fail)
+    with engine:
+        stream = engine.add_request("hello", {"max_tokens": 500})
+        next(iter(stream))
+        asked = [engine.add_request("hello", adapter="a") for _ in range(3)]
+        for handle in asked:
+            with pytest.raises(AdapterNotFoundError):
+                handle.result(20)
+        assert len(threads) == 1
+        with pytest.raises(AdapterNotFoundError):
+            engine.generate("hello", adapter="a")
+        assert len(threads) == 2
+        assert not any("drive" in name for name in threads), threads
+        assert stream.result(20).finished
+
+
+def test_a_source_that_is_gone_does_not_keep_the_engine_from_running_again(tmp_path):
+    """After a restart the other adapters answer, and the requests of the one that is gone get its error."""
+    backend = FakeEngine()
+    engine, sources = with_few_copies(tmp_path, backend, max_cpu_loras=8, max_loras=1, restart="on-failure")
+    shutil.rmtree(sources["a"])
+    with engine:
+        assert engine.generate("hello", adapter="a")[0].finished  # from host memory
+        backend.die("killed")
+        assert engine.generate("hello", adapter="c")[0].finished
+        assert engine.is_running
+        with pytest.raises(AdapterNotFoundError):
+            engine.generate("hello", adapter="a")
+
+
+def test_blends_are_made_of_adapters_whose_copies_are_gone(tmp_path):
+    """They are fetched again."""
+    engine, _ = with_few_copies(tmp_path, FakeEngine(), names="abcde", copies=4, max_cpu_loras=8)
+    with engine:
+        assert engine.load_blend("both", {"a": 0.5, "b": 0.5}).rank > 0
+
+
+def test_the_same_content_is_had_from_where_it_was_named_last(tmp_path):
+    """A source that is gone is not asked again once the same content was loaded from another."""
+    engine, sources = with_few_copies(tmp_path, FakeEngine(), max_cpu_loras=1, max_loras=1)
+    shutil.copytree(sources["a"], tmp_path / "moved")
+    shutil.rmtree(sources["a"])
+    with engine:
+        assert engine.load_adapter("a", tmp_path / "moved").version == 1
+        assert engine.adapters["a"].source == str(tmp_path / "moved")
+        assert engine.generate("hello", adapter="a")[0].finished
+
+
+# Pins --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pin_ends_with_its_adapter(tmp_path):
+    """Its place is free again, and a later adapter of that name is not pinned unasked; a version can be unpinned."""
+    backend = FakeEngine()
+    source = write_adapter(tmp_path / "source")
+    with fake_engine(backend=backend, max_cpu_loras=3, max_loras=2) as engine:
+        for name in ("a", "b", "c", "b"):
+            engine.load_adapter(name, source)
+            engine.pin(name)
+            engine.unload_adapter(name)
+        engine.load_adapter("a", source)
+        engine.pin("a@1")
+        engine.unpin("a@1")
+        engine.load_adapter("b", source)
+        engine.pin("b")
+
+
+def test_pinned_adapters_may_be_replaced_at_once(tmp_path):
+    """None of them leaves the engine behind the library's back, and each answers with its new content."""
+    sources = [write_adapter(tmp_path / str(seed), seed=seed) for seed in range(10)]
+    backend = FakeEngine(step_seconds=0.01, load_seconds=0.05, reply=lambda prompt, adapter: "word " * 400)
+    with fake_engine(backend=backend, max_cpu_loras=6, max_loras=1) as engine:
+        for number in range(5):
+            engine.load_adapter(f"a{number}", sources[number])
+            engine.pin(f"a{number}")
+        engine.load_adapter("running", sources[5])
+        running = engine.add_request("hello", {"max_tokens": 400}, adapter="running")
+        next(iter(running))
+        threads = [
+            threading.Thread(target=engine.load_adapter, args=(f"a{number}", sources[5 + number]))
+            for number in range(1, 5)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        running.cancel()
+        for number in range(5):
+            output = engine.generate("hello", {"max_tokens": 1}, adapter=f"a{number}")[0]
+            assert output.adapter == f"a{number}"
+        assert engine.stats().num_restarts == 0
+
+
+def test_what_a_trainer_pushed_is_not_kept_alive(engine):
+    """The engine has its own copy: the trainer's tensors are free once the call returns."""
+    tensors = tensors_of(1)
+    kept = weakref.ref(next(iter(tensors.values())))
+    engine.load_adapter("pushed", tensors=tensors, config=CONFIG)
+    del tensors
+    gc.collect()
+    assert kept() is None
+    assert engine.adapters["pushed"].source == "tensors in memory"

@@ -164,7 +164,7 @@ class VLLMBackend:
         from vllm import SamplingParams
 
         if isinstance(params, SamplingParams):
-            return params
+            return params.clone()  # whoever gave it may change it for the next request
         if params is None:
             params = {}
         if not isinstance(params, Mapping):

@@ -166,7 +166,8 @@ class EngineConfig:
             "enforce_eager": self.enforce_eager,
             "max_loras": self.max_loras,
             "max_lora_rank": max_lora_rank,
-            # One place more than is used, so that vLLM never evicts an adapter by itself (see Residency).
-            "max_cpu_loras": self.num_cpu_loras + 1,
+            # So many that vLLM never evicts an adapter by itself (see Residency): each may be being replaced, and one
+            # comes before another leaves.
+            "max_cpu_loras": 2 * self.num_cpu_loras + 1,
         }
         return {**self.engine_args, **strategy_args, **own}

@@ -344,7 +344,7 @@ class QuantizedLoRAEngine(Displayed):
     def rollback(self, name: str) -> LoadedAdapter:
         """Go back to the version before the one that ``name`` stands for, and forget the newer one.
 
-        Of each name the version before is held, on disk. Requests that were added before finish on what they have.
+        Of each name the version before is held, on disk; over ``max_disk_bytes`` its copy is the last to go. Requests that were added before finish on what they have.
 
         Returns:
             What serves now.
@@ -389,12 +389,12 @@ class QuantizedLoRAEngine(Displayed):
         self._loader.prefetch(names)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter and all its versions; requests that were added before finish on them.
+        """Forget an adapter, all its versions, and that it was pinned; requests that were added before finish on them.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
         """
-        self._cache.unload(name)
+        self._loader.unload(name)
 
     def verify_adapter(
         self, name: str, prompts: Sequence[str] | None = None, *, reference: str | os.PathLike[str] | None = None
@@ -448,6 +448,7 @@ class QuantizedLoRAEngine(Displayed):
             other = None
             if reference is not None:
                 token_ids = [output.prompt_token_ids for output in outputs[: len(texts)]]
+                self._cache.fetch(version)
                 other = reference_scores(os.fspath(reference), version.path, token_ids, token=self._config.token)
         return effect(exact, base, adapted, other)
 

@@ -6,11 +6,15 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
-from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
+from qlora_infer.errors import AdapterConflictError, AdapterLoadError, AdapterNotLoadedError
+
+#: Seconds to wait for files that are fetched again.
+FETCH_TIMEOUT = 300.0
 
 #: Versions of a name that are held: the one that serves, and the one before it.
 HELD_VERSIONS = 2
@@ -42,7 +46,7 @@ class AdapterCache:
         self._on_idle = on_idle
         self._on_gone = on_gone
         self._lock = threading.Lock()
-        self._loading: dict[str, threading.Lock] = {}
+        self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
         self._held: dict[str, list[AdapterVersion]] = {}  # the last one is what the name stands for
         self._numbers: dict[str, int] = {}  # the newest number of each name that has versions
         self._num_alive: dict[str, int] = {}  # versions that are held, or have requests
@@ -64,13 +68,29 @@ class AdapterCache:
         """
         int_id = next(self._int_ids)
         snapshot, manifest, carried = self._copies.make(name, int_id, source, allow_pickle=allow_pickle)
-        version = AdapterVersion(name, int_id, source, allow_pickle, snapshot, manifest, carried)
+        origin = source if isinstance(source, AdapterSource) else str(source)  # not a trainer's tensors
+        version = AdapterVersion(name, int_id, origin, allow_pickle, snapshot, manifest, carried)
         try:
             self._copies.keep(version)
         except BaseException:
             self.discard(version)
             raise
         return version
+
+    def fetch(self, version: AdapterVersion) -> None:
+        """Have a version's copy on disk, which may have made room for others; on this thread, which waits.
+
+        Raises:
+            AdapterError: Its source cannot be read, or holds another content now.
+        """
+        fetched = self._copies.fetch(version)
+        if fetched is not None:
+            try:
+                fetched.result(FETCH_TIMEOUT)
+            except TimeoutError as error:
+                raise AdapterLoadError(
+                    version.name, f"adapter {version.name!r} was not fetched again within {FETCH_TIMEOUT:g} s"
+                ) from error
 
     def loading(self, name: str) -> threading.Lock:
         """The lock under which one adapter at a time is loaded under a name, in the order of the calls."""
@@ -160,6 +180,8 @@ class AdapterCache:
         """
         if adapter is None:
             return None
+        if not isinstance(adapter, str | AdapterVersion):
+            raise TypeError(f"adapter must be the name of a loaded one, or None, got {adapter!r}")
         with self._lock:
             version = adapter if isinstance(adapter, AdapterVersion) else self._find(adapter)
             version.num_uses += 1

@@ -120,6 +120,8 @@ class AdapterLoader:
         if current is not None and current.snapshot.digest == version.snapshot.digest:
             self._cache.discard(version)
             current.weight = weight
+            if isinstance(version.origin, AdapterSource):  # where it is to be had from now on
+                current.origin, current.allow_pickle = version.origin, version.allow_pickle
             return current.loaded()
         try:
             version.fit = preflight.check(
@@ -133,10 +135,7 @@ class AdapterLoader:
             self._driving.call(self._residency.load, version)
             self._cache.publish(version, expect=expect)
         except BaseException:
-            with contextlib.suppress(EngineClosedError, EngineDeadError):
-                self._driving.call(self._residency.drop, version)
-                if self._cache.current(version.name) is None:
-                    self._driving.call(self._residency.recorder.forget, version.name)
+            self._forget(version)
             self._cache.discard(version)
             raise
         self._tell(version)
@@ -156,6 +155,8 @@ class AdapterLoader:
         """Load a blend of adapters that are loaded."""
         with contextlib.ExitStack() as stack:
             versions = [stack.enter_context(self._cache.in_use(part)) for part in weights]
+            for version in versions:
+                self._cache.fetch(version)
             parts = [
                 AdapterPart(f"{version.name}@{version.number}", version.manifest, weights[part])
                 for part, version in zip(weights, versions, strict=True)
@@ -167,9 +168,14 @@ class AdapterLoader:
         """Load the version before, and move the name back to it."""
         with self._cache.loading(checked_name(name)):
             before = self._cache.before(name)
-            self._read_ahead(before)
-            self._driving.call(self._residency.load, before)
-            version = self._cache.rollback(name)
+            try:
+                self._read_ahead(before)
+                self._driving.call(self._residency.load, before)
+                version = self._cache.rollback(name)
+            except BaseException:
+                if before.freed:  # the name was unloaded meanwhile
+                    self._forget(before)
+                raise
         logger.info("adapter %r is version %d again", name, version.number)
         return version.loaded()
 
@@ -181,8 +187,14 @@ class AdapterLoader:
 
     def unpin(self, name: str) -> None:
         """Let an adapter leave host memory again."""
-        self._cache.require([name])
-        self._driving.call(self._residency.unpin, name)
+        with self._cache.in_use(name) as version:
+            self._driving.call(self._residency.unpin, version.name)
+
+    def unload(self, name: str) -> None:
+        """Forget a name, and that it was pinned."""
+        self._cache.unload(name)
+        with contextlib.suppress(EngineClosedError, EngineDeadError):
+            self._driving.call(self._residency.unpin, name)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to read adapters into host memory, as far as there is room."""
@@ -213,12 +225,20 @@ class AdapterLoader:
 
     def _read_ahead(self, version: AdapterVersion) -> None:
         """Have a version read into host memory while steps go on, so that loading it costs the others one copy."""
+        self._cache.fetch(version)
         self._driving.call(self._residency.prefetch, version)
         deadline = time.monotonic() + READ_TIMEOUT
         while not self._driving.call(self._residency.has_read, version):
             if time.monotonic() > deadline:
                 raise AdapterLoadError(version.name, f"adapter {version.name!r} was not read within {READ_TIMEOUT:g} s")
             time.sleep(READ_POLL)
+
+    def _forget(self, version: AdapterVersion) -> None:
+        """Take what did not come to serve out of memory."""
+        with contextlib.suppress(EngineClosedError, EngineDeadError):
+            self._driving.call(self._residency.drop, version)
+            if self._cache.current(version.name) is None:
+                self._driving.call(self._residency.recorder.forget, version.name)
 
     def _tell(self, version: AdapterVersion) -> None:
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)

@@ -83,6 +83,7 @@ class Residency:
         self._prefetched: set[AdapterVersion] = set()
         self._fetched: dict[AdapterVersion, Future[None]] = {}  # of these, those whose files are being fetched first
         self._read: set[AdapterVersion] = set()  # and those whose reading has ended, well or badly
+        self._failed: dict[AdapterVersion, BaseException] = {}  # of these, why their files could not be fetched
         self._in_slots: OrderedDict[AdapterVersion, None] = OrderedDict()  # as vLLM keeps them, the oldest first
         self._num_running: dict[AdapterVersion, int] = {}
         self._pinned: set[str] = set()
@@ -135,10 +136,12 @@ class Residency:
     def read_on(self) -> None:
         """Have the readings go on that have begun, and learn which have ended; once for each step."""
         for version in [version for version, fetched in self._fetched.items() if fetched.done()]:
-            if self._fetched.pop(version).exception() is None:
+            failure = self._fetched.pop(version).exception()
+            if failure is None:
                 self._memory.prefetch_adapter(version)
             else:
-                self._read.add(version)  # load will tell why
+                self._failed[version] = failure  # load will tell
+                self._read.add(version)
         being_read = self._prefetched - self._read - self._fetched.keys()
         if being_read:
             self._read |= self._memory.have_read(being_read)
@@ -183,14 +186,17 @@ class Residency:
         """Load an adapter, and evict what is then too much; raises ``AdapterLoadError``.
 
         When nothing else may leave, the new adapter itself does: that it loads has been seen, and it is loaded once
-        more when one of its requests starts.
+        more when one of its requests starts. Files are waited for only where nobody began to fetch them before.
         """
         began = time.monotonic()
+        failure = self._failed.get(version)
         self._forget_reading(version)
         self._leave_memory(version)
+        if failure is not None:
+            raise failure
         fetched = self._files.fetch(version)
         if fetched is not None:
-            fetched.result(FETCH_TIMEOUT)
+            _wait_for(fetched, version)
         try:
             self._memory.load_adapter(version)
         except AdapterLoadError:
@@ -232,6 +238,7 @@ class Residency:
         self._prefetched.clear()
         self._fetched.clear()
         self._read.clear()
+        self._failed.clear()
         self.recorder.emptied()
         return resident
 
@@ -244,6 +251,7 @@ class Residency:
         """Forget that a reading was begun; tells whether its files were still being fetched."""
         self._prefetched.discard(version)
         self._read.discard(version)
+        self._failed.pop(version, None)
         return self._fetched.pop(version, None) is not None
 
     def _leave_memory(self, version: AdapterVersion) -> None:
@@ -275,3 +283,12 @@ class Residency:
 
     def _may_leave(self, version: AdapterVersion) -> bool:
         return version not in self._num_running and version.name not in self._pinned
+
+
+def _wait_for(fetched: Future[None], version: AdapterVersion) -> None:
+    try:
+        fetched.result(FETCH_TIMEOUT)
+    except TimeoutError as error:
+        raise AdapterLoadError(
+            version.name, f"adapter {version.name!r} was not fetched again within {FETCH_TIMEOUT:g} s"
+        ) from error

@@ -12,7 +12,7 @@ from qlora_infer.adapters.lineage import Lineage
 from qlora_infer.adapters.manifest import AdapterManifest
 from qlora_infer.adapters.preflight import Fit
 from qlora_infer.adapters.snapshot import Snapshot
-from qlora_infer.adapters.source import AdapterSource, Writable
+from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.display import Displayed, DisplayedCollection, Table
 
 
@@ -97,7 +97,7 @@ class AdapterVersion:
     Attributes:
         name: What requests call it.
         int_id: Its integer id in vLLM.
-        origin: What the user named, token and all, or gave.
+        origin: What the user named, token and all; of what was given in memory, only a text.
         allow_pickle: Whether it may be read from a pickle.
         snapshot: The private copy that vLLM reads.
         manifest: What the copy says of itself.
@@ -113,7 +113,7 @@ class AdapterVersion:
 
     name: str
     int_id: int
-    origin: AdapterSource | Writable
+    origin: AdapterSource | str
     allow_pickle: bool
     snapshot: Snapshot
     manifest: AdapterManifest

@@ -6,12 +6,20 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+# Sequences of whole numbers, which are no token ids.
+_BYTES = (bytes, bytearray, memoryview)
+
 
 def checked_prompt(prompt: Any) -> str | tuple[int, ...]:
     """One prompt: text, or token ids; raises ``TypeError``."""
     if isinstance(prompt, str):
         return prompt
-    if isinstance(prompt, Sequence) and prompt and all(type(token) is int for token in prompt):
+    if (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, _BYTES)
+        and prompt
+        and all(type(token) is int for token in prompt)
+    ):
         return tuple(prompt)
     raise TypeError(f"a prompt must be a string or a list of token ids, got {str(prompt)[:80]!r}")
 
@@ -25,7 +33,7 @@ def prompt_list(prompts: Any) -> list[str | tuple[int, ...]]:
     """Prompts as a list, whether one was given or several; raises ``TypeError``."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
         raise TypeError(f"prompts must be a string, token ids, or a list of them, got {type(prompts).__name__}")
     if prompts and type(prompts[0]) is int:
         return [checked_prompt(prompts)]

@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 from qlora_infer.requests.pending import PendingRequest
 
+#: Deadlines that are kept before those of ended requests are looked for.
+MIN_PRUNED = 1024
+
 
 class Deadlines:
     """Calls back when a request's time is up.
@@ -28,6 +31,7 @@ class Deadlines:
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
+        self._prune_at = MIN_PRUNED
         self._thread: threading.Thread | None = None
 
     def add(self, pending: PendingRequest) -> None:
@@ -39,6 +43,8 @@ class Deadlines:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="qlora-infer-deadlines", daemon=True)
                 self._thread.start()
+            if len(self._heap) >= self._prune_at:
+                self._prune()
             heapq.heappush(self._heap, (request.queued + request.timeout, next(self._numbers), weakref.ref(pending)))
             self._changed.notify()
 
@@ -48,6 +54,12 @@ class Deadlines:
             self._closed = True
             self._changed.notify()
 
+    def _prune(self) -> None:
+        """Drop the requests that have ended, long before their time as a rule."""
+        self._heap = [entry for entry in self._heap if (pending := entry[2]()) is not None and not pending.done]
+        heapq.heapify(self._heap)
+        self._prune_at = max(MIN_PRUNED, 2 * len(self._heap))
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -55,7 +67,7 @@ class Deadlines:
                     return
                 remaining = self._heap[0][0] - time.monotonic() if self._heap else None
                 if remaining is None or remaining > 0:
-                    self._changed.wait(remaining)
+                    self._changed.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
                     continue
                 _, _, reference = heapq.heappop(self._heap)
             pending = reference()

@@ -7,14 +7,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_infer.backend import Backend, StepOutput
 from qlora_infer.errors import (
-    AdapterLoadError,
     EngineClosedError,
     EngineDeadError,
     QLoRAInferError,
@@ -210,7 +209,7 @@ class Driver:
             remaining = None if request.timeout is None else request.queued + request.timeout - time.monotonic()
             if remaining is not None and remaining <= 0:
                 raise _too_late(request)
-            self._room.wait(remaining)
+            self._room.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
             self.require_open()
 
     def _let_go(self, pending: PendingRequest) -> None:
@@ -338,24 +337,36 @@ class Driver:
     def _hand_over_read(self) -> None:
         """Hand over those whose adapters have been read; steps go on without the others."""
         for pending in list(self._reading):
-            if self._residency.has_read(pending.request.adapter):
+            if pending in self._reading and self._residency.has_read(pending.request.adapter):
                 self._reading.remove(pending)
                 self._hand_over(pending)
 
     def _hand_over(self, pending: PendingRequest) -> None:
         pending.num_starts += 1
+        version = pending.request.adapter
         try:
-            is_swap = self._residency.activate(pending.request.adapter)
+            is_swap = self._residency.activate(version)
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            # Those who wait for the same reading hear of it now; whoever comes later has it begun again.
+            self._refuse([pending, *(other for other in self._reading if other.request.adapter is version)], error)
+            return
+        try:
             num_tokens = self._backend.add_request(pending.request)
         except EngineDeadError:
             raise
         except Exception as error:
-            self._leave(pending, None, error)
-            pending.fail(error)
+            self._refuse([pending], error)
             return
         self._stats.begun(pending, num_tokens, is_swap=is_swap)
         with self._lock:
             self._queue.charge(pending, num_tokens)
+
+    def _refuse(self, refused: Sequence[PendingRequest], error: Exception) -> None:
+        for pending in refused:
+            self._leave(pending, None, error)
+            pending.fail(error)
 
     def _look_ahead(self) -> None:
         with self._lock:
@@ -429,10 +440,7 @@ class Driver:
         self._backend.close()
         self._start_backend()
         for version in resident:
-            try:
-                self._residency.load(version)
-            except AdapterLoadError as refusal:  # its requests will get the error
-                logger.warning("adapter %r was not loaded again: %s", version.name, refusal)
+            self._residency.prefetch(version)  # where that fails, its requests will get the error
         self._stats.restarted()
         logger.warning("the engine runs again")
 

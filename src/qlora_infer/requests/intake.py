@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -152,7 +153,7 @@ class Intake:
         use_tqdm: bool,
     ) -> list[GenerationOutput]:
         priorities = [checked_priority(value) for value in one_per_prompt("priority", priority, len(prompts))]
-        limit = checked_timeout(timeout)
+        limit, queued = checked_timeout(timeout), time.monotonic()
         given = one_per_prompt("sampling_params", sampling_params, len(prompts))
         keys = [(id(params), version) for params, version in zip(given, versions, strict=True)]
         # Usually they are the same for many prompts; what is made once is shared.
@@ -162,7 +163,9 @@ class Intake:
         def handles() -> Iterator[RequestHandle]:
             for prompt, key, value in zip(prompts, keys, priorities, strict=True):
                 version = self._adapters.acquire(key[1])
-                handle = self._submit(prompt, made[key], version, value, limit, add_special_tokens=add_special_tokens)
+                handle = self._submit(
+                    prompt, made[key], version, value, limit, queued=queued, add_special_tokens=add_special_tokens
+                )
                 ids.append(handle.request_id)
                 yield handle
 
@@ -250,6 +253,7 @@ class Intake:
         priority: int,
         timeout: float | None,
         *,
+        queued: float | None = None,
         stream: bool = False,
         add_special_tokens: bool = True,
         block: bool = True,
@@ -264,6 +268,7 @@ class Intake:
             add_special_tokens=add_special_tokens,
             priority=priority,
             timeout=timeout,
+            queued=time.monotonic() if queued is None else queued,
         )
         trace = self._tracer.start(request) if self._tracer is not None else None
         try:

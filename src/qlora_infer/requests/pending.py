@@ -86,8 +86,9 @@ class PendingRequest:
         Returns:
             Whether there are, within ``timeout`` seconds.
         """
+        limit = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         with self._changed:
-            return self._changed.wait_for(lambda: self._has_news(num_seen), timeout)
+            return self._changed.wait_for(lambda: self._has_news(num_seen), limit)
 
     async def wait_async(self, num_seen: float = END) -> None:
         """Let the event loop run until there are more outputs than ``num_seen``, or the end."""

@@ -226,13 +226,16 @@ class RequestQueue:
             # is due after all that wait already.
             lane.round = max(lane.round + 1, self._round + is_new)
             lane.number_in_line = next(self._numbers)
+        self._place_in_line(lane)
+        self._turns_are_due = True
+
+    def _place_in_line(self, lane: _Lane) -> None:
         place = (lane.priority, lane.round, lane.number_in_line)
         self._line.push(place, lane)
         if self._has_few(lane):
             self._few.push(place, lane)
         else:
             self._few.remove(lane)
-        self._turns_are_due = True
 
     def _leave_line(self, lane: _Lane) -> None:
         self._line.remove(lane)
@@ -273,6 +276,7 @@ class RequestQueue:
                 self._in_turn[lane.key] = lane
             else:
                 self._line_up(lane)  # it owes this round to the others
+                self._skip_rounds()
 
     def _is_better_without(self, lane: _Lane) -> bool:
         """Whether the batch is kept full, with fewer adapters, by those in turn, so that a free slot stays free."""
@@ -335,6 +339,16 @@ class RequestQueue:
     def _renew(self, lane: _Lane, rounds: int = 1) -> None:
         """Give a lane what it is due in a round; what it did not use before is not saved up."""
         lane.credit = min(self._quantum, lane.credit + self._quantum * rounds)
+
+    def _skip_rounds(self) -> None:
+        """Let those rounds pass at once in which nobody in line would do more than pay off debt."""
+        if any(lane.credit > -self._quantum for lane in self._line):
+            return
+        rounds = min(int(-lane.credit // self._quantum) for lane in self._line)
+        for lane in list(self._line):
+            self._renew(lane, rounds)
+            lane.round += rounds
+            self._place_in_line(lane)
 
     def _reach_round(self, round_: int) -> None:
         """Count the rounds, for the base model too, which waits for no turn."""

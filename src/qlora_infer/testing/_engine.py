@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import zlib
 from collections import OrderedDict
@@ -181,7 +182,7 @@ class FakeEngine:
         """``FakeSamplingParams`` from a mapping, or any object with these attributes; stop tokens have no effect."""
         if params is not None and not isinstance(params, Mapping):
             if hasattr(params, "max_tokens"):
-                return params
+                return copy.copy(params)
             raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
         params = {**(carried.sampling_defaults if carried else {}), **(params or {})}
         unknown = sorted(set(params) - _SAMPLING_FIELDS)
