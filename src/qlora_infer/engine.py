@@ -344,7 +344,8 @@ class QuantizedLoRAEngine(Displayed):
     def rollback(self, name: str) -> LoadedAdapter:
         """Go back to the version before the one that ``name`` stands for, and forget the newer one.
 
-        Of each name the version before is held, on disk; over ``max_disk_bytes`` its copy is the last to go. Requests that were added before finish on what they have.
+        Of each name the version before is held, on disk; over ``max_disk_bytes`` its copy is the last to go. Requests
+        that were added before finish on what they have.
 
         Returns:
             What serves now.
@@ -364,7 +365,7 @@ class QuantizedLoRAEngine(Displayed):
         return self._cache.held(name)
 
     def pin(self, name: str) -> None:
-        """Keep an adapter in host memory, whatever else is used, and each later version of it too, until ``unpin``.
+        """Keep an adapter, and each later version of it, in host memory until it is unpinned or unloaded.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
