@@ -1,12 +1,18 @@
 """The private copies on disk: within their budget, made again when they are asked for, on the fake engine."""
 
+import errno
+import json
 import shutil
+import threading
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_infer import AdapterLoadError, AdapterNotFoundError, CorruptAdapterError
+from qlora_infer import AdapterLoadError, AdapterNotFoundError, CorruptAdapterError, EngineClosedError
+from qlora_infer.adapters import copies as copies_module
+from qlora_infer.adapters import snapshot
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 
@@ -117,6 +123,135 @@ def test_a_download_is_kept_longer_than_a_folder(folders, size):
             engine.generate("x", adapter=f"a{turn % 3 + 1}")
         assert not remote.path.is_dir()
         assert engine.generate("x", adapter="remote")[0].text == "remote says: x"
+
+
+def test_a_copy_that_comes_back_is_made_once(folders, size):
+    """At each moment until it is there it is being made, so that nobody begins to make it a second time."""
+    with engine_for(size + size // 2) as engine:
+        for number in range(2):
+            engine.load_adapter(f"a{number}", folders[number])
+        held, version = engine._cache._copies, engine._cache.current("a0")
+        lock, seen = held._lock, []
+
+        class Watched:
+            def __enter__(self):
+                lock.acquire()
+
+            def __exit__(self, *_):
+                seen.append(version in held._fetches or version in held._sizes)
+                lock.release()
+
+        held._lock = Watched()
+        held.fetch(version).result(10)
+        assert version.path.is_dir()
+        assert len(seen) > 1
+        assert all(seen)
+
+
+@pytest.mark.parametrize("work", ["load", "fetch"])
+def test_work_that_outlives_the_engine_leaves_nothing(folders, size, work, monkeypatch):
+    """A copy that is being made when the engine is closed is deleted when it is done, and so is its folder."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments, **keywords):
+        begun.set()
+        go_on.wait(10)
+        return snapshot.take_snapshot(*arguments, **keywords)
+
+    engine = engine_for(size + size // 2)
+    for number in range(2):
+        engine.load_adapter(f"a{number}", folders[number])
+    monkeypatch.setattr(copies_module, "take_snapshot", slow)
+    ended = []
+
+    def load():
+        try:
+            engine.load_adapter("a0", folders[2])
+        except Exception as error:
+            ended.append(type(error))
+
+    thread = threading.Thread(target=load)
+    held = engine._cache._copies
+    if work == "load":
+        thread.start()
+    else:
+        fetch = held.fetch(engine._cache.current("a0"))
+    assert begun.wait(10)
+    engine.close()
+    assert not held._store.exists()
+    go_on.set()
+    if work == "load":
+        thread.join(10)
+        assert ended == [EngineClosedError]
+    else:
+        with suppress(EngineClosedError):
+            fetch.result(10)
+    assert not held._store.exists()
+
+
+def test_what_rollback_goes_back_to_is_let_go_last(folders, size, tmp_path):
+    """The version before, whose source holds a newer content, could not be made again: others make room."""
+    policy = shutil.copytree(folders[0], tmp_path / "policy")
+    with engine_for(2 * size + size // 2, max_cpu_loras=2) as engine:
+        engine.load_adapter("policy", policy)
+        write_adapter(policy, seed=9)
+        engine.load_adapter("policy", policy)
+        for number in range(1, 4):
+            engine.load_adapter(f"a{number}", folders[number])
+        assert engine.rollback("policy").version == 1
+        for number in range(4, 8):  # the source still holds the other content when the other version is forgotten
+            engine.load_adapter(f"a{number}", folders[number])
+        assert engine.generate("x", adapter="policy")[0].text == "policy says: x"
+        assert copies(engine) <= 2
+
+
+def test_a_version_that_cannot_come_back_goes_when_nothing_else_can(folders, size, tmp_path):
+    """Whoever asks for it then is told; loading is never refused for its sake."""
+    policy = shutil.copytree(folders[0], tmp_path / "policy")
+    with engine_for(size + size // 2) as engine:
+        engine.load_adapter("policy", policy)
+        write_adapter(policy, seed=9)
+        engine.load_adapter("policy", policy)
+        with pytest.raises(CorruptAdapterError, match="load it again"):
+            engine.rollback("policy")
+        assert engine.adapters["policy"].version == 2
+        shutil.copytree(folders[0], policy, dirs_exist_ok=True)
+        assert engine.rollback("policy").version == 1
+
+
+@pytest.mark.parametrize("source", ["folder", "tensors", "pickle", "blend"])
+def test_a_full_disk_is_no_fault_of_the_adapter(folders, source, monkeypatch):
+    """Whatever is loaded, the error says which folder has no room; what serves goes on serving."""
+    torch, numbers = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    from safetensors import SafetensorError
+
+    tensors = numbers.load_file(folders[1] / "adapter_model.safetensors")
+    config = json.loads((folders[1] / "adapter_config.json").read_text())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_for_tensors(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with engine_for(None) as engine:
+        engine.load_adapter("a", folders[0])
+        before = engine.adapters
+        monkeypatch.setattr(snapshot, "_copy", full)
+        monkeypatch.setattr(numbers, "save_file", full_for_tensors)
+        with pytest.raises(AdapterLoadError, match=rf"{engine._cache._copies._store} has no room: .*TMPDIR"):
+            if source == "folder":
+                engine.load_adapter("b", folders[1])
+            elif source == "tensors":
+                engine.load_adapter("b", tensors=tensors, config=config)
+            elif source == "blend":
+                engine.load_blend("b", {"a": 0.5})
+            else:
+                (folders[1] / "adapter_model.safetensors").unlink()
+                torch.save(tensors, folders[1] / "adapter_model.bin")
+                engine.load_adapter("b", folders[1], allow_pickle=True)
+        assert engine.adapters == before
+        assert copies(engine) == 1
 
 
 @settings(max_examples=25, deadline=None)

@@ -188,6 +188,50 @@ def test_what_vllm_cannot_run_is_named_in_what_peft_saves(words, tmp_path):
     assert all(sentence.startswith("It ") and sentence.endswith(".") for sentence in unsupported)
 
 
+def test_an_adapter_that_is_converted_as_the_message_says_is_taken(tmp_path):
+    """PEFT turns a CorDA adapter into plain LoRA for the unchanged model, and leaves corda_config in its file."""
+    import peft
+    import torch
+    from peft.tuners.lora.corda import preprocess_corda
+
+    config = peft.LoraConfig(
+        init_lora_weights="corda", corda_config=peft_config("CordaConfig"), target_modules=["q_proj"], r=4
+    )
+    model = tiny_llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        preprocess_corda(model, config, run_model=lambda: model(torch.arange(VOCABULARY)[None]))
+        adapted = peft.get_peft_model(model, config)
+        config.init_lora_weights = True
+        adapted.save_pretrained(tmp_path / "initial")
+        config.init_lora_weights = "corda"
+        adapted.save_pretrained(tmp_path / "trained")
+        adapted.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    (reason,) = read_manifest("corda", tmp_path / "trained").unsupported
+    assert "'corda'" in reason
+    assert "path_initial_model_for_weight_conversion" in reason
+    assert json.loads((tmp_path / "plain" / CONFIG).read_text())["corda_config"]
+    assert read_manifest("plain", tmp_path / "plain").unsupported == ()
+    assert shapes_read(tmp_path / "plain") == shapes_in_vllm(tmp_path / "plain")
+    loftq = {"loftq_config": {"loftq_bits": 4}}
+    assert read_manifest("plain", write_adapter(tmp_path / "b", **loftq)).unsupported == ()
+    started = write_adapter(tmp_path / "a", init_lora_weights="loftq", **loftq)
+    assert "'loftq'" in read_manifest("loftq", started).unsupported[0]
+
+
+def test_an_adapter_of_bare_parameters_is_named(tmp_path):
+    """One that adapts experts' parameters and no modules, as PEFT saves it, is sound and cannot be served here."""
+    import peft
+    import torch
+
+    model = torch.nn.ModuleDict({"experts": torch.nn.Linear(8, 8, bias=False)})
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_parameters=["experts.weight"]))
+    adapted.save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / CONFIG).read_text())["target_modules"] is None
+    (reason,) = read_manifest("odd", tmp_path / "a").unsupported
+    assert "target_parameters" in reason
+
+
 def test_prompt_tuning_is_named(tmp_path):
     """An adapter that adapts no module at all is named by its type."""
     folder = save_with_peft(tmp_path / "adapter", kind="PromptTuningConfig", num_virtual_tokens=4)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from qlora_infer import AdapterSource
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.testing import fake_engine, write_adapter
+
+torch = pytest.importorskip("torch")
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)
 
@@ -245,7 +248,6 @@ def test_a_folder_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch
 
 
 def to_pickle(folder: Path) -> Path:
-    torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
 
     weights = folder / "adapter_model.safetensors"
@@ -267,7 +269,6 @@ def test_a_pickled_adapter_is_converted_where_the_user_allows_it(tmp_path):
 
 def test_a_pickle_that_calls_something_is_refused_even_where_pickles_are_allowed(tmp_path):
     """A pickle that names a function is an error, and the function is not called."""
-    pytest.importorskip("torch")
     witness = tmp_path / "called"
 
     class Evil:
@@ -280,6 +281,80 @@ def test_a_pickle_that_calls_something_is_refused_even_where_pickles_are_allowed
     with fake_engine() as engine, pytest.raises(CorruptAdapterError, match="not a pickle of tensors"):
         engine.load_adapter("x", folder, allow_pickle=True)
     assert not witness.exists()
+
+
+def stretched():
+    """A matrix of 4 MiB whose storage has one number."""
+    return {"a": torch.zeros(1).expand(1024, 1024)}
+
+
+def repeated():
+    """One matrix under many names."""
+    matrix = torch.zeros(64, 64)
+    return {f"a{number}": matrix for number in range(100)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "match"),
+    [
+        (stretched, "'a' has 4194304 bytes, of which the file holds 4: save the adapter again"),
+        (repeated, "its tensors have 1638400 bytes, and the whole file .*: save the adapter again"),
+        (lambda: {"a": [1.0]}, "'a' is no tensor of numbers: save the adapter again"),
+        (lambda: {"a": torch.zeros(2, 2).to_sparse()}, "'a' is no tensor of numbers"),
+        (lambda: [torch.zeros(1)], "it holds a list: save the adapter again"),
+    ],
+)
+def test_a_pickle_never_takes_more_memory_than_its_file(tensors, match, tmp_path):
+    """Tensors that a small file makes large, and what is no tensor, are refused before anything is copied."""
+    folder = to_pickle(write_adapter(tmp_path / "large"))
+    torch.save(tensors(), folder / "adapter_model.bin")
+    with fake_engine() as engine, pytest.raises(CorruptAdapterError, match=f"not a pickle of tensors by name: {match}"):
+        engine.load_adapter("x", folder, allow_pickle=True)
+
+
+def test_a_compressed_pickle_is_not_unpacked(tmp_path):
+    """torch never compresses what it saves, and a thousand times the file's size could come out."""
+    folder = to_pickle(write_adapter(tmp_path / "packed"))
+    path = folder / "adapter_model.bin"
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "plain.bin")
+    with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with fake_engine() as engine, pytest.raises(CorruptAdapterError, match="it is compressed: save the adapter again"):
+        engine.load_adapter("x", folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin"])
+def test_a_pickled_adapter_does_not_leave_its_folder(name, tmp_path):
+    """allow_pickle=True allows pickles, and no link to a file that is not the adapter's own."""
+    folder = to_pickle(write_adapter(tmp_path / "old"))
+    (folder / name).rename(folder / "real")
+    (folder / name).symlink_to("real")
+    with fake_engine() as engine:
+        assert engine.load_adapter("x", folder, allow_pickle=True).rank == 8
+        (folder / "real").rename(tmp_path / "real")
+        (folder / name).unlink()
+        (folder / name).symlink_to("../real")
+        with pytest.raises(UnsafeAdapterError, match=f"{name} is a link to a place outside"):
+            engine.load_adapter("y", folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize("other", [".reference", ""])
+def test_the_tensors_of_two_adapters_are_not_mixed(other, tmp_path):
+    """A model's state_dict has all of its adapters: their names are told, and one of them is to be passed."""
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    folder = write_adapter(tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+    some = {name.replace(".weight", f"{other}.weight"): tensors[name] for name in list(tensors)[:3]}
+    words = "'reference'" if other else "one without a name"
+    with fake_engine() as engine:
+        assert engine.load_adapter("x", tensors=named, config=config).num_modules == 14
+        before = engine.adapters
+        with pytest.raises(CorruptAdapterError, match=rf"several adapters \(.*{words}.*\): pass those of one, as peft"):
+            engine.load_adapter("x", tensors={**named, **some}, config=config)
+        assert engine.adapters == before
 
 
 def test_a_config_is_read_as_peft_writes_it(tmp_path):

@@ -504,6 +504,14 @@ def test_the_same_content_is_had_from_where_it_was_named_last(tmp_path):
         assert engine.generate("hello", adapter="a")[0].finished
 
 
+def test_adapters_may_be_more_than_the_disk_holds_also_at_the_start(tmp_path):
+    """Those that are given to the engine are loaded as those that come one by one."""
+    sources = {name: write_adapter(tmp_path / name, seed=seed) for seed, name in enumerate("abcd")}
+    size = sum(path.stat().st_size for path in sources["a"].iterdir())
+    with fake_engine(adapters=sources, max_disk_bytes=int(2.5 * size)) as engine:
+        assert [output.adapter for output in engine.generate(["hello"] * 4, adapter=list("abcd"))] == list("abcd")
+
+
 # Pins --------------------------------------------------------------------------------------------------------------
 
 

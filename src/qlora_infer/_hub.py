@@ -2,7 +2,7 @@
 
 ``snapshot_download`` is not used: it asks for the list of files without a timeout, and returns what a broken download
 left behind as if it were whole. Files are fetched one by one at one commit instead, the weights last, so that a copy
-with weights is a whole copy.
+with weights is a whole copy; unless another program has made it, which the list of files tells.
 
 The environment (``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HOME``, ``HF_HUB_OFFLINE``) is read at each call, so that it
 may be set after huggingface_hub is imported.
@@ -61,9 +61,10 @@ def download_adapter(
 ) -> Path:
     """Fetch an adapter's files, and no others, into the Hub's cache; what is there already is not fetched again.
 
-    A commit that is in the cache is used without asking the Hub; for a branch the Hub is asked once where it points.
-    When the Hub cannot be reached, or with ``HF_HUB_OFFLINE=1``, the copy in the cache is used and the log says so.
-    Every wait for the Hub has a bound, but the whole download has none: a slow connection may take its time.
+    The Hub is asked once where a branch points and which files there are, also of a commit that is in the cache:
+    another program may have fetched only some of them. When the Hub cannot be reached, or with ``HF_HUB_OFFLINE=1``,
+    the copy in the cache is used and the log says so. Every wait for the Hub has a bound, but the whole download has
+    none: a slow connection may take its time.
 
     Args:
         adapter: The adapter's name, for messages.
@@ -158,6 +159,7 @@ def _download_config(model: str, revision: str | None, token: str | None) -> Pat
         repository,
         cached=partial(repository.cached, "config.json"),
         choose=choose,
+        is_one_file=True,
         fail=lambda _, message: ModelNotFoundError(f"model {model}: {message}"),
     )
 
@@ -224,12 +226,16 @@ def _fetch(
     cached: Callable[[], Path | None],
     choose: Callable[[list[str]], list[str]],
     fail: Callable[[type[AdapterSourceError], str], Exception],
+    is_one_file: bool = False,
 ) -> Path:
     """The last of the files that ``choose`` picks from the repository's list, with the others beside it."""
     if not repository.has_sendable_token():
         raise fail(AdapterAccessError, "the token holds a character that no token has: copy it again")
     try:
-        return _cached_or_downloaded(repository, cached(), choose)
+        copy = cached()
+        if copy and is_one_file and repository.is_pinned():  # nothing can be missing beside it
+            return copy
+        return _cached_or_downloaded(repository, copy, choose)
     except QLoRAInferError:
         raise
     except Exception as error:  # connections fail in the words of several libraries
@@ -241,8 +247,6 @@ def _fetch(
 def _cached_or_downloaded(
     repository: _Repository, cached: Path | None, choose: Callable[[list[str]], list[str]]
 ) -> Path:
-    if cached and repository.is_pinned():
-        return cached
     try:
         commit, paths = repository.list_files()
     except Exception as error:

@@ -135,7 +135,7 @@ class IncompatibleAdapterError(AdapterError, ValueError):
 
 
 class AdapterLoadError(AdapterError, RuntimeError):
-    """vLLM refused an adapter that had passed every check; its words are in the message."""
+    """An adapter that had passed every check was not loaded: vLLM refused it, or there was no room or no time."""
 
 
 class RequestError(QLoRAInferError):

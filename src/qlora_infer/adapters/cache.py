@@ -189,13 +189,13 @@ class AdapterCache:
             return version
 
     @contextmanager
-    def in_use(self, name: str) -> Iterator[AdapterVersion]:
-        """A version that is not freed meanwhile.
+    def in_use(self, adapter: str | AdapterVersion) -> Iterator[AdapterVersion]:
+        """A version that is not freed meanwhile, nor its copy.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
         """
-        version = self.acquire(name)
+        version = self.acquire(adapter)
         assert version is not None
         try:
             yield version

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +17,7 @@ from qlora_infer.adapters.pickles import convert_pickle
 from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.tensors import check_finite
-from qlora_infer.errors import AdapterLoadError, CorruptAdapterError
+from qlora_infer.errors import AdapterLoadError, CorruptAdapterError, EngineClosedError
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
@@ -27,13 +29,16 @@ COST_OF_DOWNLOAD = 8.0
 #: Copies that are made again at a time.
 MAX_FETCHES = 4
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class Copies:
     """What vLLM reads adapters from: copies that nobody else writes to, within a budget of bytes.
 
     Over the budget, copies go that can be made again from their source and whose adapters have no requests. Which of
     them is GreedyDual's choice (Young, "The k-server dual and loose competitiveness for paging", 1994): the least
-    recently used, where a use counts for more the more it costs to make the copy again. Any thread may use it.
+    recently used, where a use counts for more the more it costs to make the copy again. A copy whose source holds
+    another content by now goes only when no other can. Any thread may use it.
 
     Args:
         store: The folder for the copies; this object owns what is inside.
@@ -50,7 +55,9 @@ class Copies:
         self._num_bytes = 0
         self._values: dict[AdapterVersion, float] = {}  # the lowest goes first
         self._clock = 0.0
+        self._digests: dict[AdapterSource, str] = {}  # what each source held when it was last read
         self._fetches: dict[AdapterVersion, Future[None]] = {}
+        self._closed = False
         self._pool = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="qlora-infer-fetch")
 
     @property
@@ -65,41 +72,34 @@ class Copies:
 
         Raises:
             AdapterError: The source cannot be read, or what it holds cannot be an adapter.
+            AdapterLoadError: The disk is full.
+            EngineClosedError: This object was closed meanwhile.
         """
         target, scratch = self._store / str(int_id), self._store / f"{int_id}-scratch"
         try:
-            if isinstance(source, AdapterSource):
-                folder = source.resolve(
-                    name, default_token=self._token, allow_pickle=allow_pickle, download_to=scratch / "downloaded"
-                )
-            else:
-                folder = source.write(name, scratch / "written")
-            beside = read_carried(name, folder).file_names
-            if allow_pickle and not (folder / WEIGHTS_NAME).exists():
-                pickled, folder = folder, convert_pickle(name, folder, scratch / "converted")
-                for file_name in beside:
-                    shutil.copyfile(pickled / file_name, folder / file_name)
-            read_manifest(name, folder)
-            snapshot = take_snapshot(name, folder, target, carried=beside)
-            # What is served is what was checked: the copy, which nobody else writes to.
-            manifest, carried = read_manifest(name, target), read_carried(name, target)
-            check_finite(name, target / WEIGHTS_NAME)
-            if carried.chat_template is not None:
-                check_template(name, carried.chat_template)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
+            return self._make(name, source, target, scratch, allow_pickle=allow_pickle)
+        except BaseException as error:
+            self._delete(target)
+            if self._closed and isinstance(error, Exception):
+                raise _closed() from error
+            if _is_full(error):
+                raise AdapterLoadError(
+                    name, f"{self._store} has no room: free some, or start with TMPDIR set to a folder on a larger disk"
+                ) from error
             raise
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return snapshot, manifest, carried
+            self._delete(scratch)
 
     def keep(self, version: AdapterVersion) -> None:
         """Count a copy that was made, and let others go where there is too little room.
 
         Raises:
             AdapterLoadError: There is too little for it, whatever goes.
+            EngineClosedError: This object was closed.
         """
         with self._lock:
+            if self._closed:
+                raise _closed()
             self._count(version)
             needed = self._num_bytes
         if self._max_bytes is None or needed <= self._max_bytes:
@@ -127,7 +127,10 @@ class Copies:
         with self._lock:
             self._num_bytes -= self._sizes.pop(version, 0)
             self._values.pop(version, None)
-        shutil.rmtree(version.path, ignore_errors=True)
+            if self._digests:
+                living = {other.origin for other in self._values}
+                self._digests = {source: digest for source, digest in self._digests.items() if source in living}
+        self._delete(version.path)
 
     def fetch(self, version: AdapterVersion) -> Future[None] | None:
         """Begin to make a copy again; ``None`` where it is there.
@@ -142,34 +145,72 @@ class Copies:
             return self._fetches[version]
 
     def close(self) -> None:
-        """Begin no more work."""
+        """Begin no more work, and delete what is still being made when that ends."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _make(
+        self, name: str, source: AdapterSource | Writable, target: Path, scratch: Path, *, allow_pickle: bool
+    ) -> tuple[Snapshot, AdapterManifest, Carried]:
+        if isinstance(source, AdapterSource):
+            folder = source.resolve(
+                name, default_token=self._token, allow_pickle=allow_pickle, download_to=scratch / "downloaded"
+            )
+        else:
+            folder = source.write(name, scratch / "written")
+        beside = read_carried(name, folder).file_names
+        if allow_pickle and not (folder / WEIGHTS_NAME).exists():
+            pickled, folder = folder, convert_pickle(name, folder, scratch / "converted")
+            for file_name in beside:
+                shutil.copyfile(pickled / file_name, folder / file_name)
+        read_manifest(name, folder)
+        snapshot = take_snapshot(name, folder, target, carried=beside)
+        # What is served is what was checked: the copy, which nobody else writes to.
+        manifest, carried = read_manifest(name, target), read_carried(name, target)
+        check_finite(name, target / WEIGHTS_NAME)
+        if carried.chat_template is not None:
+            check_template(name, carried.chat_template)
+        return snapshot, manifest, carried
+
     def _make_again(self, version: AdapterVersion) -> None:
+        made = False
         try:
-            assert isinstance(version.origin, AdapterSource)
-            snapshot, _, _ = self.make(version.name, version.int_id, version.origin, allow_pickle=version.allow_pickle)
-            if snapshot.digest != version.snapshot.digest:
-                shutil.rmtree(version.path, ignore_errors=True)
-                raise CorruptAdapterError(
-                    version.name,
-                    f"its copy on disk had made room for others (max_disk_bytes), and {version.source} holds another "
-                    "content now: load it again",
-                )
+            self._make_same(version)
+            made = True
         finally:
+            # In one step: in between, somebody else would begin to make it where it is.
             with self._lock:
                 del self._fetches[version]
-        with self._lock:
-            if not version.freed:
-                self._count(version)
-                return
-        self.remove(version)
+                kept = made and not version.freed and not self._closed
+                if kept:
+                    self._count(version)
+        if not kept:
+            self.remove(version)
+
+    def _make_same(self, version: AdapterVersion) -> None:
+        assert isinstance(version.origin, AdapterSource)
+        snapshot, _, _ = self.make(version.name, version.int_id, version.origin, allow_pickle=version.allow_pickle)
+        if snapshot.digest != version.snapshot.digest:
+            self._delete(version.path)
+            raise CorruptAdapterError(
+                version.name,
+                f"its copy on disk had made room for others (max_disk_bytes), and {version.source} holds another "
+                "content now: load it again",
+            )
+
+    def _delete(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if self._closed:
+            with contextlib.suppress(OSError):  # made anew by work that outlived the engine
+                self._store.rmdir()
 
     def _count(self, version: AdapterVersion) -> None:
         size = sum(path.stat().st_size for path in version.path.iterdir())
         self._num_bytes += size - self._sizes.get(version, 0)
         self._sizes[version] = size
         self._use(version)
+        if self._max_bytes is not None and isinstance(version.origin, AdapterSource):
+            self._digests[version.origin] = version.snapshot.digest
         self._make_room(keep=version)
 
     def _use(self, version: AdapterVersion) -> None:
@@ -181,14 +222,28 @@ class Copies:
             may_go = [
                 version
                 for version in self._sizes
-                if version is not keep
-                and version.number  # what is not published yet is being loaded
-                and not version.num_uses
-                and isinstance(version.origin, AdapterSource)
+                if version is not keep and not version.num_uses and isinstance(version.origin, AdapterSource)
             ]
             if not may_go:
                 return
-            going = min(may_go, key=self._values.__getitem__)
-            self._clock = self._values[going]
+            going = min(may_go, key=lambda version: (self._is_last_of_its_content(version), self._values[version]))
+            self._clock = max(self._clock, self._values[going])
             self._num_bytes -= self._sizes.pop(going)
             shutil.rmtree(going.path, ignore_errors=True)
+
+    def _is_last_of_its_content(self, version: AdapterVersion) -> bool:
+        """Whether its source holds another content by now, so that it could not be made again."""
+        assert isinstance(version.origin, AdapterSource)
+        return self._digests.get(version.origin, version.snapshot.digest) != version.snapshot.digest
+
+
+def _closed() -> EngineClosedError:
+    return EngineClosedError("the engine was closed while an adapter was loaded: load it into a new one")
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether a disk was full, which safetensors tells in words only, and who writes tensors takes for their fault."""
+    cause = error.__cause__ if isinstance(error, CorruptAdapterError) else error
+    if isinstance(cause, OSError):
+        return cause.errno in _DISK_IS_FULL
+    return any(f"(os error {number})" in str(cause) for number in _DISK_IS_FULL)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: Ways to start the training that leave the base model as it is (vLLM 0.32, ``PEFTHelper._init_is_supported``).
+#: ``corda_config`` and ``loftq_config`` are not looked at: PEFT leaves them there when it has converted an adapter.
 _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 
 #: A field of ``adapter_config.json`` and what to say when it is set.
@@ -17,11 +18,10 @@ _FIELDS = {
     "use_bdlora": "It is block-diagonal (BD-LoRA), which vLLM does not run.",
     "use_qalora": "It uses QALoRA, which vLLM does not run: train with use_qalora=False.",
     "trainable_token_indices": "It trains single tokens (trainable_token_indices), which vLLM does not apply.",
-    "target_parameters": "It adapts bare parameters (target_parameters); only adapters of modules are served.",
+    "target_parameters": "It adapts bare parameters, such as experts' (target_parameters), which are not served: "
+    "train it with target_modules only.",
     "megatron_config": "It was trained on Megatron's layers, whose tensors vLLM does not read.",
     "arrow_config": "It routes among adapters (Arrow), which vLLM does not do.",
-    "corda_config": "It starts from CorDA, which changes the base model: convert it to plain LoRA with PEFT.",
-    "loftq_config": "It starts from LoftQ, which changes the base model: convert it to plain LoRA with PEFT.",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from attrs import Attribute, field, frozen
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.errors import CorruptAdapterError
 
-# A model's own state_dict has the adapter's name in the name of each factor; a saved adapter does not.
-_NAMED_FACTOR = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|(?<=\.lora_embedding_[AB])\.[^.]+$")
+# A model's own state_dict has the adapter's name in the name of each factor; a saved adapter has nothing there.
+_ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])(?:\.[^.]+)?(?=\.weight$)|(?<=\.lora_embedding_[AB])(?:\.[^.]+)?$")
 
 
 def _check_tensors(_: Any, attribute: Attribute[Any], tensors: Any) -> None:
@@ -39,7 +39,7 @@ class AdapterTensors:
 
     Attributes:
         tensors: What ``peft.get_peft_model_state_dict(model)`` gives, of torch or numpy. Names with the adapter's own
-            name in them (``...lora_A.default.weight``) are taken too.
+            name in them (``...lora_A.default.weight``) are taken too, if it is one adapter's.
         config: PEFT's ``LoraConfig``, or a mapping of its fields.
 
     Raises:
@@ -53,10 +53,11 @@ class AdapterTensors:
         """Write the two files that PEFT would write, into the new folder ``folder``.
 
         Raises:
-            CorruptAdapterError: They cannot be written as JSON and safetensors.
+            CorruptAdapterError: They cannot be written as JSON and safetensors, or are those of several adapters.
         """
+        _check_one_adapter(adapter, self.tensors)
         folder.mkdir(parents=True)
-        tensors = {_NAMED_FACTOR.sub("", name): tensor for name, tensor in self.tensors.items()}
+        tensors = {_ADAPTER_NAME.sub("", name): tensor for name, tensor in self.tensors.items()}
         try:
             (folder / CONFIG_NAME).write_text(json.dumps(self.config, default=_plain))
             _save(tensors, folder / WEIGHTS_NAME)
@@ -66,6 +67,18 @@ class AdapterTensors:
 
     def __str__(self) -> str:
         return "tensors in memory"
+
+
+def _check_one_adapter(adapter: str, names: Iterable[str]) -> None:
+    """Check that one adapter's name, or none, is in the names of all factors: without it they would be one."""
+    found = sorted({match.group()[1:] for name in names if (match := _ADAPTER_NAME.search(name))})
+    if len(found) > 1:
+        shown = ", ".join(repr(name[:80]) if name else "one without a name" for name in found[:5])
+        raise CorruptAdapterError(
+            adapter,
+            f"the tensors are those of several adapters ({shown}): pass those of one, as "
+            "peft.get_peft_model_state_dict(model, adapter_name=...) gives them",
+        )
 
 
 def _save(tensors: Mapping[str, Any], path: Path) -> None:

@@ -131,9 +131,10 @@ class AdapterLoader:
                 vocabulary = self._vocabulary()
                 check_tokens(version.name, version.carried, vocabulary)
                 version.carried = with_end_token(version.carried, vocabulary)
-            self._read_ahead(version)
-            self._driving.call(self._residency.load, version)
-            self._cache.publish(version, expect=expect)
+            with self._cache.in_use(version):  # its copy stays
+                self._read_ahead(version)
+                self._driving.call(self._residency.load, version)
+                self._cache.publish(version, expect=expect)
         except BaseException:
             self._forget(version)
             self._cache.discard(version)

@@ -117,11 +117,13 @@ def largest_rank(adapter: str, config: Mapping[str, Any]) -> int:
     Raises:
         CorruptAdapterError: A field is missing or has a value that it may not have.
     """
-    for name in ("r", "lora_alpha", "target_modules"):
+    # One of bare parameters may name no modules; that it is not served is said in features.py.
+    needed = ("r", "lora_alpha") if config.get("target_parameters") else ("r", "lora_alpha", "target_modules")
+    for name in needed:
         if config.get(name) is None:
             raise CorruptAdapterError(adapter, f"{CONFIG_NAME} has no {name!r}")
-    targets = config["target_modules"]
-    if not isinstance(targets, str) and not _is_list_of(targets, str):
+    targets = config.get("target_modules")
+    if targets is not None and not isinstance(targets, str) and not _is_list_of(targets, str):
         raise CorruptAdapterError(
             adapter, f"'target_modules' must be a list of names or a pattern, got {str(targets)[:80]}"
         )

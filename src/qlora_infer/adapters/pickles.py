@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qlora_infer.adapters.manifest import checked_file
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError
 
+if TYPE_CHECKING:
+    import torch
+
 PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt")
+
+_NEXT_STEP = "save the adapter again with PEFT, which writes safetensors"
 
 
 def convert_pickle(adapter: str, source: Path, folder: Path) -> Path:
@@ -19,20 +29,60 @@ def convert_pickle(adapter: str, source: Path, folder: Path) -> Path:
 
     Raises:
         AdapterNotFoundError: There is no such file.
-        CorruptAdapterError: The file holds anything but tensors by name.
+        AdapterSourceError: A file may not be read by this user.
+        UnsafeAdapterError: A file is a link that leaves the folder, or no regular file.
+        CorruptAdapterError: The file holds anything but tensors by name, or would take more memory than it has bytes.
     """
-    import torch
     from safetensors.torch import save_file
 
-    pickled = next((source / name for name in PICKLE_NAMES if (source / name).is_file()), None)
-    if pickled is None:
+    name = next((name for name in PICKLE_NAMES if os.path.lexists(source / name)), None)
+    if name is None:
         raise AdapterNotFoundError(adapter, f"{source} holds neither {WEIGHTS_NAME} nor {PICKLE_NAMES[0]}")
+    pickled, config = checked_file(adapter, source, name), checked_file(adapter, source, CONFIG_NAME)
     try:
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        contiguous = {name: tensor.contiguous() for name, tensor in _read(pickled).items()}
         folder.mkdir(parents=True)
         save_file(contiguous, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     except Exception as error:
         raise CorruptAdapterError(adapter, f"{pickled} is not a pickle of tensors by name: {error}") from error
-    shutil.copyfile(source / CONFIG_NAME, folder / CONFIG_NAME)
+    shutil.copyfile(config, folder / CONFIG_NAME)
     return folder
+
+
+def _read(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors, none of which is larger than what the file holds of it: copying them is safe."""
+    import torch
+
+    num_bytes = path.stat().st_size
+    if _unpacked_size(path) > num_bytes:
+        raise ValueError(f"it is compressed: {_NEXT_STEP}")
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"it holds a {type(tensors).__name__}: {_NEXT_STEP}")
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > num_bytes:
+        raise ValueError(f"its tensors have {total} bytes, and the whole file {num_bytes}: {_NEXT_STEP}")
+    return tensors
+
+
+def _unpacked_size(path: Path) -> int:
+    """What all of the file would be in memory: torch writes an archive without compression, and reads one with it."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":  # torch's own rule; before torch 1.6 it was no archive
+            return path.stat().st_size
+        with zipfile.ZipFile(file) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+
+
+def _check_tensor(name: object, tensor: object) -> None:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+        raise TypeError(f"{str(name)[:80]!r} is no tensor of numbers: {_NEXT_STEP}")
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.nbytes > stored:
+        raise ValueError(
+            f"{str(name)[:80]!r} has {tensor.nbytes} bytes, of which the file holds {stored}: {_NEXT_STEP}"
+        )
