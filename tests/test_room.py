@@ -32,7 +32,7 @@ class Machine(FakeEngine):
 
 def chosen(backend, **arguments):
     with fake_engine(backend=backend, **arguments):
-        return backend.engine_args["max_loras"], backend.engine_args["max_cpu_loras"] - 1
+        return backend.engine_args["max_loras"], (backend.engine_args["max_cpu_loras"] - 1) // 2
 
 
 def test_the_size_of_an_adapter_is_that_of_its_factors():
