@@ -63,6 +63,9 @@ class Files:
     def fetch(self, version):
         return None
 
+    def restore(self, version):
+        return False
+
 
 def start(residency, version):
     residency.enter(version)

@@ -432,6 +432,43 @@ def test_lineage_is_told(tmp_path, caplog):
     assert "org/Mistral-7B" in warnings[0]
 
 
+def test_a_name_that_is_unloaded_during_a_rollback_leaves_nothing(tmp_path):
+    """The version that was on its way back is neither in host memory nor on disk afterwards."""
+    backend = FakeEngine(load_seconds=0.5)
+    with fake_engine(backend=backend) as engine:
+        for seed in (0, 1):
+            engine.load_adapter("pirate", write_adapter(tmp_path / str(seed), seed=seed))
+        refused = []
+
+        def roll_back():
+            with pytest.raises(AdapterNotLoadedError) as error:
+                engine.rollback("pirate")
+            refused.append(error)
+
+        thread = threading.Thread(target=roll_back)
+        thread.start()
+        before = engine._cache.before("pirate")
+        time.sleep(0.2)  # while it is read
+        engine.unload_adapter("pirate")
+        thread.join(10)
+        assert refused
+        engine.generate("hello")  # what was posted to the driving thread is done
+        assert backend.resident == ()
+        assert not before.path.exists()
+
+
+def test_names_that_are_gone_leave_no_locks(engine, tmp_path):
+    """A service that loads ever new names, well or badly, keeps nothing of them."""
+    source = write_adapter(tmp_path / "source")
+    for number in range(5):
+        engine.load_adapter(f"good-{number}", source)
+        engine.unload_adapter(f"good-{number}")
+        with pytest.raises(AdapterNotFoundError):
+            engine.load_adapter(f"bad-{number}", tmp_path / "nothing")
+    gc.collect()
+    assert len(engine._cache._loading) == 0
+
+
 # Copies that have made room for others -----------------------------------------------------------------------------
 
 

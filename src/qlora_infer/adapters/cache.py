@@ -11,10 +11,7 @@ from weakref import WeakValueDictionary
 from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
-from qlora_infer.errors import AdapterConflictError, AdapterLoadError, AdapterNotLoadedError
-
-#: Seconds to wait for files that are fetched again.
-FETCH_TIMEOUT = 300.0
+from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
 
 #: Versions of a name that are held: the one that serves, and the one before it.
 HELD_VERSIONS = 2
@@ -83,14 +80,7 @@ class AdapterCache:
         Raises:
             AdapterError: Its source cannot be read, or holds another content now.
         """
-        fetched = self._copies.fetch(version)
-        if fetched is not None:
-            try:
-                fetched.result(FETCH_TIMEOUT)
-            except TimeoutError as error:
-                raise AdapterLoadError(
-                    version.name, f"adapter {version.name!r} was not fetched again within {FETCH_TIMEOUT:g} s"
-                ) from error
+        self._copies.restore(version)
 
     def loading(self, name: str) -> threading.Lock:
         """The lock under which one adapter at a time is loaded under a name, in the order of the calls."""

@@ -29,6 +29,9 @@ COST_OF_DOWNLOAD = 8.0
 #: Copies that are made again at a time.
 MAX_FETCHES = 4
 
+#: Seconds that a copy may take to be made again, for those who wait for it.
+FETCH_TIMEOUT = 300.0
+
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -127,7 +130,7 @@ class Copies:
         with self._lock:
             self._num_bytes -= self._sizes.pop(version, 0)
             self._values.pop(version, None)
-            if self._digests:
+            if len(self._digests) > 2 * len(self._values):
                 living = {other.origin for other in self._values}
                 self._digests = {source: digest for source, digest in self._digests.items() if source in living}
         self._delete(version.path)
@@ -143,6 +146,23 @@ class Copies:
             if version not in self._fetches:
                 self._fetches[version] = self._pool.submit(self._make_again, version)
             return self._fetches[version]
+
+    def restore(self, version: AdapterVersion) -> bool:
+        """Have a copy on disk, waiting for it where it is gone; whether it was.
+
+        Raises:
+            AdapterError: What ``fetch`` ends with, or it was not made within ``FETCH_TIMEOUT`` seconds.
+        """
+        fetched = self.fetch(version)
+        if fetched is None:
+            return False
+        try:
+            fetched.result(FETCH_TIMEOUT)
+        except TimeoutError as error:
+            raise AdapterLoadError(
+                version.name, f"adapter {version.name!r} was not fetched again within {FETCH_TIMEOUT:g} s: try again"
+            ) from error
+        return True
 
     def close(self) -> None:
         """Begin no more work, and delete what is still being made when that ends."""

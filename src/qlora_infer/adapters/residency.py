@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
 
 
-#: Seconds that a load waits for files that are being fetched, where it could not be begun before.
-FETCH_TIMEOUT = 300.0
-
-
 class AdapterMemory(Protocol):
     """Where adapters' tensors are put: the engine underneath."""
 
@@ -44,6 +40,10 @@ class AdapterFiles(Protocol):
 
     def fetch(self, version: AdapterVersion) -> Future[None] | None:
         """Begin to make a copy again; ``None`` where it is there."""
+        ...
+
+    def restore(self, version: AdapterVersion) -> bool:
+        """Have a copy there, waiting for it; whether it had to be made again."""
         ...
 
 
@@ -194,13 +194,11 @@ class Residency:
         self._leave_memory(version)
         if failure is not None:
             raise failure
-        fetched = self._files.fetch(version)
-        if fetched is not None:
-            _wait_for(fetched, version)
+        was_made_again = self._files.restore(version)
         try:
             self._memory.load_adapter(version)
         except AdapterLoadError:
-            if fetched is None:
+            if not was_made_again:
                 raise
             self._memory.load_adapter(version)  # a reading had begun when its files made room for others
         self.recorder.loaded(version.name, time.monotonic() - began)
@@ -283,12 +281,3 @@ class Residency:
 
     def _may_leave(self, version: AdapterVersion) -> bool:
         return version not in self._num_running and version.name not in self._pinned
-
-
-def _wait_for(fetched: Future[None], version: AdapterVersion) -> None:
-    try:
-        fetched.result(FETCH_TIMEOUT)
-    except TimeoutError as error:
-        raise AdapterLoadError(
-            version.name, f"adapter {version.name!r} was not fetched again within {FETCH_TIMEOUT:g} s"
-        ) from error

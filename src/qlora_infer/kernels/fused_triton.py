@@ -26,7 +26,7 @@ def lora_kernel(
     SLICES: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUMS: tl.constexpr, AT_ONCE: tl.constexpr, EVEN_K: tl.constexpr,
     ALIGNED: tl.constexpr, SHRUNK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, launch_pdl: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """``y[rows] += x[rows] @ A.T @ B.T`` for the adapter of each tile and each slice of a module.
 
     Args:
@@ -58,7 +58,7 @@ def lora_kernel(
 
 
 @triton.jit
-def _this_round(count):
+def _this_round(count) -> tl.tensor:
     return ((tl.load(count) >> 20) + 1) & 0x7FFFFFFF
 
 
@@ -67,7 +67,7 @@ def _shrink(
     program, x, a_pointers, sums, rounds, tiles, K, chunk_k, x_stride, a_slot_stride, first_bit,
     SLICES: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, SUMS: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     split = program % SPLITS
     tile_slice = program // SPLITS
     piece = tile_slice % SLICES
@@ -114,7 +114,7 @@ def _expand(
     SLICES: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SUMS: tl.constexpr, AT_ONCE: tl.constexpr, ALIGNED: tl.constexpr, SHRUNK: tl.constexpr,
     ADD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     tile_number = program // num_blocks
     block = blocks + (program % num_blocks) * 4
     tile = tiles + tile_number * (4 + BLOCK_M)

@@ -337,7 +337,8 @@ class Driver:
     def _hand_over_read(self) -> None:
         """Hand over those whose adapters have been read; steps go on without the others."""
         for pending in list(self._reading):
-            if pending in self._reading and self._residency.has_read(pending.request.adapter):
+            is_refused = pending.request.request_id not in self._running  # with one before it
+            if not is_refused and self._residency.has_read(pending.request.adapter):
                 self._reading.remove(pending)
                 self._hand_over(pending)
 
