@@ -99,6 +99,8 @@ class Plain:
             startup.set_environment(device=current_platform.device_type)
             arguments = startup.with_defaults(arguments, device=current_platform.device_type)
             arguments["worker_extension_cls"] = "qlora_infer._worker.WorkerExtension"
+        else:
+            arguments = {**arguments, "worker_extension_cls": "swap_counter.SwapCounter"}
         if quantization == "bitsandbytes":
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         with startup.breakable_graphs(arguments):
@@ -128,6 +130,11 @@ class Plain:
     def stepped(self) -> Any:
         """The object whose ``step`` makes one step of the engine."""
         return self.llm.llm_engine
+
+    @property
+    def num_swaps(self) -> int:
+        """How often an adapter was moved into a slot, since this was first asked for; not with ``our_kernels``."""
+        return int(self.llm.collective_rpc("num_swaps")[0])
 
     def drop_adapters(self) -> None:
         """Take all adapters out of slots and host memory."""
@@ -197,6 +204,11 @@ class Ours:
     def stepped(self) -> Any:
         """The object whose ``step`` makes one step of the engine."""
         return self.engine._backend
+
+    @property
+    def num_swaps(self) -> int:
+        """How often an adapter was moved into a slot, since the engine started."""
+        return sum(adapter.num_swaps for adapter in self.engine.stats().adapters.values())
 
     def drop_adapters(self) -> None:
         """Take all adapters out of slots and host memory; their copies stay on disk."""

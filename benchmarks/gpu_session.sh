@@ -5,10 +5,12 @@
 #
 #   tests     tests/gpu: AWQ, GPTQ and bitsandbytes, 5 to 9 minutes, by the speed of the disk and the CPU
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
-#   awq       1.1 billion parameters, AWQ, up to 128 adapters; and as the original example starts it: 8 minutes
-#   bnb       1.1 billion parameters, bitsandbytes: 3 minutes
+#   awq, gptq, bnb
+#             1.1 billion parameters in AWQ, GPTQ, bitsandbytes, up to 128 adapters: 8 minutes each
+#   example   the same AWQ, against the settings of the original example: 4 minutes
 #   lora      LoRA's own work in one graph, ours and vLLM's: 3 minutes
 #   step      a profile of decoding steps and the share of the base model's speed, ours and vLLM's kernels: 6 minutes
+#   step-awq  the same of 1.1 billion parameters in AWQ, ours: 2 minutes
 #   two       tests/gpu on two GPUs, tensor_parallel_size=2: 4 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
 #   graphs    CUDA graphs of decoding steps only, against those of all: 5 minutes
@@ -62,10 +64,12 @@ for name in ${@:-tests 8b}; do
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
       ;;
     8b) bench 8b 480 --shape 8B --quantization gptq --minutes 6.5 ;;
-    awq) bench awq 500 --shape 1.1B --quantization awq --adapters 0 1 8 32 128 --against example plain --minutes 7 ;;
-    bnb) bench bnb 240 --shape 1.1B --quantization bitsandbytes --adapters 0 1 32 --minutes 3 ;;
+    awq | gptq) bench $name 520 --shape 1.1B --quantization $name --adapters 0 1 8 32 128 --minutes 7 ;;
+    bnb) bench bnb 520 --shape 1.1B --quantization bitsandbytes --adapters 0 1 8 32 128 --minutes 7 ;;
+    example) bench example 300 --shape 1.1B --quantization awq --adapters 1 --against example --minutes 4 ;;
     lora) part lora 240 python3 benchmarks/gpu_lora.py && cat "$OUT/lora.log" ;;
     step) for kernels in auto vllm; do step "step-$kernels" --kernels $kernels --requests 1 64 256; done ;;
+    step-awq) step step-awq --shape 1.1B --quantization awq --repeats 6 ;;
     two)
       demo 240 awq gptq
       part two 300 python3 -m pytest tests/gpu -v -m two_gpus --tb=short --show-capture=no --timeout 240 -p no:cacheprovider

@@ -3,9 +3,10 @@
     python benchmarks/gpu_step.py                 # our kernels
     python benchmarks/gpu_step.py --kernels vllm
     python benchmarks/gpu_step.py --engine-args '{"specialize_active_lora": true}'
+    python benchmarks/gpu_step.py --shape 1.1B --quantization awq
 
-A model of Llama's shape with 8 billion parameters in GPTQ and random weights; adapters of rank 16 on all its linear
-modules. Speeds are of whole answers, from the first request to the last token; profiles are of steady decoding.
+A model of Llama's shape with random weights, by default 8 billion parameters in GPTQ; adapters of rank 16 on all its
+linear modules. Speeds are of whole answers, from the first request to the last token; profiles are of steady decoding.
 """
 
 from __future__ import annotations
@@ -21,26 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import common
-from llama_shapes import model_and_adapters
+from llama_shapes import QUANTIZATIONS, SHAPES, model_and_adapters
 
 from qlora_infer import QuantizedLoRAEngine
 
 #: What a kernel belongs to, by a part of its name; the first that fits.
 GROUPS = {
     "LoRA": ("lora",),
-    "quantized products": ("marlin", "gptq", "awq", "machete"),
+    "quantized products": ("marlin", "gptq", "awq", "machete", "4bit", "dequantize"),
     "attention": ("flash", "attention", "reshape_and_cache"),
     "norms, activations, rotation": ("norm", "act_and_mul", "rotary", "silu"),
     "other products (lm_head)": ("gemm", "nvjet", "cublas", "splitk", "gemv"),
     "copies": ("memcpy", "memset"),
 }
-LAYER_PRODUCTS = 4
-LAYERS = 32
+#: What each layer does once in a step.
+ONCE_A_LAYER = "reshape_and_cache"
 
 
 def main() -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="8B", choices=SHAPES)
+    parser.add_argument("--quantization", default="gptq", choices=QUANTIZATIONS)
     parser.add_argument("--kernels", default="auto", choices=["auto", "vllm"])
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="vLLM's arguments")
     parser.add_argument("--tokenizer", type=Path, help="a model's folder, to read it from; the demo model's by default")
@@ -51,14 +54,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.engine_args.items())
-    print(f"{common.machine()}; lora_kernels={arguments.kernels!r}, rank {arguments.rank}, {given}", flush=True)
+    print(
+        f"{common.machine()}; {arguments.shape} {arguments.quantization}, lora_kernels={arguments.kernels!r}, "
+        f"rank {arguments.rank}, {given}",
+        flush=True,
+    )
     tokenizer = arguments.tokenizer or common.model_for("none")
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as traces,
-        model_and_adapters("8B", "gptq", tokenizer, max(arguments.adapters), arguments.rank) as (model, adapters),
+        model_and_adapters(
+            arguments.shape, arguments.quantization, tokenizer, max(arguments.adapters), arguments.rank
+        ) as (model, adapters),
         QuantizedLoRAEngine(
             model,
+            quantization=arguments.quantization,
             adapters=adapters,
             max_loras=8,
             max_lora_rank=arguments.rank,  # type: ignore[arg-type]
@@ -66,7 +76,7 @@ def main() -> None:
             lora_kernels=arguments.kernels,
             engine_args={
                 "max_num_seqs": max(arguments.requests),
-                "load_format": "dummy",
+                **({} if arguments.quantization == "bitsandbytes" else {"load_format": "dummy"}),
                 "enable_prefix_caching": False,
                 "gpu_memory_utilization": 0.5,
                 "profiler_config": {
@@ -122,26 +132,26 @@ def measure_step(engine: QuantizedLoRAEngine, arguments: argparse.Namespace, tra
             engine._driver.call(lambda core=core, name=name: core.start_profile(name))  # type: ignore[misc]
             run(engine, requests, adapters, 32)
             engine._driver.call(lambda core=core: core.stop_profile())  # type: ignore[misc]
-            rows.append((requests, adapters, *step_of(traces, name)))
+            rows.append((requests, adapters, *step_of(traces, name, SHAPES[arguments.shape]["num_hidden_layers"])))
     print(common.table(("requests", "adapters", "step", *GROUPS, "other", "nothing"), rows), flush=True)
 
 
-def step_of(traces: Path, name: str) -> list[float]:
+def step_of(traces: Path, name: str, num_layers: int) -> list[float]:
     """The milliseconds of a step and of each group of kernels in it, from the second half of a trace."""
     (path,) = traces.glob(f"{name}_*.json")
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat", "") in KERNELS]
     events.sort(key=lambda event: event["ts"])
     events = events[len(events) // 2 :]
     groups: dict[str, float] = collections.defaultdict(float)
-    products, busy, until = 0, 0.0, 0.0
+    layers, busy, until = 0, 0.0, 0.0
     for event in events:
         group = next((key for key, parts in GROUPS.items() if any(p in event["name"].lower() for p in parts)), "other")
         groups[group] += event["dur"]
-        products += group == "quantized products"
+        layers += ONCE_A_LAYER in event["name"]
         begin, end = event["ts"], event["ts"] + event["dur"]
         busy += max(0.0, end - max(begin, until))
         until = max(until, end)
-    steps = products / (LAYER_PRODUCTS * LAYERS)
+    steps = layers / num_layers
     total = until - events[0]["ts"]
     parts = [groups[key] for key in (*GROUPS, "other")]
     return [value / steps / 1e3 for value in (total, *parts, total - busy)]

@@ -7,13 +7,15 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from attrs import asdict, field, frozen
+from attrs import asdict, frozen
 from many_adapters import orders
 
+#: How many times as often a cell is run that has fewer requests than the most: its runs are short, and so uncertain.
+OFTEN = 4
 SORTED = dict.fromkeys(("Zipf", "Zipf, sorted by hand"), "Zipf, sorted by hand")
 BY_HAND = "sorted by hand"
 
@@ -24,6 +26,11 @@ class Side(Protocol):
     @property
     def stepped(self) -> Any:
         """The object whose ``step`` makes one step of the engine."""
+        ...
+
+    @property
+    def num_swaps(self) -> int:
+        """How often an adapter was moved into a slot, since the engine started."""
         ...
 
     def run(self, texts: Sequence[Any], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
@@ -70,12 +77,16 @@ class Run:
 
     Attributes:
         tokens_per_second: Generated tokens by the time that all took.
+        swaps_per_second: Moves of an adapter into a slot by the same time.
+        num_steps: Steps that all took; which tells a scheduler's work apart from a machine's noise.
         first_token_median: From the moment that all requests were added; so it has the time that they waited.
         first_token_p99: What 99 of 100 were faster than.
         gap_p99: Of the times between the ends of steps, each of which gives every running request a token.
     """
 
     tokens_per_second: float
+    swaps_per_second: float
+    num_steps: float
     first_token_median: float
     first_token_p99: float
     gap_p99: float
@@ -149,23 +160,35 @@ class Timed:
         texts = self._prompts(len(names), self._num_tokens)
         params = [{"temperature": 0.0, "ignore_eos": True, "max_tokens": num_tokens}] * len(names)
         self._ends.clear()
+        swaps_before = self._side.num_swaps
         began = time.monotonic()
         outputs = self._side.run(texts, params, names)
         seconds = time.monotonic() - began
+        num_swaps = self._side.num_swaps - swaps_before
         waits = [1e3 * (_first_token(output) - began) for output in outputs]
         gaps = [1e3 * (later - earlier) for earlier, later in itertools.pairwise(list(self._ends))]
-        return Run(sum(map(_num_tokens, outputs)) / seconds, statistics.median(waits), p99(waits), p99(gaps))
+        return Run(
+            tokens_per_second=sum(map(_num_tokens, outputs)) / seconds,
+            swaps_per_second=num_swaps / seconds,
+            num_steps=float(len(self._ends)),
+            first_token_median=statistics.median(waits),
+            first_token_p99=p99(waits),
+            gap_p99=p99(gaps),
+        )
 
 
 @frozen
 class Comparison:
     """Two sides, run in turn; every run is kept as a line of JSON, every cell printed as a row of a table.
 
+    Cells of as many requests of as many adapters, which differ in their order alone, are run in turn as well, so that
+    an order is compared with the one sorted by hand of the same minute.
+
     Attributes:
         left: What is compared with, by its name.
         right: What is measured, by its name.
-        repeats: Pairs of runs of each cell; the order changes from pair to pair.
-        deadline: The moment (``time.monotonic``) after which no cell is begun.
+        repeats: Pairs of runs of each cell with the most requests, and ``OFTEN`` times as many of others.
+        deadline: The moment (``time.monotonic``) after which no cells are begun, and no pair but the first of each.
         settings: What each line of JSON says beside.
         path: The file of these lines; ``None`` for none.
     """
@@ -176,51 +199,57 @@ class Comparison:
     deadline: float
     settings: Mapping[str, Any]
     path: Path | None
-    medians: dict[tuple[str, Cell], Run] = field(factory=dict, init=False)
 
     def measure(self, cells: Sequence[Cell]) -> None:
         """Print the table, row by row; what there is no time for is named."""
-        left, right = self.left[0], self.right[0]
-        header = [
-            *("adapters", "requests", "order", f"{left}, tokens/s", right, f"{right} / {left}"),
-            *(
-                f"{right} / {left} by hand",
-                f"first token ms: {left}",
-                right,
-                "p99:",
-                right,
-                f"gap p99 ms: {left}",
-                right,
-            ),
-        ]
-        print(_line(header), _line(["---"] * len(header)), sep="\n", flush=True)
-        for number, cell in enumerate(cells):
+        print(_line(self._header), _line(["---"] * len(self._header)), sep="\n", flush=True)
+        most, num_left = max(cell.num_requests for cell in cells), len(cells)
+        for (_, num_requests), group in itertools.groupby(cells, lambda cell: (cell.num_adapters, cell.num_requests)):
             if time.monotonic() > self.deadline:
-                print(f"left out for lack of time: {len(cells) - number} of {len(cells)} rows", flush=True)
+                print(f"left out for lack of time: {num_left} of {len(cells)} rows", flush=True)
                 return
-            print(_line(self._row(cell, self._pairs(cell))), flush=True)
+            found = self._in_turn(list(group), self.repeats * (1 if num_requests == most else OFTEN))
+            for cell in found:
+                print(_line(self._row(cell, found)), flush=True)
+            num_left -= len(found)
 
-    def _pairs(self, cell: Cell) -> list[tuple[Run, Run]]:
-        pairs = []
-        for number in range(self.repeats):
-            sides = [self.left, self.right]
-            runs = {
-                name: self._kept(name, cell, number, side.run(cell)) for name, side in sides[:: 1 - 2 * (number % 2)]
-            }
-            pairs.append((runs[self.left[0]], runs[self.right[0]]))
-        for name, runs_of_side in zip((self.left[0], self.right[0]), zip(*pairs, strict=True), strict=True):
-            self.medians[name, cell] = _median(runs_of_side)
-        return pairs
+    def _in_turn(self, cells: Sequence[Cell], repeats: int) -> dict[Cell, list[tuple[Run, Run]]]:
+        """Pairs of runs of each cell; what came first in one turn comes last in the next."""
+        found: dict[Cell, list[tuple[Run, Run]]] = {cell: [] for cell in cells}
+        for number in range(repeats):
+            if number and time.monotonic() > self.deadline:
+                break
+            direction = 1 - 2 * (number % 2)
+            for cell in cells[::direction]:
+                sides = [self.left, self.right][::direction]
+                runs = {name: self._kept(name, cell, number, side.run(cell)) for name, side in sides}
+                found[cell].append((runs[self.left[0]], runs[self.right[0]]))
+        return found
 
-    def _row(self, cell: Cell, pairs: Sequence[tuple[Run, Run]]) -> list[object]:
-        left, right = (self.medians[name, cell] for name in (self.left[0], self.right[0]))
-        ratio = statistics.median(theirs.tokens_per_second / ours.tokens_per_second for ours, theirs in pairs)
-        by_hand = self.medians.get((self.left[0], cell.by_hand))
+    @property
+    def _header(self) -> list[str]:
+        left, right = self.left[0], self.right[0]
+        return [
+            *("adapters", "requests", "order", "pairs", f"{left}, tokens/s", right, f"{right} / {left}"),
+            *(f"{right} / {left} by hand", f"{right} / {right} by hand", f"swaps/s: {left}", right),
+            *(f"first token ms: {left}", right, "p99:", right, f"gap p99 ms: {left}", right),
+        ]
+
+    def _row(self, cell: Cell, found: Mapping[Cell, Sequence[tuple[Run, Run]]]) -> list[object]:
+        pairs, by_hand = found[cell], found.get(cell.by_hand)
+        left, right = (_median(runs) for runs in zip(*pairs, strict=True))
+        shares: list[object] = ["-", "-"]
+        if by_hand and cell.num_adapters > 1:
+            shares = [
+                _ratio((pair[1], other[side]) for pair, other in zip(pairs, by_hand, strict=True)) for side in (0, 1)
+            ]
         return [
             *(cell.num_adapters or "base", cell.num_requests),
             "-" if cell.num_adapters < 2 else cell.order + (", from disk" if cell.is_cold else ""),
-            *(left.tokens_per_second, right.tokens_per_second, ratio),
-            right.tokens_per_second / by_hand.tokens_per_second if by_hand and cell.num_adapters > 1 else "-",
+            *(len(pairs), left.tokens_per_second, right.tokens_per_second),
+            _ratio((ours, plain) for plain, ours in pairs),
+            *shares,
+            *(left.swaps_per_second, right.swaps_per_second),
             *(left.first_token_median, right.first_token_median, left.first_token_p99, right.first_token_p99),
             *(left.gap_p99, right.gap_p99),
         ]
@@ -240,6 +269,11 @@ def keep(path: Path | None, line: Mapping[str, Any]) -> None:
 def _median(runs: Sequence[Run]) -> Run:
     columns = zip(*(asdict(run).values() for run in runs), strict=True)
     return Run(*map(statistics.median, columns))
+
+
+def _ratio(pairs: Iterable[tuple[Run, Run]]) -> float:
+    """How much faster the first of two runs is, in the median of pairs."""
+    return statistics.median(run.tokens_per_second / other.tokens_per_second for run, other in pairs)
 
 
 def _line(cells: Sequence[object]) -> str:

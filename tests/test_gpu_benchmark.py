@@ -45,6 +45,10 @@ class FakeSide:
         self.drops = 0
         self._log, self._name = log, name
 
+    @property
+    def num_swaps(self):
+        return sum(adapter.num_swaps for adapter in self.engine.stats().adapters.values())
+
     def run(self, texts, params, names):
         self._log.append((self._name, len(texts), set(names)))
         return self.engine.generate(list(texts), list(params), adapter=list(names), use_tqdm=False)
@@ -89,11 +93,11 @@ def test_the_plan_has_every_order_of_more_adapters_than_slots(load):
 
 
 def test_pairs_are_run_in_turn_kept_and_printed(load, tmp_path, capsys):
-    """Two pairs of each cell, the second the other way round; each run a line of JSON, each cell a row."""
+    """Pairs of each cell, every other the other way round; each run a line of JSON, each cell a row."""
     runs = load("runs")
     log = []
     sides = [FakeSide(tmp_path, 4, log, name) for name in ("plain", "ours")]
-    left, right = ((name, runs.Timed(side, 5, prompts)) for name, side in zip(("plain", "ours"), sides))
+    left, right = ((name, runs.Timed(side, 5, prompts)) for name, side in zip(("plain", "ours"), sides, strict=True))
     kept = tmp_path / "runs.jsonl"
     comparison = runs.Comparison(left, right, 2, time.monotonic() + 1000, {"shape": "tiny"}, kept)
     cells = list(runs.plan([0, 4], [1, 8], 2))
@@ -106,23 +110,73 @@ def test_pairs_are_run_in_turn_kept_and_printed(load, tmp_path, capsys):
         ("ours", 1),
         ("plain", 1),
     ]
-    assert len(lines) == 4 * len(cells)
+    assert [(line["num_adapters"], line["num_requests"], line["side"]) for line in lines[4:20]] == [
+        (0, 1, name) for name in ["plain", "ours", "ours", "plain"] * runs.OFTEN
+    ]
+    # The orders of as many requests of as many adapters are run in turn, too.
+    orders = [(line["order"], line["is_cold"]) for line in lines if line["num_requests"] == 8 and line["num_adapters"]]
+    assert orders[::2] == orders[1::2]
+    assert orders[0] == ("sorted by hand", False)
+    assert orders[:12] == orders[12:][::-1]
+    assert len(lines) == 4 * (7 + 2 * runs.OFTEN)
     assert {line["shape"] for line in lines} == {"tiny"}
     assert all(line["tokens_per_second"] > 0 for line in lines)
+    assert all(line["num_steps"] >= 5 for line in lines)
     assert all(0 < line["first_token_median"] <= line["first_token_p99"] for line in lines)
     assert log[0] == ("plain", 8, {None})
-    assert log[8] == ("plain", 8, {"a0", "a1", "a2", "a3"})
     assert [side.drops for side in sides] == [2, 2]  # before each run from disk
 
     header, dashes, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(cells)
-    assert {row.count("|") for row in (header, dashes, *rows)} == {14}
-    assert rows[0].startswith("| base | 8 | - |")
+    assert {row.count("|") for row in (header, dashes, *rows)} == {18}
+    assert rows[0].startswith("| base | 8 | - | 2 |")
+    assert rows[1].startswith(f"| base | 1 | - | {2 * runs.OFTEN} |")
     assert "| 4 | 8 | interleaved, from disk |" in rows[5]
-    by_hand = [row.split("|")[7].strip() for row in rows]
-    assert [share == "-" for share in by_hand] == [cell.num_adapters == 0 or cell.num_requests == 1 for cell in cells]
+    for column in (8, 9):
+        shares = [row.split("|")[column].strip() for row in rows]
+        assert [share == "-" for share in shares] == [not cell.num_adapters or cell.num_requests == 1 for cell in cells]
     for side in sides:
         side.engine.close()
+
+
+def test_swaps_and_steps_are_counted_in_each_run(load, tmp_path):
+    """The base model has none, an adapter that is in its slot has none, and adapters that take turns in a slot each one."""
+    runs = load("runs")
+    adapters = {f"a{i}": write_adapter(tmp_path / f"a{i}", seed=i) for i in range(2)}
+    side = FakeSide(tmp_path, 0, [], "ours")
+    side.engine.close()
+    side.engine = fake_engine(backend=side.stepped, adapters=adapters, max_loras=1)
+    timed = runs.Timed(side, 5, prompts)
+    assert timed.run(runs.Cell(0, 4)).swaps_per_second == 0
+    timed.run(runs.Cell(1, 1))
+    assert timed.run(runs.Cell(1, 1)).swaps_per_second == 0
+    began, before = time.monotonic(), side.num_swaps
+    run = timed.run(runs.Cell(2, 2, "sorted by hand"))
+    assert side.num_swaps - before == 1
+    assert run.swaps_per_second >= 1 / (time.monotonic() - began)
+    assert run.num_steps >= 10
+    side.engine.close()
+
+
+def test_a_share_of_the_order_sorted_by_hand_is_of_the_same_turn(load, capsys):
+    """A machine that becomes half as fast from one turn to the next changes no share."""
+    runs = load("runs")
+
+    class Drifting:
+        """Fast in the first turn; twice as fast with the order sorted by hand as with any other."""
+
+        def __init__(self, speed):
+            self._speeds = {name: [speed, speed / 2] for name in ("sorted by hand", "shuffled")}
+
+        def run(self, cell):
+            speed = self._speeds[cell.order].pop(0) * (2 if cell.order == "sorted by hand" else 1)
+            return runs.Run(speed, 0.0, 1.0, 1.0, 1.0, 1.0)
+
+    sides = ("plain", Drifting(100.0)), ("ours", Drifting(150.0))
+    cells = [runs.Cell(4, 8, order) for order in ("sorted by hand", "shuffled")]
+    runs.Comparison(*sides, 2, time.monotonic() + 1000, {}, None).measure(cells)
+    rows = [[cell.strip() for cell in row.split("|")] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[7:10] for row in rows] == [["1.50", "1.50", "1.00"], ["1.50", "0.75", "0.50"]]
 
 
 def test_after_the_deadline_no_row_is_begun(load, tmp_path, capsys):
@@ -223,3 +277,30 @@ def test_the_picture_is_an_svg(load, tmp_path):
         )
     assert (tmp_path / "one.svg").read_text().count("<svg") == 1
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_the_table_of_swap_rates_has_a_row_for_each_model_number_and_order(load):
+    """Of the runs with the most requests against plain vLLM; medians, and the median of the ratios of pairs."""
+    line = {"against": "plain", "shape": "1.1B", "quantization": "awq", "is_cold": False, "order": "shuffled"}
+
+    def runs(num_adapters, plain, ours, **more):
+        asked = {**line, "num_adapters": num_adapters, "num_requests": 512, **more}
+        return [
+            {**asked, "side": side, "tokens_per_second": speed, "swaps_per_second": rate}
+            for pair in zip(plain, ours, strict=True)
+            for side, (speed, rate) in zip(("plain", "ours"), pair, strict=True)
+        ]
+
+    lines = [
+        *runs(0, [(100.0, 0.0)], [(110.0, 0.0)]),
+        *runs(32, [(100.0, 4.0), (50.0, 2.0), (80.0, 3.0)], [(200.0, 1.0), (50.0, 2.0), (120.0, 1.5)]),
+        *runs(32, [(10.0, 4.0)], [(20.0, 3.0)], is_cold=True),
+        *runs(32, [(1.0, 0.0)], [(1.0, 0.0)], num_requests=64),
+        *runs(4, [(1.0, 0.0)], [(1.0, 0.0)], against="example"),
+        {**line, "side": "ours", "load_adapter_ms": 100.0},
+    ]
+    assert load("swap_table").rows(lines) == [
+        ("1.1B awq", "base", "-", 0.0, 0.0, 100.0, 110.0, 1.1),
+        ("1.1B awq", 32, "shuffled", 3.0, 1.5, 80.0, 120.0, 1.5),
+        ("1.1B awq", 32, "shuffled, from disk", 4.0, 3.0, 10.0, 20.0, 2.0),
+    ]

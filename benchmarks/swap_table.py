@@ -1,0 +1,55 @@
+"""The table of quantization, adapters and swap rate, from the lines of JSON that gpu.py keeps.
+
+    python benchmarks/swap_table.py 8b.jsonl awq.jsonl gptq.jsonl bnb.jsonl
+
+A row for each model, number of adapters and order, of the runs with the most requests; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+
+HEADER = ("model", "adapters", "order", "swaps/s: plain", "ours", "tokens/s: plain", "ours", "ours / plain")
+SIDES = ("plain", "ours")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="of lines of JSON")
+    lines = [json.loads(line) for path in parser.parse_args().files for line in path.read_text().splitlines()]
+    print(common.table(HEADER, rows(lines)))
+
+
+def rows(lines: Iterable[Mapping[str, Any]]) -> list[Sequence[object]]:
+    """The rows, in the order in which their cells were measured first."""
+    runs = [line for line in lines if line.get("against") == "plain" and "num_adapters" in line]
+    most = max(run["num_requests"] for run in runs)
+    found: dict[tuple[str, int, str], dict[str, list[Mapping[str, Any]]]] = {}
+    for run in runs:
+        if run["num_requests"] == most:
+            order = "-" if run["num_adapters"] < 2 else run["order"] + (", from disk" if run["is_cold"] else "")
+            cell = f"{run['shape']} {run['quantization']}", run["num_adapters"], order
+            found.setdefault(cell, {name: [] for name in SIDES})[run["side"]].append(run)
+    return [(model, number or "base", order, *_measured(sides)) for (model, number, order), sides in found.items()]
+
+
+def _measured(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
+    names = ("swaps_per_second", "tokens_per_second")
+    medians = [statistics.median(run[name] for run in sides[side]) for name in names for side in SIDES]
+    pairs = zip(sides["plain"], sides["ours"], strict=False)  # the last pair may have been cut off
+    return [
+        *medians,
+        statistics.median(ours["tokens_per_second"] / plain["tokens_per_second"] for plain, ours in pairs),
+    ]
+
+
+if __name__ == "__main__":
+    main()
