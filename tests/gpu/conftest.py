@@ -18,8 +18,10 @@ LEFT_OVER = 1000
 
 
 def used_memory():
-    """MiB of all GPUs that are in use, whoever uses them."""
+    """MiB of the GPUs that these tests may use that are in use, whoever uses them."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["--id", chosen]
     return sum(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
 
 
