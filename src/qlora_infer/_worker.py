@@ -7,6 +7,7 @@ that this library starts. Read in vLLM 0.32.0, ``vllm/v1/worker/worker_base.py``
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ from qlora_infer import kernels
 from qlora_infer.adapters.snapshot import WEIGHTS_NAME
 from qlora_infer.kernels import bitsandbytes_cpu
 from qlora_infer.kernels.pinned import read_weights
+from qlora_infer.kernels.slots import move_at_once
 
 logger = logging.getLogger("qlora_infer")
 
@@ -56,6 +58,7 @@ class WorkerExtension:
         """
         manager = self.model_runner.lora_manager._adapter_manager
         kernels.watch(manager)
+        move_at_once(manager)
         shapes: dict[str, tuple[int, int]] = {}
         for name, module in manager.modules.items():
             parts = manager.packed_modules.get(name, [name])
@@ -85,8 +88,7 @@ class WorkerExtension:
         vLLM's ``add_lora`` would move it into a slot too, out of which it might push an adapter that runs.
         """
         self._qlora_begin(name, int_id, path)
-        adapter = self._qlora_reads.pop(int_id).result()
-        self.model_runner.lora_manager._adapter_manager.add_adapter(adapter)
+        self._qlora_register(self._qlora_reads.pop(int_id).result())
 
     def qlora_drop_load(self, int_id: int) -> None:
         """Forget a reading that was begun and is not wanted any more."""
@@ -96,11 +98,7 @@ class WorkerExtension:
                 read.cancel()
 
     def _qlora_begin(self, name: str, int_id: int, path: str) -> None:
-        """Begin to read an adapter on another thread, while steps go on.
-
-        ``_load_adapter`` is what ``LRUCacheWorkerLoRAManager.add_adapter`` calls in the middle of a step, for an
-        adapter that it does not have. It reads, casts and pins, and changes nothing of the manager.
-        """
+        """Begin to read an adapter on another thread, while steps go on."""
         from vllm.lora.request import LoRARequest
 
         if self._qlora_reader is None:
@@ -112,8 +110,22 @@ class WorkerExtension:
             if self.device.type == "cuda":
                 self.model_runner.lora_manager._lora_model_cls = PinnedLoRAModel
         if int_id not in self._qlora_reads:
-            read = self.model_runner.lora_manager._load_adapter
-            self._qlora_reads[int_id] = self._qlora_reader.submit(read, LoRARequest(name, int_id, path))
+            request = LoRARequest(name, int_id, path)
+            self._qlora_reads[int_id] = self._qlora_reader.submit(self._qlora_load, request)
+
+    def _qlora_load(self, request: Any) -> Any:
+        """Do all that an adapter needs before it is in host memory, and change nothing of the manager.
+
+        ``_load_adapter`` is what ``LRUCacheWorkerLoRAManager.add_adapter`` calls in the middle of a step, for an
+        adapter that it does not have; it reads, casts and pins. ``_add_adapter`` then puts the modules together that
+        the model has in one, and asks of each tensor whether it is pinned; here, for a manager that nobody else has.
+        """
+        lora_manager = self.model_runner.lora_manager
+        adapter = lora_manager._load_adapter(request)
+        aside = copy.copy(lora_manager._adapter_manager)
+        aside._registered_adapters = {}
+        aside._add_adapter(adapter)
+        return adapter
 
     def _qlora_take_in(self, int_id: int) -> bool:
         """Put an adapter that was read well in host memory; a reading that failed stays, to be asked why."""
@@ -123,8 +135,13 @@ class WorkerExtension:
         if read.exception() is not None:
             return False
         del self._qlora_reads[int_id]
-        self.model_runner.lora_manager._adapter_manager.add_adapter(read.result())
+        self._qlora_register(read.result())
         return True
+
+    def _qlora_register(self, adapter: Any) -> None:
+        adapters = self.model_runner.lora_manager._adapter_manager._registered_adapters
+        if adapter.id not in adapters:
+            adapters[adapter.id] = adapter
 
 
 class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]

@@ -124,16 +124,38 @@ def test_a_step_tells_the_tokens_and_the_scheduler_s_numbers(awq):
 
 
 def test_the_lora_manager_reads_and_takes_adapters_as_the_worker_extension_does():
-    """_load_adapter takes a request and changes nothing; add_adapter takes what it read, without a slot."""
+    """_load_adapter takes a request and changes nothing; _add_adapter completes what it read, and registers it alone."""
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
     assert parameters(LRUCacheWorkerLoRAManager._load_adapter) == ["self", "lora_request"]
-    assert parameters(LRUCacheLoRAModelManager.add_adapter) == ["self", "lora"]
+    assert parameters(LRUCacheLoRAModelManager._add_adapter) == ["self", "lora"]
+    completes = inspect.getsource(LRUCacheLoRAModelManager._add_adapter)
+    assert completes.endswith(
+        "self._create_merged_loras_inplace(lora)\n        self._registered_adapters[lora.id] = lora\n"
+    )
+    assert "self._add_adapter(lora)" in inspect.getsource(LRUCacheLoRAModelManager.add_adapter)
     theirs = inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
     assert "lora = self._load_adapter(lora_request)" in theirs
     assert "self._adapter_manager.add_adapter(lora)" in theirs
     assert "activate" not in inspect.getsource(LRUCacheLoRAModelManager.add_adapter)
+
+
+def test_the_lora_manager_moves_adapters_as_the_slots_collect():
+    """activate_adapter calls a module's set_lora or reset_lora, through the instance, and nothing else writes weights."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+
+    moves = inspect.getsource(LoRAModelManager.activate_adapter)
+    assert moves.count("module.set_lora(") == moves.count("module.reset_lora(index)") == 1
+    assert "super().activate_adapter(lora_id)" in inspect.getsource(LRUCacheLoRAModelManager.activate_adapter)
+    for layer in (BaseLinearLayerWithLoRA, MergedColumnParallelLinearWithLoRA):
+        assert parameters(layer.set_lora) == ["self", "index", "lora_a", "lora_b"]
+        written = inspect.getsource(layer.set_lora)
+        assert written.count(".copy_(") == written.count("non_blocking=True") == 2
+        assert written.count("self.lora_") - written.count("len(self.lora_") == 2
+    # What reset_lora does, and what a copy goes to, test_slots.py runs.
 
 
 def test_which_vllm_reads_an_adapter_s_patterns():

@@ -1,0 +1,103 @@
+"""An adapter moved into a slot in two calls of torch.
+
+vLLM moves it tensor by tensor, in some thirty calls for each layer of a Llama, each of which gives Python's lock away
+and waits for it again: on a GPU they take ten times as long as what is moved. Read in vLLM 0.32.0,
+``vllm/lora/model_manager.py`` (``activate_adapter``) and ``vllm/lora/layers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+Weights = torch.Tensor | Sequence[torch.Tensor | None]
+
+
+def move_at_once(manager: Any) -> None:
+    """From now on have vLLM's ``LoRAModelManager`` collect what an adapter's move takes, and then do all of it.
+
+    Layers whose weights are not simply copied (mixtures of experts, embeddings, heads, those that are split over GPUs)
+    go on as vLLM has them.
+    """
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+
+    known = {BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora}
+    move = Move()
+    for name, module in manager.modules.items():
+        parts = manager.packed_modules.get(name, [name])
+        if getattr(type(module), "set_lora", None) in known and module.tp_size == 1 and len(parts) == module.n_slices:
+            slots = Slots((*module.lora_a_stacked, *module.lora_b_stacked))
+            module.set_lora = partial(move.fill, slots)
+            module.reset_lora = partial(move.empty, slots)
+    activate = manager.activate_adapter
+
+    def activate_adapter(lora_id: int) -> bool:
+        move.clear()
+        is_new = bool(activate(lora_id))
+        move.make()
+        return is_new
+
+    manager.activate_adapter = activate_adapter
+
+
+class Slots:
+    """Each slot's part of a module's stacked weights.
+
+    Args:
+        stacked: A and B of each slice, ``[slots, 1, rows, columns]``.
+    """
+
+    def __init__(self, stacked: Sequence[torch.Tensor]) -> None:
+        self._stacked = stacked
+        self._known: dict[int, tuple[list[int], list[torch.Tensor]]] = {}
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        # The kernels for CPUs lay the weights out anew.
+        addresses = [tensor.data_ptr() for tensor in self._stacked]
+        known = self._known.get(index)
+        if known is None or known[0] != addresses:
+            known = self._known[index] = addresses, [tensor[index, 0] for tensor in self._stacked]
+        return known[1]
+
+
+class Move:
+    """What is to be written into a slot, all at once."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self._emptied: list[torch.Tensor] = []
+        self._targets: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+
+    def fill(self, slots: Slots, index: int, lora_a: Weights, lora_b: Weights) -> None:
+        """Collect a module's weights, as its ``set_lora`` takes them; what they do not cover becomes 0."""
+        for slot, weights in zip(slots[index], (*_each(lora_a), *_each(lora_b)), strict=True):
+            if weights is None or weights.shape != slot.shape:
+                self._emptied.append(slot)
+            if weights is not None:
+                fits = weights.shape == slot.shape
+                self._targets.append(slot if fits else slot[: weights.shape[0], : weights.shape[1]])
+                self._sources.append(weights)
+
+    def empty(self, slots: Slots, index: int) -> None:
+        """Collect that an adapter does not change a module, as its ``reset_lora`` does."""
+        self._emptied += slots[index]
+
+    def make(self) -> None:
+        """Write it."""
+        if self._emptied:
+            torch._foreach_zero_(self._emptied)
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
+        self.clear()
+
+
+def _each(weights: Weights) -> Sequence[torch.Tensor | None]:
+    return [weights] if isinstance(weights, torch.Tensor) else weights
