@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-Weights = torch.Tensor | Sequence[torch.Tensor | None]
+Weights: TypeAlias = torch.Tensor | Sequence[torch.Tensor | None]
 
 
 def move_at_once(manager: Any) -> None:
