@@ -8,6 +8,7 @@
 #   awq, gptq, bnb
 #             1.1 billion parameters in AWQ, GPTQ, bitsandbytes, up to 128 adapters: 8 minutes each
 #   example   the same AWQ, against the settings of the original example: 4 minutes
+#   swap      moves of an adapter into a slot, ours and vLLM's: 1 minute
 #   lora      LoRA's own work in one graph, ours and vLLM's: 3 minutes
 #   step      a profile of decoding steps and the share of the base model's speed, ours and vLLM's kernels: 6 minutes
 #   step-awq  the same of 1.1 billion parameters in AWQ, ours: 2 minutes
@@ -67,6 +68,7 @@ for name in ${@:-tests 8b}; do
     awq | gptq) bench $name 520 --shape 1.1B --quantization $name --adapters 0 1 8 32 128 --minutes 7 ;;
     bnb) bench bnb 520 --shape 1.1B --quantization bitsandbytes --adapters 0 1 8 32 128 --minutes 7 ;;
     example) bench example 300 --shape 1.1B --quantization awq --adapters 1 --against example --minutes 4 ;;
+    swap) part swap 120 python3 benchmarks/swap_cost.py && cat "$OUT/swap.log" ;;
     lora) part lora 240 python3 benchmarks/gpu_lora.py && cat "$OUT/lora.log" ;;
     step) for kernels in auto vllm; do step "step-$kernels" --kernels $kernels --requests 1 64 256; done ;;
     step-awq) step step-awq --shape 1.1B --quantization awq --repeats 6 ;;

@@ -16,7 +16,10 @@ from typing import Any
 
 import common
 
-HEADER = ("model", "adapters", "order", "swaps/s: plain", "ours", "tokens/s: plain", "ours", "ours / plain")
+HEADER = (
+    *("model", "adapters", "order", "pairs", "swaps/s: plain", "ours", "steps: plain", "ours"),
+    *("tokens/s: plain", "ours", "ours / plain"),
+)
 SIDES = ("plain", "ours")
 
 
@@ -38,17 +41,19 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[Sequence[object]]:
             order = "-" if run["num_adapters"] < 2 else run["order"] + (", from disk" if run["is_cold"] else "")
             cell = f"{run['shape']} {run['quantization']}", run["num_adapters"], order
             found.setdefault(cell, {name: [] for name in SIDES})[run["side"]].append(run)
-    return [(model, number or "base", order, *_measured(sides)) for (model, number, order), sides in found.items()]
-
-
-def _measured(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
-    names = ("swaps_per_second", "tokens_per_second")
-    medians = [statistics.median(run[name] for run in sides[side]) for name in names for side in SIDES]
-    pairs = zip(sides["plain"], sides["ours"], strict=False)  # the last pair may have been cut off
     return [
-        *medians,
-        statistics.median(ours["tokens_per_second"] / plain["tokens_per_second"] for plain, ours in pairs),
+        (model, number or "base", order, *_measured(sides))
+        for (model, number, order), sides in found.items()
+        if all(sides.values())  # a benchmark that was cut off has one side of its last cell
     ]
+
+
+def _measured(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[object]:
+    names = ("swaps_per_second", "num_steps", "tokens_per_second")
+    medians = [statistics.median(run[name] for run in sides[side]) for name in names for side in SIDES]
+    pairs = list(zip(sides["plain"], sides["ours"], strict=False))  # the last pair may have been cut off
+    ratio = statistics.median(ours["tokens_per_second"] / plain["tokens_per_second"] for plain, ours in pairs)
+    return [len(pairs), *medians, ratio]
 
 
 if __name__ == "__main__":

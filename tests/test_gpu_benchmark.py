@@ -286,21 +286,22 @@ def test_the_table_of_swap_rates_has_a_row_for_each_model_number_and_order(load)
     def runs(num_adapters, plain, ours, **more):
         asked = {**line, "num_adapters": num_adapters, "num_requests": 512, **more}
         return [
-            {**asked, "side": side, "tokens_per_second": speed, "swaps_per_second": rate}
+            {**asked, "side": side, "tokens_per_second": speed, "swaps_per_second": rate, "num_steps": 100 / rate}
             for pair in zip(plain, ours, strict=True)
             for side, (speed, rate) in zip(("plain", "ours"), pair, strict=True)
         ]
 
     lines = [
-        *runs(0, [(100.0, 0.0)], [(110.0, 0.0)]),
+        *runs(0, [(100.0, 0.5)], [(110.0, 0.5)]),
         *runs(32, [(100.0, 4.0), (50.0, 2.0), (80.0, 3.0)], [(200.0, 1.0), (50.0, 2.0), (120.0, 1.5)]),
         *runs(32, [(10.0, 4.0)], [(20.0, 3.0)], is_cold=True),
-        *runs(32, [(1.0, 0.0)], [(1.0, 0.0)], num_requests=64),
-        *runs(4, [(1.0, 0.0)], [(1.0, 0.0)], against="example"),
+        *runs(32, [(1.0, 1.0)], [(1.0, 1.0)], num_requests=64),
+        *runs(4, [(1.0, 1.0)], [(1.0, 1.0)], against="example"),
         {**line, "side": "ours", "load_adapter_ms": 100.0},
+        runs(128, [(1.0, 1.0)], [(1.0, 1.0)])[0],  # the end came before the other side's turn
     ]
     assert load("swap_table").rows(lines) == [
-        ("1.1B awq", "base", "-", 0.0, 0.0, 100.0, 110.0, 1.1),
-        ("1.1B awq", 32, "shuffled", 3.0, 1.5, 80.0, 120.0, 1.5),
-        ("1.1B awq", 32, "shuffled, from disk", 4.0, 3.0, 10.0, 20.0, 2.0),
+        ("1.1B awq", "base", "-", 1, 0.5, 0.5, 200.0, 200.0, 100.0, 110.0, 1.1),
+        ("1.1B awq", 32, "shuffled", 3, 3.0, 1.5, 100 / 3, 100 / 1.5, 80.0, 120.0, 1.5),
+        ("1.1B awq", 32, "shuffled, from disk", 1, 4.0, 3.0, 25.0, 100 / 3, 10.0, 20.0, 2.0),
     ]
