@@ -79,6 +79,7 @@ class Run:
         tokens_per_second: Generated tokens by the time that all took.
         swaps_per_second: Moves of an adapter into a slot by the same time.
         num_steps: Steps that all took; which tells a scheduler's work apart from a machine's noise.
+        num_first_steps: Steps that gave a request its first token. They have prompts, and take longer than others.
         first_token_median: From the moment that all requests were added; so it has the time that they waited.
         first_token_p99: What 99 of 100 were faster than.
         gap_p99: Of the times between the ends of steps, each of which gives every running request a token.
@@ -87,6 +88,7 @@ class Run:
     tokens_per_second: float
     swaps_per_second: float
     num_steps: float
+    num_first_steps: float
     first_token_median: float
     first_token_p99: float
     gap_p99: float
@@ -171,6 +173,7 @@ class Timed:
             tokens_per_second=sum(map(_num_tokens, outputs)) / seconds,
             swaps_per_second=num_swaps / seconds,
             num_steps=float(len(self._ends)),
+            num_first_steps=float(len(set(map(_first_token, outputs)))),
             first_token_median=statistics.median(waits),
             first_token_p99=p99(waits),
             gap_p99=p99(gaps),

@@ -76,9 +76,9 @@ class _Running:
     def num_tokens(self) -> int:
         return self.num_words * int(self.request.sampling_params.n)
 
-    def advance(self) -> None:
+    def advance(self, now: float) -> None:
         self.num_words += 1
-        self.first_token = self.first_token or time.monotonic()
+        self.first_token = self.first_token or now
 
 
 class FakeEngine:
@@ -265,8 +265,9 @@ class FakeEngine:
         self._check_alive()
         self._schedule()
         self.num_steps += 1
+        now = time.monotonic()  # the same for all, as vLLM's core tells it
         for entry in self._running:
-            entry.advance()
+            entry.advance(now)
         outputs = [self._output(entry) for entry in self._running if entry.request.stream or entry.is_finished]
         num_tokens = {entry.request.request_id: entry.num_tokens for entry in self._running}
         self._running = [entry for entry in self._running if not entry.is_finished]
