@@ -143,6 +143,7 @@ def test_the_lora_manager_reads_and_takes_adapters_as_the_worker_extension_does(
 
 def test_the_lora_manager_moves_adapters_as_the_slots_collect():
     """activate_adapter calls a module's set_lora or reset_lora, through the instance, and nothing else writes weights."""
+    from vllm.lora import layers
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
     from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
@@ -155,7 +156,18 @@ def test_the_lora_manager_moves_adapters_as_the_slots_collect():
         written = inspect.getsource(layer.set_lora)
         assert written.count(".copy_(") == written.count("non_blocking=True") == 2
         assert written.count("self.lora_") - written.count("len(self.lora_") == 2
-    # What reset_lora does, and what a copy goes to, test_slots.py runs.
+    # These are the layers of most models; what their methods write, test_slots.py compares.
+    for name in (
+        "MergedQKVParallel",
+        "QKVParallel",
+        "MergedColumnParallel",
+        "ColumnParallel",
+        "RowParallel",
+        "Replicated",
+    ):
+        layer = getattr(layers, f"{name}LinearWithLoRA")
+        assert layer.set_lora in {BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora}, name
+        assert layer.reset_lora is BaseLinearLayerWithLoRA.reset_lora, name
 
 
 def test_which_vllm_reads_an_adapter_s_patterns():
