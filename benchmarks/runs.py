@@ -82,7 +82,8 @@ class Run:
         num_first_steps: Steps that gave a request its first token. They have prompts, and take longer than others.
         first_token_median: From the moment that all requests were added; so it has the time that they waited.
         first_token_p99: What 99 of 100 were faster than.
-        gap_p99: Of the times between the ends of steps, each of which gives every running request a token.
+        gap_median: Of the times between the ends of steps, each of which gives every running request a token.
+        gap_p99: Of the same.
     """
 
     tokens_per_second: float
@@ -91,6 +92,7 @@ class Run:
     num_first_steps: float
     first_token_median: float
     first_token_p99: float
+    gap_median: float
     gap_p99: float
 
 
@@ -176,6 +178,7 @@ class Timed:
             num_first_steps=float(len(set(map(_first_token, outputs)))),
             first_token_median=statistics.median(waits),
             first_token_p99=p99(waits),
+            gap_median=statistics.median(gaps or [math.nan]),
             gap_p99=p99(gaps),
         )
 

@@ -124,6 +124,7 @@ def test_pairs_are_run_in_turn_kept_and_printed(load, tmp_path, capsys):
     assert all(line["num_steps"] >= 5 for line in lines)
     assert all(1 <= line["num_first_steps"] <= line["num_requests"] for line in lines)
     assert all(0 < line["first_token_median"] <= line["first_token_p99"] for line in lines)
+    assert all(0 < line["gap_median"] <= line["gap_p99"] for line in lines)
     assert log[0] == ("plain", 8, {None})
     assert [side.drops for side in sides] == [2, 2]  # before each run from disk
 
@@ -172,7 +173,7 @@ def test_a_share_of_the_order_sorted_by_hand_is_of_the_same_turn(load, capsys):
 
         def run(self, cell):
             speed = self._speeds[cell.order].pop(0) * (2 if cell.order == "sorted by hand" else 1)
-            return runs.Run(speed, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+            return runs.Run(speed, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
     sides = ("plain", Drifting(100.0)), ("ours", Drifting(150.0))
     cells = [runs.Cell(4, 8, order) for order in ("sorted by hand", "shuffled")]
