@@ -32,6 +32,7 @@ NEED_AN_EXTRA = {
     "qlora_infer.kernels.pinned": "torch",
     "qlora_infer.kernels.products": "torch",
     "qlora_infer.kernels.rows": "torch",
+    "qlora_infer.kernels.slots": "torch",
     "qlora_infer.kernels.vectors": "llvmlite",
     "qlora_infer._worker": "torch",
     "qlora_infer.metrics": "'qlora-infer[metrics]'",
