@@ -1,4 +1,4 @@
-"""Arithmetic, where vLLM's own is wrong, slow or missing, and how vLLM is given it."""
+"""Arithmetic, and moves of weights, where vLLM's own are wrong, slow or missing, and how vLLM is given them."""
 
 from __future__ import annotations
 
