@@ -55,7 +55,11 @@ def llama_modules(model: Path) -> dict[str, tuple[int, int]]:
     """The linear modules of a Llama's layers, name to (in_features, out_features)."""
     import json
 
-    config = json.loads((model / "config.json").read_text())
+    return modules_of(json.loads((model / "config.json").read_text()))
+
+
+def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The same, by what the model's ``config.json`` holds."""
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     kv = config["num_key_value_heads"] * head
@@ -100,7 +104,7 @@ class Plain:
             arguments = startup.with_defaults(arguments, device=current_platform.device_type)
             arguments["worker_extension_cls"] = "qlora_infer._worker.WorkerExtension"
         else:
-            arguments = {**arguments, "worker_extension_cls": "swap_counter.SwapCounter"}
+            arguments["worker_extension_cls"] = "swap_counter.SwapCounter"
         if quantization == "bitsandbytes":
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         with startup.breakable_graphs(arguments):

@@ -66,6 +66,11 @@ class Cell:
         return list(orders(self.num_adapters, self.num_requests)[self.order])
 
     @property
+    def title(self) -> str:
+        """The order, and where the adapters are; of one adapter there is no order."""
+        return "-" if self.num_adapters < 2 else self.order + (", from disk" if self.is_cold else "")
+
+    @property
     def by_hand(self) -> Cell:
         """The same requests, sorted by adapter by hand, from host memory."""
         return Cell(self.num_adapters, self.num_requests, SORTED.get(self.order, BY_HAND))
@@ -250,8 +255,7 @@ class Comparison:
                 _ratio((pair[1], other[side]) for pair, other in zip(pairs, by_hand, strict=True)) for side in (0, 1)
             ]
         return [
-            *(cell.num_adapters or "base", cell.num_requests),
-            "-" if cell.num_adapters < 2 else cell.order + (", from disk" if cell.is_cold else ""),
+            *(cell.num_adapters or "base", cell.num_requests, cell.title),
             *(len(pairs), left.tokens_per_second, right.tokens_per_second),
             _ratio((ours, plain) for plain, ours in pairs),
             *shares,

@@ -29,6 +29,13 @@ from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWi
 from qlora_infer.kernels.slots import move_at_once
 
 NUM_SLOTS = 8
+#: vLLM's linear layers of a Llama, and the modules that each has in one.
+PARTS = {
+    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
 
 
 def main() -> None:
@@ -104,14 +111,11 @@ def manager(shape: str, rank: int, device: str) -> Any:
 
 def sizes_of(shape: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
     """Each linear layer: the number of its inputs, and of the outputs of its slices."""
-    config = SHAPES[shape]
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    for number in range(config["num_hidden_layers"]):
-        yield number, "qkv_proj", (hidden, hidden, kv, kv)
-        yield number, "o_proj", (hidden, hidden)
-        yield number, "gate_up_proj", (hidden, inner, inner)
-        yield number, "down_proj", (inner, hidden)
+    modules = common.modules_of(SHAPES[shape])
+    for number in range(SHAPES[shape]["num_hidden_layers"]):
+        for name, parts in PARTS.items():
+            sizes = [modules[f"model.layers.{number}.{part}"] for part in parts]
+            yield number, name, (sizes[0][0], *(outputs for _, outputs in sizes))
 
 
 def a_layer(sizes: tuple[int, ...], rank: int, device: str) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+from runs import Cell
 
 HEADER = (
     *("model", "adapters", "order", "pairs", "swaps/s: plain", "ours", "steps: plain", "ours"),
@@ -33,17 +34,17 @@ def main() -> None:
 
 def rows(lines: Iterable[Mapping[str, Any]]) -> list[Sequence[object]]:
     """The rows, in the order in which their cells were measured first."""
-    runs = [line for line in lines if line.get("against") == "plain" and "num_adapters" in line]
-    most = max(run["num_requests"] for run in runs)
-    found: dict[tuple[str, int, str], dict[str, list[Mapping[str, Any]]]] = {}
-    for run in runs:
-        if run["num_requests"] == most:
-            order = "-" if run["num_adapters"] < 2 else run["order"] + (", from disk" if run["is_cold"] else "")
-            cell = f"{run['shape']} {run['quantization']}", run["num_adapters"], order
-            found.setdefault(cell, {name: [] for name in SIDES})[run["side"]].append(run)
+    lines = [line for line in lines if line.get("against") == "plain" and "num_adapters" in line]
+    most = max(line["num_requests"] for line in lines)
+    found: dict[tuple[str, Cell], dict[str, list[Mapping[str, Any]]]] = {}
+    for line in lines:
+        if line["num_requests"] == most:
+            cell = Cell(line["num_adapters"], most, line["order"], line["is_cold"])
+            model = f"{line['shape']} {line['quantization']}"
+            found.setdefault((model, cell), {name: [] for name in SIDES})[line["side"]].append(line)
     return [
-        (model, number or "base", order, *_measured(sides))
-        for (model, number, order), sides in found.items()
+        (model, cell.num_adapters or "base", cell.title, *_measured(sides))
+        for (model, cell), sides in found.items()
         if all(sides.values())  # a benchmark that was cut off has one side of its last cell
     ]
 

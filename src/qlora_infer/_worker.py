@@ -57,6 +57,7 @@ class WorkerExtension:
         module, also where tensor parallelism splits it.
         """
         manager = self.model_runner.lora_manager._adapter_manager
+        # It is asked once, when the engine has started: from now on adapters come.
         kernels.watch(manager)
         move_at_once(manager)
         shapes: dict[str, tuple[int, int]] = {}

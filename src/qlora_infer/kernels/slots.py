@@ -1,8 +1,8 @@
 """An adapter moved into a slot in two calls of torch.
 
 vLLM moves it tensor by tensor, in some thirty calls for each layer of a Llama, each of which gives Python's lock away
-and waits for it again: on an H100 a move of 25 MB took 11 ms. Read in vLLM 0.32.0, ``vllm/lora/model_manager.py``
-(``activate_adapter``) and ``vllm/lora/layers``.
+and waits for it again: on an H100 a request waited 11 ms for 25 MB. Read in vLLM 0.32.0,
+``vllm/lora/model_manager.py`` (``activate_adapter``) and ``vllm/lora/layers``.
 """
 
 from __future__ import annotations
@@ -79,12 +79,15 @@ class Move:
     def fill(self, slots: Slots, index: int, lora_a: Weights, lora_b: Weights) -> None:
         """Collect a module's weights, as its ``set_lora`` takes them; what they do not cover becomes 0."""
         for slot, weights in zip(slots[index], (*_each(lora_a), *_each(lora_b)), strict=True):
-            if weights is None or weights.shape != slot.shape:
+            if weights is None:
                 self._emptied.append(slot)
-            if weights is not None:
-                fits = weights.shape == slot.shape
-                self._targets.append(slot if fits else slot[: weights.shape[0], : weights.shape[1]])
-                self._sources.append(weights)
+                continue
+            target = slot
+            if weights.shape != slot.shape:
+                self._emptied.append(slot)
+                target = slot[: weights.shape[0], : weights.shape[1]]
+            self._targets.append(target)
+            self._sources.append(weights)
 
     def empty(self, slots: Slots, index: int) -> None:
         """Collect that an adapter does not change a module, as its ``reset_lora`` does."""
