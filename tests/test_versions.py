@@ -433,11 +433,12 @@ def test_lineage_is_told(tmp_path, caplog):
 
 
 def test_a_name_that_is_unloaded_during_a_rollback_leaves_nothing(tmp_path):
-    """The version that was on its way back is neither in host memory nor on disk afterwards."""
+    """The version that was on its way back is neither in host memory nor on disk afterwards, nor asked of its source."""
     backend = FakeEngine(load_seconds=0.5)
     with fake_engine(backend=backend) as engine:
         for seed in (0, 1):
             engine.load_adapter("pirate", write_adapter(tmp_path / str(seed), seed=seed))
+            shutil.rmtree(tmp_path / str(seed))
         refused = []
 
         def roll_back():

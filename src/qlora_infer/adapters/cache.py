@@ -99,14 +99,7 @@ class AdapterCache:
             AdapterNotLoadedError: The name is not loaded, or no earlier version of it is held.
         """
         with self._lock:
-            held = self._held.get(name)
-            if held is None:
-                raise self._not_loaded(name)
-            if len(held) < 2:
-                raise AdapterNotLoadedError(
-                    name, f"no version of {name!r} before {held[-1].number} is held: load the content that you want"
-                )
-            return held[-2]
+            return self._before(name)
 
     def require_version(self, name: str, expect: str | int | None) -> None:
         """Raise ``AdapterConflictError`` unless the name stands for this version; ``None`` expects nothing."""
@@ -136,8 +129,8 @@ class AdapterCache:
         Raises:
             AdapterNotLoadedError: The name is not loaded, or no earlier version of it is held.
         """
-        before = self.before(name)
         with self._lock:
+            before = self._before(name)
             newest = self._held[name].pop()
         self._let_go(newest, retire=True)
         return before
@@ -166,7 +159,7 @@ class AdapterCache:
         ``None`` is the base model, which needs no version; a version that is in use is what it is.
 
         Raises:
-            AdapterNotLoadedError: No adapter has that name.
+            AdapterNotLoadedError: No adapter has that name, or the version has ended.
         """
         if adapter is None:
             return None
@@ -174,6 +167,8 @@ class AdapterCache:
             raise TypeError(f"adapter must be the name of a loaded one, or None, got {adapter!r}")
         with self._lock:
             version = adapter if isinstance(adapter, AdapterVersion) else self._find(adapter)
+            if version.freed:
+                raise self._not_loaded(version.name)
             version.num_uses += 1
             self._copies.use(version)
             return version
@@ -183,7 +178,7 @@ class AdapterCache:
         """A version that is not freed meanwhile, nor its copy.
 
         Raises:
-            AdapterNotLoadedError: No adapter has that name.
+            AdapterNotLoadedError: No adapter has that name, or the version has ended.
         """
         version = self.acquire(adapter)
         assert version is not None
@@ -226,6 +221,16 @@ class AdapterCache:
     def _current(self, name: str) -> AdapterVersion | None:
         held = self._held.get(name)
         return held[-1] if held else None
+
+    def _before(self, name: str) -> AdapterVersion:
+        held = self._held.get(name)
+        if held is None:
+            raise self._not_loaded(name)
+        if len(held) < 2:
+            raise AdapterNotLoadedError(
+                name, f"no version of {name!r} before {held[-1].number} is held: load the content that you want"
+            )
+        return held[-2]
 
     def _find(self, name: str) -> AdapterVersion:
         current = self._current(name)

@@ -168,15 +168,10 @@ class AdapterLoader:
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""
         with self._cache.loading(checked_name(name)):
-            before = self._cache.before(name)
-            try:
+            with self._cache.in_use(self._cache.before(name)) as before:  # should the name be unloaded meanwhile
                 self._read_ahead(before)
                 self._driving.call(self._residency.load, before)
                 version = self._cache.rollback(name)
-            except BaseException:
-                if before.freed:  # the name was unloaded meanwhile
-                    self._forget(before)
-                raise
         logger.info("adapter %r is version %d again", name, version.number)
         return version.loaded()
 
