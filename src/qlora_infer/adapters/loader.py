@@ -167,11 +167,11 @@ class AdapterLoader:
 
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""
-        with self._cache.loading(checked_name(name)):
-            with self._cache.in_use(self._cache.before(name)) as before:  # should the name be unloaded meanwhile
-                self._read_ahead(before)
-                self._driving.call(self._residency.load, before)
-                version = self._cache.rollback(name)
+        loading = self._cache.loading(checked_name(name))
+        with loading, self._cache.in_use(self._cache.before(name)) as before:  # should the name be unloaded meanwhile
+            self._read_ahead(before)
+            self._driving.call(self._residency.load, before)
+            version = self._cache.rollback(name)
         logger.info("adapter %r is version %d again", name, version.number)
         return version.loaded()
 
