@@ -182,6 +182,22 @@ def test_a_blend_serves_like_any_adapter(engine, tmp_path):
     assert (ties.rank, ties.version) == (4, 2)
 
 
+def test_what_is_in_memory_loads_while_a_source_waits_for_its_turn(tmp_path):
+    """A blend, and tensors, are loaded also while two contents of another name are loaded one after the other."""
+    with fake_engine(backend=FakeEngine(load_seconds=0.3)) as engine:
+        engine.load_adapter("a", write_adapter(tmp_path / "a"))
+        folders = [write_adapter(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+        threads = [threading.Thread(target=engine.load_adapter, args=("other", folder)) for folder in folders]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)  # one is read, the other waits
+        assert engine.load_blend("mix", {"a": 1.0}).version == 1
+        assert engine.load_adapter("tensors", tensors=tensors_of(3), config=CONFIG).version == 1
+        for thread in threads:
+            thread.join()
+        assert engine.adapters["other"].version == 2
+
+
 @pytest.mark.parametrize(
     ("adapters", "arguments", "error", "message"),
     [

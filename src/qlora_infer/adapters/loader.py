@@ -87,23 +87,25 @@ class AdapterLoader:
         expect: str | int | None = None,
     ) -> LoadedAdapter:
         """Prepare and publish, one at a time under each name; equal calls that wait for their turn are one."""
-        call = (checked_name(name), source, weight, allow_pickle)
+        name = checked_name(name)
 
-        def load() -> LoadedAdapter:
+        def load(*waiting: object) -> LoadedAdapter:
             with self._cache.loading(name), self._counting_errors():
                 # Who calls from now on may mean what the source holds from now on.
-                self._waiting.pop(call, None)
+                for call in waiting:
+                    self._waiting.pop(call, None)
                 self._cache.require_version(name, expect)
                 return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), weight=weight, expect=expect)
 
         if expect is not None or not isinstance(source, AdapterSource):
             return load()
+        call = (name, source, weight, allow_pickle)
         mine: Future[LoadedAdapter] = Future()
         first = self._waiting.setdefault(call, mine)
         if first is not mine:
             return first.result()
         try:
-            mine.set_result(load())
+            mine.set_result(load(call))
         except BaseException as error:
             self._waiting.pop(call, None)
             interrupted = AdapterLoadError(name, f"the call that loaded adapter {name!r} was interrupted: try again")
