@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -187,6 +188,59 @@ def test_work_that_outlives_the_engine_leaves_nothing(folders, size, work, monke
         with suppress(EngineClosedError):
             fetch.result(10)
     assert not held._store.exists()
+
+
+def test_who_waits_for_a_copy_hears_that_the_engine_was_closed(folders, size, monkeypatch):
+    """Whether its making had begun, was still to begin, or is asked for afterwards."""
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(*arguments, **keywords):
+        begun.release()
+        go_on.wait(10)
+        return snapshot.take_snapshot(*arguments, **keywords)
+
+    engine = engine_for(size + size // 2)
+    for number in range(7):
+        engine.load_adapter(f"a{number}", folders[number])
+    held = engine._cache._copies
+    versions = [engine._cache.current(f"a{number}") for number in range(6)]
+    monkeypatch.setattr(copies_module, "take_snapshot", slow)
+    ended = []
+
+    def restore(version):
+        try:
+            held.restore(version)
+        except Exception as error:
+            ended.append(type(error))
+
+    threads = [threading.Thread(target=restore, args=(version,)) for version in versions[:5]]
+    for thread in threads:
+        thread.start()
+    for _ in range(copies_module.MAX_FETCHES):
+        assert begun.acquire(timeout=10)
+    while len(held._fetches) < 5:
+        time.sleep(0.01)
+    engine.close()
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    restore(versions[5])
+    assert ended == [EngineClosedError] * 6
+
+
+def test_a_file_that_is_gone_while_it_is_copied_is_told(folders, monkeypatch):
+    """Somebody deletes the folder after it was looked at: the error is the one of a folder that is not there."""
+    copy = snapshot._copy
+
+    def copy_after(source, target, digest):
+        source.unlink(missing_ok=True)
+        return copy(source, target, digest)
+
+    with engine_for(None) as engine:
+        monkeypatch.setattr(snapshot, "_copy", copy_after)
+        with pytest.raises(AdapterNotFoundError, match=r"adapter_config\.json is gone: load the adapter again"):
+            engine.load_adapter("a", folders[0])
+        assert copies(engine) == 0
 
 
 def test_what_rollback_goes_back_to_is_let_go_last(folders, size, tmp_path):

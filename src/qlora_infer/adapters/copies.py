@@ -6,7 +6,7 @@ import contextlib
 import errno
 import shutil
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,10 +139,15 @@ class Copies:
         """Begin to make a copy again; ``None`` where it is there.
 
         The result is an ``AdapterError`` where the source cannot be read, or holds another content now.
+
+        Raises:
+            EngineClosedError: This object was closed.
         """
         with self._lock:
             if version in self._sizes or not isinstance(version.origin, AdapterSource):
                 return None
+            if self._closed:
+                raise _closed()
             if version not in self._fetches:
                 self._fetches[version] = self._pool.submit(self._make_again, version)
             return self._fetches[version]
@@ -152,12 +157,15 @@ class Copies:
 
         Raises:
             AdapterError: What ``fetch`` ends with, or it was not made within ``FETCH_TIMEOUT`` seconds.
+            EngineClosedError: This object was closed, before or meanwhile.
         """
         fetched = self.fetch(version)
         if fetched is None:
             return False
         try:
             fetched.result(FETCH_TIMEOUT)
+        except CancelledError as error:
+            raise _closed() from error
         except TimeoutError as error:
             raise AdapterLoadError(
                 version.name, f"adapter {version.name!r} was not fetched again within {FETCH_TIMEOUT:g} s: try again"
@@ -166,7 +174,8 @@ class Copies:
 
     def close(self) -> None:
         """Begin no more work, and delete what is still being made when that ends."""
-        self._closed = True
+        with self._lock:  # nobody is between asking whether it is closed and beginning
+            self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _make(
@@ -206,6 +215,8 @@ class Copies:
                     self._count(version)
         if not kept:
             self.remove(version)
+            if self._closed:
+                raise _closed()
 
     def _make_same(self, version: AdapterVersion) -> None:
         assert isinstance(version.origin, AdapterSource)

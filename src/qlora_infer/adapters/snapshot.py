@@ -43,15 +43,19 @@ def take_snapshot(adapter: str, source: Path, folder: Path, *, carried: Sequence
         CorruptAdapterError: A file changed while it was copied.
     """
     names = (CONFIG_NAME, WEIGHTS_NAME, *carried)
-    before = _stamps(adapter, source, names)
-    folder.mkdir(parents=True)
     digest = hashlib.sha256()
-    for name in names:
-        if name in carried:
-            digest.update(name.encode())
-        size = _copy(source / name, folder / name, digest)
-        digest.update(size.to_bytes(8, "little"))
-    if _stamps(adapter, source, names) != before:
+    try:
+        before = _stamps(source, names)
+        folder.mkdir(parents=True)
+        for name in names:
+            if name in carried:
+                digest.update(name.encode())
+            size = _copy(source / name, folder / name, digest)
+            digest.update(size.to_bytes(8, "little"))
+        has_changed = _stamps(source, names) != before
+    except FileNotFoundError as error:
+        raise AdapterNotFoundError(adapter, f"{error.filename} is gone: load the adapter again") from error
+    if has_changed:
         raise CorruptAdapterError(adapter, f"{source} changed while it was read: write to a new folder, then load that")
     return Snapshot(folder, digest.hexdigest())
 
@@ -65,11 +69,8 @@ def _copy(source: Path, target: Path, digest: hashlib._Hash) -> int:
     return size
 
 
-def _stamps(adapter: str, source: Path, names: Sequence[str]) -> list[tuple[int, int, int]]:
-    try:
-        stats = [(source / name).stat() for name in names]
-    except FileNotFoundError as error:
-        raise AdapterNotFoundError(adapter, f"{error.filename} is gone: load the adapter again") from error
+def _stamps(source: Path, names: Sequence[str]) -> list[tuple[int, int, int]]:
+    stats = [(source / name).stat() for name in names]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
