@@ -11,9 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_infer import AdapterLoadError, AdapterNotFoundError, CorruptAdapterError, EngineClosedError
+from qlora_infer import (
+    AdapterLoadError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+    CorruptAdapterError,
+    EngineClosedError,
+)
 from qlora_infer.adapters import copies as copies_module
-from qlora_infer.adapters import snapshot
+from qlora_infer.adapters import manifest, snapshot
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 
@@ -228,19 +234,37 @@ def test_who_waits_for_a_copy_hears_that_the_engine_was_closed(folders, size, mo
     assert ended == [EngineClosedError] * 6
 
 
-def test_a_file_that_is_gone_while_it_is_copied_is_told(folders, monkeypatch):
+@pytest.mark.parametrize("step", ["read_manifest", "take_snapshot"])
+@pytest.mark.parametrize("file_name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_is_gone_while_it_is_read_is_told(folders, step, file_name, monkeypatch):
     """Somebody deletes the folder after it was looked at: the error is the one of a folder that is not there."""
-    copy = snapshot._copy
+    before = getattr(copies_module, step)
 
-    def copy_after(source, target, digest):
-        source.unlink(missing_ok=True)
-        return copy(source, target, digest)
+    def without(name, folder, *arguments, **keywords):
+        (folders[0] / file_name).unlink(missing_ok=True)
+        return before(name, folder, *arguments, **keywords)
 
     with engine_for(None) as engine:
-        monkeypatch.setattr(snapshot, "_copy", copy_after)
-        with pytest.raises(AdapterNotFoundError, match=r"adapter_config\.json is gone: load the adapter again"):
+        monkeypatch.setattr(copies_module, step, without)
+        monkeypatch.setattr(manifest, "checked_file", lambda adapter, folder, name: folder / name)  # it was there then
+        with pytest.raises(AdapterNotFoundError, match=f"{file_name} is gone: load the adapter again"):
             engine.load_adapter("a", folders[0])
         assert copies(engine) == 0
+
+
+def test_a_disk_that_fails_is_told(folders, monkeypatch):
+    """What the operating system says is in the message, and what serves goes on serving."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with engine_for(None) as engine:
+        engine.load_adapter("a", folders[0])
+        monkeypatch.setattr(snapshot, "_copy", fail)
+        with pytest.raises(AdapterSourceError, match=r"could not be copied: .*Input/output error"):
+            engine.load_adapter("a", folders[1])
+        assert engine.generate("x", adapter="a")[0].text == "a says: x"
+        assert copies(engine) == 1
 
 
 def test_what_rollback_goes_back_to_is_let_go_last(folders, size, tmp_path):

@@ -266,6 +266,7 @@ class QuantizedLoRAEngine(Displayed):
             AdapterNotFoundError: The source does not exist.
             AdapterAccessError: The source needs a token, or another one.
             AdapterDownloadError: The connection failed.
+            AdapterSourceError: Its files cannot be read.
             MissingDependencyError: The package for this kind of URL is not installed.
             CorruptAdapterError: The files cannot be read.
             UnsafeAdapterError: Reading the files could do harm.

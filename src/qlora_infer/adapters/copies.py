@@ -17,7 +17,14 @@ from qlora_infer.adapters.pickles import convert_pickle
 from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.tensors import check_finite
-from qlora_infer.errors import AdapterLoadError, CorruptAdapterError, EngineClosedError
+from qlora_infer.errors import (
+    AdapterError,
+    AdapterLoadError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+    CorruptAdapterError,
+    EngineClosedError,
+)
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
@@ -89,6 +96,10 @@ class Copies:
                 raise AdapterLoadError(
                     name, f"{self._store} has no room: free some, or start with TMPDIR set to a folder on a larger disk"
                 ) from error
+            if isinstance(error, FileNotFoundError):
+                raise AdapterNotFoundError(name, f"{error.filename} is gone: load the adapter again") from error
+            if isinstance(error, OSError) and not isinstance(error, AdapterError):
+                raise AdapterSourceError(name, f"adapter {name!r} could not be copied: {error}: try again") from error
             raise
         finally:
             self._delete(scratch)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError
+from qlora_infer.errors import CorruptAdapterError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,23 +39,19 @@ def take_snapshot(adapter: str, source: Path, folder: Path, *, carried: Sequence
         carried: The names of those that it has beside its config and weights.
 
     Raises:
-        AdapterNotFoundError: One of the files is gone.
         CorruptAdapterError: A file changed while it was copied.
+        OSError: A file is gone, or cannot be copied.
     """
     names = (CONFIG_NAME, WEIGHTS_NAME, *carried)
+    before = _stamps(source, names)
+    folder.mkdir(parents=True)
     digest = hashlib.sha256()
-    try:
-        before = _stamps(source, names)
-        folder.mkdir(parents=True)
-        for name in names:
-            if name in carried:
-                digest.update(name.encode())
-            size = _copy(source / name, folder / name, digest)
-            digest.update(size.to_bytes(8, "little"))
-        has_changed = _stamps(source, names) != before
-    except FileNotFoundError as error:
-        raise AdapterNotFoundError(adapter, f"{error.filename} is gone: load the adapter again") from error
-    if has_changed:
+    for name in names:
+        if name in carried:
+            digest.update(name.encode())
+        size = _copy(source / name, folder / name, digest)
+        digest.update(size.to_bytes(8, "little"))
+    if _stamps(source, names) != before:
         raise CorruptAdapterError(adapter, f"{source} changed while it was read: write to a new folder, then load that")
     return Snapshot(folder, digest.hexdigest())
 
