@@ -1,5 +1,7 @@
 """Which adapters stay in host memory."""
 
+from concurrent.futures import Future
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_infer.adapters.residency import Residency
-from qlora_infer.errors import AdapterLoadError
+from qlora_infer.errors import AdapterLoadError, AdapterNotFoundError
 
 
 class Version:
@@ -95,7 +97,7 @@ def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_lora
         elif action == "leave" and version in running:
             residency.leave(version)
             running.remove(version)
-        elif action == "load" and version not in memory.inside:
+        elif action == "load":
             residency.load(version)
         elif action == "prefetch":
             residency.prefetch(version)
@@ -106,6 +108,126 @@ def test_adapters_in_use_are_always_in_memory_and_memory_is_bounded(max_cpu_lora
         assert set(running) <= memory.inside
         assert len(memory.inside | memory.being_read) <= max_cpu_loras
         assert all(residency.is_resident(other) for other in memory.inside | memory.being_read)
+
+
+class Disk:
+    """Files that make room for others, and whose sources come and go."""
+
+    def __init__(self):
+        self.copies = set(VERSIONS)
+        self.without_source = set()
+
+    def fetch(self, version):
+        if version in self.copies:
+            return None
+        fetched = Future()
+        try:
+            self.restore(version)
+        except AdapterNotFoundError as error:
+            fetched.set_exception(error)
+        else:
+            fetched.set_result(None)
+        return fetched
+
+    def restore(self, version):
+        if version in self.copies:
+            return False
+        if version in self.without_source:
+            raise AdapterNotFoundError(str(version), "gone")
+        self.copies.add(version)
+        return True
+
+
+class ReadingMemory(Memory):
+    """Reads from a disk: what is not there when a reading begins fails when it is asked for."""
+
+    def __init__(self, disk):
+        super().__init__()
+        self.disk = disk
+        self.failed = set()
+
+    def prefetch_adapter(self, version):
+        super().prefetch_adapter(version)
+        if version not in self.disk.copies:
+            self.failed.add(version)
+
+    def load_adapter(self, version):
+        was_read, has_failed = version in self.being_read, version in self.failed
+        self.being_read.discard(version)
+        self.failed.discard(version)
+        if has_failed or not (was_read or version in self.disk.copies):
+            raise AdapterLoadError(str(version), "no files")
+        super().load_adapter(version)
+
+    def remove_adapter(self, version):
+        super().remove_adapter(version)
+        self.failed.discard(version)
+
+
+@given(
+    max_cpu_loras=st.integers(1, 4),
+    actions=st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["request", "load", "prefetch", "read_on", "drop", "make room", "lose", "find", "refuse", "accept"]
+            ),
+            st.sampled_from(VERSIONS),
+        ),
+        max_size=80,
+    ),
+)
+def test_nothing_is_in_memory_that_is_not_counted(max_cpu_loras, actions):
+    """Whatever fails in between, what is read or loaded is known, and what is in memory needs no file any more."""
+    disk = Disk()
+    memory = ReadingMemory(disk)
+    residency = Residency(memory, disk, max_cpu_loras, max_cpu_loras)
+    for action, version in actions:
+        match action:
+            case "request":
+                was_inside = version in memory.inside
+                try:
+                    residency.enter(version)
+                    for _ in range(2):
+                        residency.read_on()
+                    residency.activate(version)
+                except (AdapterLoadError, AdapterNotFoundError):
+                    assert not was_inside
+                    assert version in memory.refused or version in disk.without_source
+                residency.leave(version)
+            case "load":
+                was_inside = version in memory.inside
+                with suppress(AdapterLoadError, AdapterNotFoundError):
+                    residency.load(version)
+                    was_inside = False
+                assert not was_inside
+            case "prefetch":
+                residency.prefetch(version)
+            case "read_on":
+                residency.read_on()
+            case "drop":
+                residency.drop(version)
+            case "make room":
+                disk.copies.discard(version)
+            case "lose":
+                disk.without_source.add(version)
+            case "find":
+                disk.without_source.discard(version)
+            case "refuse":
+                memory.refused.add(version)
+            case "accept":
+                memory.refused.discard(version)
+        there = memory.inside | memory.being_read
+        assert len(there) <= max_cpu_loras
+        assert all(residency.is_resident(other) for other in there)
+
+
+def test_what_is_in_memory_is_not_read_again():
+    """Going back to a version that requests still run on costs no reading."""
+    memory, a = Memory(), Version("a")
+    residency = Residency(memory, Files(), 2, 1)
+    for _ in range(2):
+        residency.load(a)
+    assert memory.loads == 1
 
 
 def test_a_prefetched_adapter_is_finished_when_it_is_needed():

@@ -474,6 +474,20 @@ def test_a_name_that_is_unloaded_during_a_rollback_leaves_nothing(tmp_path):
         assert not before.path.exists()
 
 
+def test_a_pin_ends_with_a_name_that_is_unloaded_before_it_began(tmp_path):
+    """The places in host memory are not fewer for a name that nobody has any more."""
+    with fake_engine(backend=FakeEngine(load_seconds=0.5), max_loras=1, max_cpu_loras=2) as engine:
+        for name in ("a", "b"):
+            engine.load_adapter(name, write_adapter(tmp_path / name))
+        engine.load_adapter("c", write_adapter(tmp_path / "c"))  # a is in host memory no more
+        thread = threading.Thread(target=engine.pin, args=("a",))
+        thread.start()
+        time.sleep(0.2)  # while it is read
+        engine.unload_adapter("a")
+        thread.join(10)
+        engine.pin("b")
+
+
 def test_names_that_are_gone_leave_no_locks(engine, tmp_path):
     """A service that loads ever new names, well or badly, keeps nothing of them."""
     source = write_adapter(tmp_path / "source")

@@ -182,6 +182,8 @@ class AdapterLoader:
         with self._cache.in_use(name) as version:
             self._read_ahead(version)
             self._driving.call(self._residency.pin, version)
+        if self._cache.current(version.name) is None:  # it was unloaded before it was pinned
+            self._unpin(version.name)
 
     def unpin(self, name: str) -> None:
         """Let an adapter leave host memory again."""
@@ -191,8 +193,7 @@ class AdapterLoader:
     def unload(self, name: str) -> None:
         """Forget a name, and that it was pinned."""
         self._cache.unload(name)
-        with contextlib.suppress(EngineClosedError, EngineDeadError):
-            self._driving.call(self._residency.unpin, name)
+        self._unpin(name)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to read adapters into host memory, as far as there is room."""
@@ -230,6 +231,10 @@ class AdapterLoader:
             if time.monotonic() > deadline:
                 raise AdapterLoadError(version.name, f"adapter {version.name!r} was not read within {READ_TIMEOUT:g} s")
             time.sleep(READ_POLL)
+
+    def _unpin(self, name: str) -> None:
+        with contextlib.suppress(EngineClosedError, EngineDeadError):
+            self._driving.call(self._residency.unpin, name)
 
     def _forget(self, version: AdapterVersion) -> None:
         """Take what did not come to serve out of memory."""

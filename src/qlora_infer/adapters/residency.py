@@ -116,7 +116,7 @@ class Residency:
                 f"{self._max_loras} of them are for adapters that run, and {len(self._pinned)} are pinned "
                 "(raise max_cpu_loras, or unpin one)",
             )
-        if version not in self._resident or version in self._prefetched:
+        if not self._is_in_memory(version):
             self.load(version)
         self._pinned = pinned
 
@@ -151,7 +151,7 @@ class Residency:
         return version is None or version not in self._prefetched or version in self._read
 
     def activate(self, version: AdapterVersion | None) -> bool:
-        """Load the adapter of a request that runs now, after ``enter``.
+        """Have the adapter of a request in memory that runs now, after ``enter``.
 
         Returns:
             Whether the adapter has to be moved into a slot first.
@@ -161,10 +161,7 @@ class Residency:
         """
         if version is None:
             return False
-        if version in self._resident and version not in self._prefetched:
-            self._resident.move_to_end(version)
-        else:
-            self.load(version)
+        self.load(version)
         is_swap = version not in self._in_slots
         self._in_slots[version] = None
         self._in_slots.move_to_end(version)
@@ -183,24 +180,30 @@ class Residency:
             del self._num_running[version]
 
     def load(self, version: AdapterVersion) -> None:
-        """Load an adapter, and evict what is then too much; raises ``AdapterLoadError``.
+        """Load an adapter that is not in memory, and evict what is then too much; raises ``AdapterLoadError``.
 
         When nothing else may leave, the new adapter itself does: that it loads has been seen, and it is loaded once
         more when one of its requests starts. Files are waited for only where nobody began to fetch them before.
         """
+        if self._is_in_memory(version):
+            self._resident.move_to_end(version)
+            return
         began = time.monotonic()
         failure = self._failed.get(version)
+        is_being_read = version in self._prefetched and version not in self._fetched
         self._forget_reading(version)
         self._leave_memory(version)
         if failure is not None:
             raise failure
-        was_made_again = self._files.restore(version)
+        if not is_being_read:
+            self._files.restore(version)
         try:
             self._memory.load_adapter(version)
         except AdapterLoadError:
-            if not was_made_again:
+            # Its files may have made room for others before they were read.
+            if not is_being_read or not self._files.restore(version):
                 raise
-            self._memory.load_adapter(version)  # a reading had begun when its files made room for others
+            self._memory.load_adapter(version)
         self.recorder.loaded(version.name, time.monotonic() - began)
         self._take_in(version)
 
@@ -239,6 +242,10 @@ class Residency:
         self._failed.clear()
         self.recorder.emptied()
         return resident
+
+    def _is_in_memory(self, version: AdapterVersion) -> bool:
+        """Whether its reading has ended well, and it was loaded."""
+        return version in self._resident and version not in self._prefetched
 
     def _has_room_for(self, version: AdapterVersion) -> bool:
         staying = [other for other in self._resident if not self._may_leave(other)]

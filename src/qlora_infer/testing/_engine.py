@@ -215,6 +215,7 @@ class FakeEngine:
         began = self._prefetched.pop(version.int_id, time.monotonic())
         time.sleep(max(0.0, began + self._load_seconds - time.monotonic()))
         if version.name in self._refused:
+            self._loaded.pop(version.int_id, None)
             raise AdapterLoadError(
                 version.name, f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}"
             )
