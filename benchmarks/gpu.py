@@ -57,6 +57,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ours-env", nargs="*", default=[], metavar="NAME=VALUE", help="of ours only")
     parser.add_argument("--memory", type=float, default=0.35, help="gpu_memory_utilization of each side")
+    parser.add_argument(
+        "--device", default="cuda", choices=["cuda", "cpu"], help="cpu to try it out, and to count steps"
+    )
     parser.add_argument("--pause", action="store_true", help="instead: what others feel while adapters are loaded")
     parsed = parser.parse_args(arguments)
     parsed.num_adapters = max(parsed.adapters)
@@ -69,7 +72,7 @@ def main() -> None:
     """Print the tables."""
     arguments = parse()
     deadline = time.monotonic() + 60 * arguments.minutes
-    startup.set_environment(device="cuda")
+    startup.set_environment(device=arguments.device)
     tokenizer = arguments.tokenizer or common.model_for("none")
     print(f"{common.machine()}; {title(arguments)}", flush=True)
     sizes = arguments.num_adapters, arguments.rank
@@ -99,8 +102,9 @@ def limits(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_model_len": 4 * arguments.tokens,
         "max_num_seqs": arguments.seqs,
         "enable_prefix_caching": False,
-        "gpu_memory_utilization": arguments.memory,
     }
+    if arguments.device == "cuda":
+        given["gpu_memory_utilization"] = arguments.memory
     return given if arguments.quantization == "bitsandbytes" else {**given, "load_format": "dummy"}
 
 
@@ -111,7 +115,7 @@ def start(
     given, quantization = limits(arguments), arguments.quantization
     if side == "plain":
         # As ours starts, so that only this library differs.
-        given = startup.with_defaults(given, device="cuda", startup=arguments.startup)
+        given = startup.with_defaults(given, device=arguments.device, startup=arguments.startup)
         return common.Plain(model, quantization, adapters, disable_log_stats=False, **given)
     if side == "example":
         del given["max_cpu_loras"]
@@ -217,7 +221,8 @@ def measure_pause(model: Path, adapters: Mapping[str, Path], arguments: argparse
     """Print the table of load_pause.py."""
     arguments.slots = 1
     given = {**limits(arguments), "max_model_len": 8192}
-    plain = common.Plain(model, arguments.quantization, adapters, **startup.with_defaults(given, device="cuda"))
+    given_plain = startup.with_defaults(given, device=arguments.device)
+    plain = common.Plain(model, arguments.quantization, adapters, **given_plain)
     ours = common.Ours(model, arguments.quantization, {}, **given)
     sides: dict[str, load_pause.Side] = {
         "plain vLLM": load_pause.PlainSide(plain),

@@ -7,12 +7,15 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from attrs import asdict, frozen
 from many_adapters import orders
+
+from qlora_infer.startup import LARGEST_GRAPH
 
 #: How many times as often a cell is run that has fewer requests than the most: its runs are short, and so uncertain.
 OFTEN = 4
@@ -85,6 +88,8 @@ class Run:
         swaps_per_second: Moves of an adapter into a slot by the same time.
         num_steps: Steps that all took; which tells a scheduler's work apart from a machine's noise.
         num_first_steps: Steps that gave a request its first token. They have prompts, and take longer than others.
+        num_large_steps: Of these, those with prompts of ``LARGEST_GRAPH`` tokens or more. With what decodes beside,
+            that is more than there is a CUDA graph for.
         first_token_median: From the moment that all requests were added; so it has the time that they waited.
         first_token_p99: What 99 of 100 were faster than.
         gap_median: Of the times between the ends of steps, each of which gives every running request a token.
@@ -95,6 +100,7 @@ class Run:
     swaps_per_second: float
     num_steps: float
     num_first_steps: float
+    num_large_steps: float
     first_token_median: float
     first_token_p99: float
     gap_median: float
@@ -174,13 +180,17 @@ class Timed:
         outputs = self._side.run(texts, params, names)
         seconds = time.monotonic() - began
         num_swaps = self._side.num_swaps - swaps_before
+        prompts_of_steps = Counter(map(_first_token, outputs))
         waits = [1e3 * (_first_token(output) - began) for output in outputs]
         gaps = [1e3 * (later - earlier) for earlier, later in itertools.pairwise(list(self._ends))]
         return Run(
             tokens_per_second=sum(map(_num_tokens, outputs)) / seconds,
             swaps_per_second=num_swaps / seconds,
             num_steps=float(len(self._ends)),
-            num_first_steps=float(len(set(map(_first_token, outputs)))),
+            num_first_steps=float(len(prompts_of_steps)),
+            num_large_steps=float(
+                sum(number * self._num_tokens >= LARGEST_GRAPH for number in prompts_of_steps.values())
+            ),
             first_token_median=statistics.median(waits),
             first_token_p99=p99(waits),
             gap_median=statistics.median(gaps or [math.nan]),

@@ -19,7 +19,7 @@ from runs import Cell
 
 HEADER = (
     *("model", "adapters", "order", "pairs", "swaps/s: plain", "ours", "steps: plain", "ours"),
-    *("tokens/s: plain", "ours", "ours / plain"),
+    *("without a graph: plain", "ours", "tokens/s: plain", "ours", "ours / plain"),
 )
 SIDES = ("plain", "ours")
 
@@ -50,11 +50,16 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[Sequence[object]]:
 
 
 def _measured(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[object]:
-    names = ("swaps_per_second", "num_steps", "tokens_per_second")
-    medians = [statistics.median(run[name] for run in sides[side]) for name in names for side in SIDES]
+    names = ("swaps_per_second", "num_steps", "num_large_steps", "tokens_per_second")
+    medians = [_median(run.get(name) for run in sides[side]) for name in names for side in SIDES]
     pairs = list(zip(sides["plain"], sides["ours"], strict=False))  # the last pair may have been cut off
     ratio = statistics.median(ours["tokens_per_second"] / plain["tokens_per_second"] for plain, ours in pairs)
     return [len(pairs), *medians, ratio]
+
+
+def _median(values: Iterable[float | None]) -> float | str:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else "-"  # runs of before it was counted
 
 
 if __name__ == "__main__":

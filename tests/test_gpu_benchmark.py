@@ -158,6 +158,17 @@ def test_swaps_and_steps_are_counted_in_each_run(load, tmp_path):
     assert run.swaps_per_second >= 1 / (time.monotonic() - began)
     assert run.num_steps >= 10
     assert run.num_first_steps == 2
+    assert run.num_large_steps == 0
+
+
+def test_steps_are_large_by_their_prompts(load, tmp_path):
+    """A step of one prompt has a graph with 300 tokens, and none with 600."""
+    runs = load("runs")
+    side = FakeSide(tmp_path, 0, [], "ours")
+    side.engine.close()
+    side.engine = fake_engine(backend=side.stepped, engine_args={"max_num_seqs": 1})
+    found = [runs.Timed(side, num_tokens, prompts).run(runs.Cell(0, 3), num_tokens=1) for num_tokens in (300, 600)]
+    assert [(run.num_first_steps, run.num_large_steps) for run in found] == [(3, 0), (3, 3)]
     side.engine.close()
 
 
@@ -173,7 +184,7 @@ def test_a_share_of_the_order_sorted_by_hand_is_of_the_same_turn(load, capsys):
 
         def run(self, cell):
             speed = self._speeds[cell.order].pop(0) * (2 if cell.order == "sorted by hand" else 1)
-            return runs.Run(speed, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+            return runs.Run(speed, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
     sides = ("plain", Drifting(100.0)), ("ours", Drifting(150.0))
     cells = [runs.Cell(4, 8, order) for order in ("sorted by hand", "shuffled")]
@@ -295,7 +306,7 @@ def test_the_table_of_swap_rates_has_a_row_for_each_model_number_and_order(load)
         ]
 
     lines = [
-        *runs(0, [(100.0, 0.5)], [(110.0, 0.5)]),
+        *runs(0, [(100.0, 0.5)], [(110.0, 0.5)], num_large_steps=9.0),
         *runs(32, [(100.0, 4.0), (50.0, 2.0), (80.0, 3.0)], [(200.0, 1.0), (50.0, 2.0), (120.0, 1.5)]),
         *runs(32, [(10.0, 4.0)], [(20.0, 3.0)], is_cold=True),
         *runs(32, [(1.0, 1.0)], [(1.0, 1.0)], num_requests=64),
@@ -304,7 +315,7 @@ def test_the_table_of_swap_rates_has_a_row_for_each_model_number_and_order(load)
         runs(128, [(1.0, 1.0)], [(1.0, 1.0)])[0],  # the end came before the other side's turn
     ]
     assert load("swap_table").rows(lines) == [
-        ("1.1B awq", "base", "-", 1, 0.5, 0.5, 200.0, 200.0, 100.0, 110.0, 1.1),
-        ("1.1B awq", 32, "shuffled", 3, 3.0, 1.5, 100 / 3, 100 / 1.5, 80.0, 120.0, 1.5),
-        ("1.1B awq", 32, "shuffled, from disk", 1, 4.0, 3.0, 25.0, 100 / 3, 10.0, 20.0, 2.0),
+        ("1.1B awq", "base", "-", 1, 0.5, 0.5, 200.0, 200.0, 9.0, 9.0, 100.0, 110.0, 1.1),
+        ("1.1B awq", 32, "shuffled", 3, 3.0, 1.5, 100 / 3, 100 / 1.5, "-", "-", 80.0, 120.0, 1.5),
+        ("1.1B awq", 32, "shuffled, from disk", 1, 4.0, 3.0, 25.0, 100 / 3, "-", "-", 10.0, 20.0, 2.0),
     ]
