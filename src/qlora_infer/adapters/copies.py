@@ -98,7 +98,7 @@ class Copies:
                 ) from error
             if isinstance(error, FileNotFoundError):
                 raise AdapterNotFoundError(name, f"{error.filename} is gone: load the adapter again") from error
-            if isinstance(error, OSError) and not isinstance(error, AdapterError):
+            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, AdapterError):
                 raise AdapterSourceError(name, f"adapter {name!r} could not be copied: {error}: try again") from error
             raise
         finally:
