@@ -155,20 +155,30 @@ def test_a_copy_that_comes_back_is_made_once(folders, size):
         assert all(seen)
 
 
-@pytest.mark.parametrize("work", ["load", "fetch"])
-def test_work_that_outlives_the_engine_leaves_nothing(folders, size, work, monkeypatch):
-    """A copy that is being made when the engine is closed is deleted when it is done, and so is its folder."""
-    begun, go_on = threading.Event(), threading.Event()
+@pytest.fixture
+def slow_copies(monkeypatch):
+    """From when it is called, each copy that is begun releases the semaphore, and waits for the event."""
+    begun, go_on = threading.Semaphore(0), threading.Event()
 
     def slow(*arguments, **keywords):
-        begun.set()
+        begun.release()
         go_on.wait(10)
         return snapshot.take_snapshot(*arguments, **keywords)
 
+    def begin():
+        monkeypatch.setattr(copies_module, "take_snapshot", slow)
+        return begun, go_on
+
+    return begin
+
+
+@pytest.mark.parametrize("work", ["load", "fetch"])
+def test_work_that_outlives_the_engine_leaves_nothing(folders, size, work, slow_copies):
+    """A copy that is being made when the engine is closed is deleted when it is done, and so is its folder."""
     engine = engine_for(size + size // 2)
     for number in range(2):
         engine.load_adapter(f"a{number}", folders[number])
-    monkeypatch.setattr(copies_module, "take_snapshot", slow)
+    begun, go_on = slow_copies()
     ended = []
 
     def load():
@@ -183,7 +193,7 @@ def test_work_that_outlives_the_engine_leaves_nothing(folders, size, work, monke
         thread.start()
     else:
         fetch = held.fetch(engine._cache.current("a0"))
-    assert begun.wait(10)
+    assert begun.acquire(timeout=10)
     engine.close()
     assert not held._store.exists()
     go_on.set()
@@ -196,21 +206,14 @@ def test_work_that_outlives_the_engine_leaves_nothing(folders, size, work, monke
     assert not held._store.exists()
 
 
-def test_who_waits_for_a_copy_hears_that_the_engine_was_closed(folders, size, monkeypatch):
+def test_who_waits_for_a_copy_hears_that_the_engine_was_closed(folders, size, slow_copies):
     """Whether its making had begun, was still to begin, or is asked for afterwards."""
-    begun, go_on = threading.Semaphore(0), threading.Event()
-
-    def slow(*arguments, **keywords):
-        begun.release()
-        go_on.wait(10)
-        return snapshot.take_snapshot(*arguments, **keywords)
-
     engine = engine_for(size + size // 2)
     for number in range(7):
         engine.load_adapter(f"a{number}", folders[number])
     held = engine._cache._copies
     versions = [engine._cache.current(f"a{number}") for number in range(6)]
-    monkeypatch.setattr(copies_module, "take_snapshot", slow)
+    begun, go_on = slow_copies()
     ended = []
 
     def restore(version):

@@ -6,16 +6,15 @@ import shutil
 import threading
 from collections import Counter
 
-import numpy as np
 import pytest
+from test_versions import CONFIG, tensors_of
 
 from qlora_infer import EngineClosedError, QLoRAInferError
-from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
+from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 NAMES = "abcde"
 NUM_FOLDERS, NUM_THREADS, NUM_CALLS = 5, 6, 150
 WRITING = threading.Lock()
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
 class Traffic:
@@ -24,11 +23,7 @@ class Traffic:
     def __init__(self, engine, backend, folders, seed, *, may_die):
         self.engine, self.backend, self.folders, self.may_die = engine, backend, folders, may_die
         self.random = random.Random(seed)
-        self.tensors = {
-            f"base_model.model.{name}.lora_{factor}.weight": np.full(shape, seed, np.float32)
-            for name, (in_features, out_features) in TINY_MODEL.items()
-            for factor, shape in (("A", (4, in_features)), ("B", (out_features, 4)))
-        }
+        self.tensors = tensors_of(seed)
 
     def call(self):
         """One call; raises what it raises."""

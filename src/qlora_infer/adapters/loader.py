@@ -89,11 +89,10 @@ class AdapterLoader:
         """Prepare and publish, one at a time under each name; equal calls that wait for their turn are one."""
         name = checked_name(name)
 
-        def load(*waiting: object) -> LoadedAdapter:
+        def load(call: object = None) -> LoadedAdapter:
             with self._cache.loading(name), self._counting_errors():
                 # Who calls from now on may mean what the source holds from now on.
-                for call in waiting:
-                    self._waiting.pop(call, None)
+                self._waiting.pop(call, None)
                 self._cache.require_version(name, expect)
                 return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), weight=weight, expect=expect)
 
