@@ -1,6 +1,7 @@
 """An adapter's files are read as PEFT writes them and as vLLM reads them, whatever else may stand in them."""
 
 import json
+import re
 import shutil
 import struct
 import tracemalloc
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from qlora_infer.adapters.manifest import read_manifest
 from qlora_infer.adapters.peft_config import MAX_MATCHES
 from qlora_infer.adapters.preflight import ModuleShape, check
-from qlora_infer.adapters.tensors import check_finite
+from qlora_infer.adapters.tensors import check_finite, read_header
 from qlora_infer.errors import AdapterError, AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.testing import TINY_MODEL, write_adapter
 
@@ -421,6 +422,22 @@ def test_hostile_sizes_are_never_allocated(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("num_layers", [2, 8000])
+def test_a_header_that_was_seen_before_is_checked_against_its_own_file(num_layers, tmp_path):
+    """An adapter like one that was read, but a byte short, is refused by its own name and path, however large the header."""
+    modules = {f"model.layers.{layer}.mlp.up_proj": (1, 1) for layer in range(num_layers)}
+    sound = write_adapter(tmp_path / "sound", modules=modules, rank=1) / WEIGHTS
+    short = write_adapter(tmp_path / "short", modules=modules, rank=1, seed=1) / WEIGHTS
+    entries = read_header("sound", sound)
+    assert read_header("short", short) == entries
+    short.write_bytes(short.read_bytes()[:-1])
+    for _ in range(2):
+        with pytest.raises(CorruptAdapterError, match=f"{re.escape(str(short))} is not a whole") as refused:
+            read_header("short", short)
+        assert refused.value.adapter == "short"
+    assert read_header("sound", sound) == entries
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from types import MappingProxyType
+from typing import TYPE_CHECKING, BinaryIO
 
-from attrs import frozen
+from attrs import field, frozen
 
 from qlora_infer.adapters.peft_config import parse_json
 from qlora_infer.errors import CorruptAdapterError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_DIMENSION = 1 << 31
+#: Larger headers are not remembered.
+_MAX_KNOWN_BYTES = 1 << 20
 
 #: Bytes per number of the format's dtypes.
 _SIZES = {
@@ -59,7 +63,7 @@ class TensorEntry:
         return self.dtype in _FLOATING
 
 
-def read_header(adapter: str, path: Path) -> dict[str, TensorEntry]:
+def read_header(adapter: str, path: Path) -> Mapping[str, TensorEntry]:
     """Read a file's header and check that it describes the file exactly: no hole, no overlap, no byte missing.
 
     Raises:
@@ -108,46 +112,71 @@ def _is_finite(numbers: np.ndarray) -> bool:
     return bool((abs(numbers) <= _LARGEST).all())  # false of NaN, too
 
 
-def _read(adapter: str, path: Path) -> tuple[dict[str, TensorEntry], int]:
+def _read(adapter: str, path: Path) -> tuple[Mapping[str, TensorEntry], int]:
     """The header, and where the tensors begin."""
-
-    def corrupt(what: str) -> CorruptAdapterError:
-        return CorruptAdapterError(adapter, f"{path} is not a whole safetensors file: {what}")
-
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise corrupt(f"its header ends at byte {8 + length} of {size}")
+            raise _corrupt(adapter, path, f"its header ends at byte {8 + length} of {size}")
         if length > MAX_HEADER_BYTES:
-            raise corrupt(f"its header has {length} bytes, {MAX_HEADER_BYTES} are allowed")
-        header = parse_json(adapter, path, file.read(length))
-    if not isinstance(header, dict):
-        raise corrupt("its header is no object")
-    header.pop("__metadata__", None)
-    if not header:
-        raise corrupt("it holds no tensors")
-    if len(header) > MAX_TENSORS:
-        raise corrupt(f"it holds {len(header)} tensors, {MAX_TENSORS} are allowed")
-    entries = {name: _entry(name, value, corrupt) for name, value in header.items()}
-    _check_layout(entries, size - 8 - length, corrupt)
-    return entries, 8 + length
+            raise _corrupt(adapter, path, f"its header has {length} bytes, {MAX_HEADER_BYTES} are allowed")
+        header = _Header(file.read(length), size - 8 - length, adapter, path)
+    parse = _known_entries if length <= _MAX_KNOWN_BYTES else _entries
+    return parse(header), 8 + length
 
 
-def _entry(name: str, value: object, corrupt: Any) -> TensorEntry:
+@frozen
+class _Header:
+    """A header's bytes and how many are behind it: whatever file two equal ones are from, they say the same."""
+
+    content: bytes
+    num_bytes: int
+    adapter: str = field(eq=False)
+    path: Path = field(eq=False)
+
+    def corrupt(self, what: str) -> CorruptAdapterError:
+        return _corrupt(self.adapter, self.path, what)
+
+
+def _corrupt(adapter: str, path: Path, what: str) -> CorruptAdapterError:
+    return CorruptAdapterError(adapter, f"{path} is not a whole safetensors file: {what}")
+
+
+def _entries(header: _Header) -> Mapping[str, TensorEntry]:
+    """Each tensor by its name, in the order of the header."""
+    parsed = parse_json(header.adapter, header.path, header.content)
+    if not isinstance(parsed, dict):
+        raise header.corrupt("its header is no object")
+    parsed.pop("__metadata__", None)
+    if not parsed:
+        raise header.corrupt("it holds no tensors")
+    if len(parsed) > MAX_TENSORS:
+        raise header.corrupt(f"it holds {len(parsed)} tensors, {MAX_TENSORS} are allowed")
+    entries = {name: _entry(name, value, header) for name, value in parsed.items()}
+    _check_layout(entries, header)
+    return MappingProxyType(entries)
+
+
+# Adapters of one training script have equal headers: parsed again for each, beside the steps, one of 308 tensors held
+# Python's lock for 3.6 ms, half of all that reading such an adapter holds it.
+_known_entries = lru_cache(maxsize=16)(_entries)
+
+
+def _entry(name: str, value: object, header: _Header) -> TensorEntry:
     shown = name[:120]
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise corrupt(f"{shown} needs dtype, shape and data_offsets")
+        raise header.corrupt(f"{shown} needs dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _SIZES:
-        raise corrupt(f"{shown} has the unknown dtype {str(dtype)[:40]!r}")
+        raise header.corrupt(f"{shown} has the unknown dtype {str(dtype)[:40]!r}")
     if not _is_sizes(shape) or len(shape) > 8:
-        raise corrupt(f"{shown} has the shape {str(shape)[:40]}")
+        raise header.corrupt(f"{shown} has the shape {str(shape)[:40]}")
     if not _is_sizes(offsets, limit=1 << 62) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise corrupt(f"{shown} has the data_offsets {str(offsets)[:60]}")
+        raise header.corrupt(f"{shown} has the data_offsets {str(offsets)[:60]}")
     entry = TensorEntry(dtype, tuple(shape), *offsets)
     if entry.num_bytes != math.prod(shape) * _SIZES[dtype]:
-        raise corrupt(f"{shown} has {entry.num_bytes} bytes for {list(shape)} of {dtype}")
+        raise header.corrupt(f"{shown} has {entry.num_bytes} bytes for {list(shape)} of {dtype}")
     return entry
 
 
@@ -155,11 +184,11 @@ def _is_sizes(value: object, limit: int = MAX_DIMENSION) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= limit for item in value)
 
 
-def _check_layout(entries: Mapping[str, TensorEntry], num_bytes: int, corrupt: Any) -> None:
+def _check_layout(entries: Mapping[str, TensorEntry], header: _Header) -> None:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
-            raise corrupt(f"{name[:120]} begins at byte {entry.start}, the tensor before it ends at {end}")
+            raise header.corrupt(f"{name[:120]} begins at byte {entry.start}, the tensor before it ends at {end}")
         end = entry.stop
-    if end != num_bytes:
-        raise corrupt(f"its tensors have {end} bytes, the file holds {num_bytes}")
+    if end != header.num_bytes:
+        raise header.corrupt(f"its tensors have {end} bytes, the file holds {header.num_bytes}")
