@@ -15,7 +15,7 @@
 #   two       tests/gpu on two GPUs, tensor_parallel_size=2: 4 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
 #   graphs    CUDA graphs of decoding steps only, against those of all: 5 minutes
-#   sizes     CUDA graphs for steps of up to 4096 tokens, against those of up to 512: 5 minutes
+#   sizes     CUDA graphs for steps of up to 512 tokens, against those of up to 4096, 8 billion parameters: 5 minutes
 #   tuning    settings of vLLM that may pay, a profile of each, ours and vLLM's kernels: 10 minutes
 #
 # Without a part: tests 8b. Needs a python3 with vLLM's CUDA build, vllm-bnb-plugin, pytest, pytest-timeout and peft, and
@@ -84,8 +84,9 @@ for name in ${@:-tests 8b}; do
         --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=0
       ;;
     sizes)
-      bench sizes 300 --shape 1.1B --quantization awq --adapters 8 32 --requests 512 --against ours --minutes 4 \
-        --ours-args '{"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096]}'
+      bench sizes 300 --shape 8B --quantization gptq --adapters 8 32 --requests 512 --repeats 1 --against ours --minutes 4 \
+        --ours-args "{\"cudagraph_capture_sizes\": $(python3 -c 'from qlora_infer.startup import GRAPH_SIZES as sizes; print([size for size in sizes if size <= 512])')}"
+      grep -h 'Graph capturing finished\|GPU KV cache size' "$OUT/sizes.log" | cut -c1-250
       ;;
     tuning)
       for kernels in auto vllm; do

@@ -46,7 +46,7 @@ def test_on_a_cpu_the_kv_cache_takes_what_is_there(monkeypatch):
 
 
 def test_on_a_gpu_steps_are_captured_and_nothing_compiled(caplog):
-    """By default: CUDA graphs of all steps up to 512 tokens, no torch.compile, and never FULL; it is logged."""
+    """By default: CUDA graphs of all steps up to 4096 tokens, no torch.compile, and never FULL; it is logged."""
     with caplog.at_level(logging.INFO, "qlora_infer"):
         chosen = startup.with_defaults({"model": "m", "max_num_seqs": 32}, device="cuda")
     assert chosen == {
@@ -55,7 +55,7 @@ def test_on_a_gpu_steps_are_captured_and_nothing_compiled(caplog):
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_AND_PIECEWISE",
-            "cudagraph_capture_sizes": startup.graph_sizes(32),
+            "cudagraph_capture_sizes": startup.graph_sizes({"max_num_seqs": 32}),
         },
     }
     assert 'startup="fast"' in caplog.text
@@ -68,12 +68,12 @@ def test_compiled_is_vllms_own_default(caplog):
     assert "minutes" in caplog.text
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 3, 64, 100, 512])
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 64, 100, 512, 1000])
 def test_every_decoding_batch_has_a_graph(max_num_seqs):
     """Also the full one: vLLM does not decode in graphs of more than max_num_seqs."""
-    sizes = startup.graph_sizes(max_num_seqs)
+    sizes = startup.graph_sizes({"max_num_seqs": max_num_seqs})
     assert max_num_seqs in sizes
-    assert sizes[-1] == 512
+    assert sizes[-1] == 4096
 
 
 def test_vllm_is_told_of_breakable_graphs_while_such_an_engine_starts(monkeypatch):
@@ -94,15 +94,30 @@ def test_vllm_is_told_of_breakable_graphs_while_such_an_engine_starts(monkeypatc
     assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "0"
 
 
-def test_graphs_are_as_large_as_vllms_and_fewer():
-    """Where vLLM would capture 51 sizes up to 512, 23 are captured; from 8 on, none is more than twice the one before.
+def test_graphs_are_larger_than_vllms_and_fewer():
+    """Where vLLM would capture 51 sizes up to 512, 35 are captured up to 4096, 23 of them up to 512.
 
     Over 32, a batch is padded by less than a quarter.
     """
-    sizes = startup.graph_sizes(None)
-    assert sizes == startup.graph_sizes(1024)
-    assert (len(sizes), sizes[-1]) == (23, 512)
+    sizes = startup.graph_sizes({})
+    assert sizes == startup.graph_sizes({"max_num_seqs": 1024})
+    assert (len(sizes), sizes[-1], sizes[22]) == (35, 4096, 512)
     assert all(larger <= 1.25 * smaller + 1 for smaller, larger in zip(sizes, sizes[1:]) if smaller >= 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "largest"),
+    [
+        ({"max_num_batched_tokens": 2048}, 2048),
+        ({"max_num_batched_tokens": 3000}, 3000),
+        ({"max_num_batched_tokens": 8192, "max_model_len": 512, "max_num_seqs": 2}, 4096),
+        ({"max_model_len": 512, "max_num_seqs": 2}, 1024),
+        ({"max_model_len": 512}, 4096),
+    ],
+)
+def test_no_graph_is_larger_than_a_step_can_be(given, largest):
+    """vLLM would take it out, and warn of it; the largest step has one where it is not over 4096 tokens."""
+    assert startup.graph_sizes(given)[-1] == largest
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -22,11 +22,16 @@ KERNELS_KEY = "qlora_infer_lora_kernels"
 #: On so few cores none is left idle for vLLM's own loop.
 FEW_CORES = 2
 
-#: The largest step that vLLM captures a CUDA graph for by itself (``vllm/config/vllm.py``; Blackwell's is larger).
-LARGEST_GRAPH = 512
+#: The largest step that there is a CUDA graph for. vLLM's own end at 512 tokens (``vllm/config/vllm.py``; Blackwell's
+#: are larger), which eight prompts of 64 fill: a larger step waits for its host to launch it, kernel by kernel.
+LARGEST_GRAPH = 4096
 #: A step runs in the next larger graph. Each takes some 0.1 s at the start, twice: with adapters and without. So these
 #: grow with the step, by a quarter at most; vLLM's own go on in steps of 8 and 16.
-GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, LARGEST_GRAPH, 64))
+GRAPH_SIZES = (
+    *(1, 2, 4, *range(8, 64, 8)),
+    *(size for half in (64, 128, 256, 512, 1024, 2048) for size in range(half, 2 * half, half // 4)),
+    LARGEST_GRAPH,
+)
 
 #: vLLM's switch for graphs that are captured without torch.compile, around the attention, which runs by itself
 #: (``vllm/compilation/breakable_cudagraph.py`` in 0.32). It is an environment variable only.
@@ -84,7 +89,7 @@ def with_defaults(engine_args: Mapping[str, Any], *, device: str, startup: Start
     if os.environ.get(BREAKABLE) == "0":
         compilation_config["cudagraph_mode"] = "FULL_DECODE_ONLY"
     if not GRAPH_SIZE_ARGS & engine_args.keys():
-        compilation_config["cudagraph_capture_sizes"] = graph_sizes(engine_args.get("max_num_seqs"))
+        compilation_config["cudagraph_capture_sizes"] = graph_sizes(engine_args)
     return {**engine_args, "compilation_config": compilation_config}
 
 
@@ -105,9 +110,18 @@ def with_kernels(engine_args: Mapping[str, Any], lora_kernels: LoraKernels, *, d
     return {**engine_args, "additional_config": additional_config}
 
 
-def graph_sizes(max_num_seqs: int | None) -> list[int]:
-    """How many tokens of a step there are CUDA graphs for; one is for ``max_num_seqs`` requests that decode."""
-    return sorted({*GRAPH_SIZES, min(max_num_seqs or LARGEST_GRAPH, LARGEST_GRAPH), LARGEST_GRAPH})
+def graph_sizes(engine_args: Mapping[str, Any]) -> list[int]:
+    """How many tokens of a step there are CUDA graphs for; one is for ``max_num_seqs`` requests that decode.
+
+    None is larger than a step can be, as far as the arguments tell.
+    """
+    max_num_seqs = engine_args.get("max_num_seqs")
+    most = engine_args.get("max_num_batched_tokens")
+    if not most and max_num_seqs and engine_args.get("max_model_len"):
+        most = max_num_seqs * engine_args["max_model_len"]
+    largest = min(most or LARGEST_GRAPH, LARGEST_GRAPH)
+    sizes = {size for size in GRAPH_SIZES if size < largest}
+    return sorted(sizes | {largest, min(max_num_seqs or largest, largest)})
 
 
 @contextlib.contextmanager

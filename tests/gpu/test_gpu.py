@@ -72,7 +72,9 @@ def test_the_fast_start_is_what_vllm_runs(awq):
     assert not config.model_config.enforce_eager
     assert config.compilation_config.mode == 0
     assert config.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
-    assert config.scheduler_config.max_num_seqs in config.compilation_config.cudagraph_capture_sizes
+    sizes = config.compilation_config.cudagraph_capture_sizes
+    assert config.scheduler_config.max_num_seqs in sizes
+    assert sizes[-1] == 4096
 
 
 def test_a_batch_of_everything_gives_what_each_gives_alone(engine, request, record_property):
@@ -87,6 +89,25 @@ def test_a_batch_of_everything_gives_what_each_gives_alone(engine, request, reco
     assert max(distances) < TOLERANCE
     # bitsandbytes unpacks its weights for a batch, and multiplies packed ones for one request.
     assert identical >= (len(jobs) // 2 if request.node.callspec.params["engine"] == "bitsandbytes" else len(jobs))
+
+
+def test_long_prompts_in_large_steps_give_what_each_gives_alone(engine, record_property):
+    """24 prompts of base and adapters, 3,000 tokens in a step or two, give what each gives in a step of its own.
+
+    Steps of up to 4,096 tokens have CUDA graphs, cut at the attention. Nothing of them is taken from the cache afterwards.
+    """
+    counted = " ".join(f"{number} is a number." for number in range(18))
+    prompts = [f"{counted} {number} is one, too. {PROMPT}" for number in range(100, 124)]
+    adapters = ADAPTERS * 6
+    mixed = engine.generate(prompts, GREEDY, adapter=adapters)
+    num_tokens = sum(len(output.prompt_token_ids) for output in mixed)
+    assert 2048 < num_tokens < 4096
+    assert engine._backend._engine.reset_prefix_cache()
+    alone = [ask(engine, adapter, prompt=prompt) for prompt, adapter in zip(prompts, adapters)]
+    distances = list(map(distance, alone, mixed))
+    record_property("num_tokens", num_tokens)
+    record_property("largest_distance", max(distances))
+    assert max(distances) < TOLERANCE
 
 
 def test_a_base_request_is_untouched_by_adapters_in_its_batch(engine, record_property):
