@@ -58,6 +58,11 @@ def llama_modules(model: Path) -> dict[str, tuple[int, int]]:
     return modules_of(json.loads((model / "config.json").read_text()))
 
 
+def num_parameters(model: Path) -> int:
+    """How many numbers the linear layers of a Llama have."""
+    return sum(inputs * outputs for inputs, outputs in llama_modules(model).values())
+
+
 def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """The same, by what the model's ``config.json`` holds."""
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]

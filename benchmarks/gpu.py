@@ -115,7 +115,9 @@ def start(
     given, quantization = limits(arguments), arguments.quantization
     if side == "plain":
         # As ours starts, so that only this library differs.
-        given = startup.with_defaults(given, device=arguments.device, startup=arguments.startup)
+        given = startup.with_defaults(
+            given, device=arguments.device, startup=arguments.startup, num_parameters=common.num_parameters(model)
+        )
         return common.Plain(model, quantization, adapters, disable_log_stats=False, **given)
     if side == "example":
         del given["max_cpu_loras"]
@@ -221,7 +223,7 @@ def measure_pause(model: Path, adapters: Mapping[str, Path], arguments: argparse
     """Print the table of load_pause.py."""
     arguments.slots = 1
     given = {**limits(arguments), "max_model_len": 8192}
-    given_plain = startup.with_defaults(given, device=arguments.device)
+    given_plain = startup.with_defaults(given, device=arguments.device, num_parameters=common.num_parameters(model))
     plain = common.Plain(model, arguments.quantization, adapters, **given_plain)
     ours = common.Ours(model, arguments.quantization, {}, **given)
     sides: dict[str, load_pause.Side] = {

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from attrs import asdict, frozen
 from many_adapters import orders
 
-from qlora_infer.startup import LARGEST_GRAPH
+from qlora_infer.startup import VLLM_LARGEST_GRAPH
 
 #: How many times as often a cell is run that has fewer requests than the most: its runs are short, and so uncertain.
 OFTEN = 4
@@ -88,8 +88,8 @@ class Run:
         swaps_per_second: Moves of an adapter into a slot by the same time.
         num_steps: Steps that all took; which tells a scheduler's work apart from a machine's noise.
         num_first_steps: Steps that gave a request its first token. They have prompts, and take longer than others.
-        num_large_steps: Of these, those with prompts of ``LARGEST_GRAPH`` tokens or more. With what decodes beside,
-            that is more than there is a CUDA graph for.
+        num_large_steps: Of these, those with prompts of ``VLLM_LARGEST_GRAPH`` tokens or more. With what decodes
+            beside, that is more than vLLM has a CUDA graph for by itself.
         first_token_median: From the moment that all requests were added; so it has the time that they waited.
         first_token_p99: What 99 of 100 were faster than.
         gap_median: Of the times between the ends of steps, each of which gives every running request a token.
@@ -189,7 +189,7 @@ class Timed:
             num_steps=float(len(self._ends)),
             num_first_steps=float(len(prompts_of_steps)),
             num_large_steps=float(
-                sum(number * self._num_tokens >= LARGEST_GRAPH for number in prompts_of_steps.values())
+                sum(number * self._num_tokens >= VLLM_LARGEST_GRAPH for number in prompts_of_steps.values())
             ),
             first_token_median=statistics.median(waits),
             first_token_p99=p99(waits),

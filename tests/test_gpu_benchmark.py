@@ -162,12 +162,12 @@ def test_swaps_and_steps_are_counted_in_each_run(load, tmp_path):
 
 
 def test_steps_are_large_by_their_prompts(load, tmp_path):
-    """A step of one prompt has a graph with 4,000 tokens, and none with 5,000."""
+    """A step of one prompt has a graph with 300 tokens, and none with 600."""
     runs = load("runs")
     side = FakeSide(tmp_path, 0, [], "ours")
     side.engine.close()
     side.engine = fake_engine(backend=side.stepped, engine_args={"max_num_seqs": 1})
-    found = [runs.Timed(side, num_tokens, prompts).run(runs.Cell(0, 3), num_tokens=1) for num_tokens in (4000, 5000)]
+    found = [runs.Timed(side, num_tokens, prompts).run(runs.Cell(0, 3), num_tokens=1) for num_tokens in (300, 600)]
     assert [(run.num_first_steps, run.num_large_steps) for run in found] == [(3, 0), (3, 3)]
     side.engine.close()
 

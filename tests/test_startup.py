@@ -46,7 +46,7 @@ def test_on_a_cpu_the_kv_cache_takes_what_is_there(monkeypatch):
 
 
 def test_on_a_gpu_steps_are_captured_and_nothing_compiled(caplog):
-    """By default: CUDA graphs of all steps up to 4096 tokens, no torch.compile, and never FULL; it is logged."""
+    """By default: CUDA graphs of all steps up to 512 tokens, no torch.compile, and never FULL; it is logged."""
     with caplog.at_level(logging.INFO, "qlora_infer"):
         chosen = startup.with_defaults({"model": "m", "max_num_seqs": 32}, device="cuda")
     assert chosen == {
@@ -68,12 +68,12 @@ def test_compiled_is_vllms_own_default(caplog):
     assert "minutes" in caplog.text
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 3, 64, 100, 512, 1000])
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 64, 100, 512])
 def test_every_decoding_batch_has_a_graph(max_num_seqs):
     """Also the full one: vLLM does not decode in graphs of more than max_num_seqs."""
     sizes = startup.graph_sizes({"max_num_seqs": max_num_seqs})
     assert max_num_seqs in sizes
-    assert sizes[-1] == 4096
+    assert sizes[-1] == 512
 
 
 def test_vllm_is_told_of_breakable_graphs_while_such_an_engine_starts(monkeypatch):
@@ -94,14 +94,25 @@ def test_vllm_is_told_of_breakable_graphs_while_such_an_engine_starts(monkeypatc
     assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "0"
 
 
-def test_graphs_are_larger_than_vllms_and_fewer():
-    """Where vLLM would capture 51 sizes up to 512, 35 are captured up to 4096, 23 of them up to 512.
+def test_graphs_are_as_large_as_vllms_and_fewer():
+    """Where vLLM would capture 51 sizes up to 512, 23 are captured; from 8 on, none is more than twice the one before.
 
     Over 32, a batch is padded by less than a quarter.
     """
     sizes = startup.graph_sizes({})
     assert sizes == startup.graph_sizes({"max_num_seqs": 1024})
-    assert (len(sizes), sizes[-1], sizes[22]) == (35, 4096, 512)
+    assert (len(sizes), sizes[-1]) == (23, 512)
+    assert all(larger <= 1.25 * smaller + 1 for smaller, larger in zip(sizes, sizes[1:]) if smaller >= 32)
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "largest"),
+    [(100_000_000, 4096), (968_884_224, 4096), (2_800_000_000, 1536), (6_979_321_856, 512), (70_000_000_000, 512)],
+)
+def test_the_smaller_a_model_the_larger_steps_have_graphs(num_parameters, largest):
+    """4096 tokens of 1.1 billion parameters, 512 of 8 billion; they are padded by less than a quarter as well."""
+    sizes = startup.graph_sizes({}, num_parameters)
+    assert sizes[-1] == largest
     assert all(larger <= 1.25 * smaller + 1 for smaller, larger in zip(sizes, sizes[1:]) if smaller >= 32)
 
 
@@ -117,7 +128,7 @@ def test_graphs_are_larger_than_vllms_and_fewer():
 )
 def test_no_graph_is_larger_than_a_step_can_be(given, largest):
     """vLLM would take it out, and warn of it; the largest step has one where it is not over 4096 tokens."""
-    assert startup.graph_sizes(given)[-1] == largest
+    assert startup.graph_sizes(given, 1_000_000_000)[-1] == largest
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -157,11 +168,16 @@ class GPU(FakeEngine):
 
 
 def test_an_engine_on_a_gpu_starts_fast(caplog):
-    """What the engine hands to vLLM, from its own arguments; the compiled start only when it is asked for."""
+    """What the engine hands to vLLM, from its own arguments; the compiled start only when it is asked for.
+
+    A model of 8 billion parameters has graphs of up to 512 tokens; where two GPUs share one, each computes half of it.
+    """
     backend = GPU(80)
-    with fake_engine(backend=backend, engine_args={"max_num_seqs": 2}):
-        assert backend.engine_args["compilation_config"]["cudagraph_capture_sizes"][:3] == [1, 2, 4]
-        assert backend.engine_args["enforce_eager"] is False
+    for engine_args, largest in (({"max_num_seqs": 32}, 512), ({"tensor_parallel_size": 2}, 1024)):
+        with fake_engine(backend=backend, engine_args=engine_args):
+            sizes = backend.engine_args["compilation_config"]["cudagraph_capture_sizes"]
+            assert (sizes[:3], sizes[-1]) == ([1, 2, 4], largest)
+            assert backend.engine_args["enforce_eager"] is False
     with fake_engine(backend=backend, startup="compiled"):
         assert "compilation_config" not in backend.engine_args
 

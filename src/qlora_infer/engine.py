@@ -27,7 +27,7 @@ from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, re
 from qlora_infer.adapters.in_memory import AdapterTensors
 from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.residency import Residency
-from qlora_infer.adapters.room import choose_room
+from qlora_infer.adapters.room import choose_room, linear_parameters
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.backend import Backend
@@ -193,18 +193,25 @@ class QuantizedLoRAEngine(Displayed):
         self._intake = Intake(self._backend, cache, driver, model=config.model)
         self._close = weakref.finalize(self, _close, driver, copies, store)
         try:
-            self._start(strategy_args, adapters or {}, platform)
+            self._start(strategy_args, adapters or {}, platform, model_config)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, strategy_args: Mapping[str, Any], adapters: Mapping[str, Source], platform: Platform) -> None:
-        device = platform.device
+    def _start(
+        self,
+        strategy_args: Mapping[str, Any],
+        adapters: Mapping[str, Source],
+        platform: Platform,
+        model_config: Mapping[str, Any],
+    ) -> None:
+        device, startup = platform.device, self._config.startup
         # Adapters are read before the model is, so that a mistake in one shows in seconds.
         versions = [self._loader.prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
         max_lora_rank = self._loader.choose_rank(self._config.max_lora_rank, versions)
         engine_args = self._config.vllm_args(strategy_args, max_lora_rank=max_lora_rank)
-        engine_args = with_defaults(engine_args, device=device, startup=self._config.startup)
+        num_parameters = (linear_parameters(model_config) or 0) // self._config.tensor_parallel_size
+        engine_args = with_defaults(engine_args, device=device, startup=startup, num_parameters=num_parameters)
         engine_args = with_cpu_memory(engine_args, device=device, free_memory=platform.host_memory)
         engine_args = with_kernels(engine_args, self._config.lora_kernels, device=device)
         logger.info("starting with %s; this takes from half a minute to some minutes", self._config.model)

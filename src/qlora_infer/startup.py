@@ -22,9 +22,15 @@ KERNELS_KEY = "qlora_infer_lora_kernels"
 #: On so few cores none is left idle for vLLM's own loop.
 FEW_CORES = 2
 
-#: The largest step that there is a CUDA graph for. vLLM's own end at 512 tokens (``vllm/config/vllm.py``; Blackwell's
-#: are larger), which eight prompts of 64 fill: a larger step waits for its host to launch it, kernel by kernel.
+#: The largest step that vLLM captures a CUDA graph for by itself (``vllm/config/vllm.py``; Blackwell's is larger).
+#: Eight prompts of 64 tokens fill it.
+VLLM_LARGEST_GRAPH = 512
+#: The largest that there is one for here, of a small model.
 LARGEST_GRAPH = 4096
+#: Tokens of a step times the model's parameters, from where an H100 computes for longer than its host needs to launch
+#: the kernels one by one, so that a graph saves nothing, and rounds the step up. 4096 tokens of 1.1 billion were faster
+#: with one, up to 4096 of 8 billion were not (``docs/benchmarks.md``).
+HOST_BOUND = 1 << 42
 #: A step runs in the next larger graph. Each takes some 0.1 s at the start, twice: with adapters and without. So these
 #: grow with the step, by a quarter at most; vLLM's own go on in steps of 8 and 16.
 GRAPH_SIZES = (
@@ -59,7 +65,9 @@ def with_cpu_memory(engine_args: Mapping[str, Any], *, device: str, free_memory:
     return {**engine_args, "kv_cache_memory_bytes": free_memory // 4}
 
 
-def with_defaults(engine_args: Mapping[str, Any], *, device: str, startup: Startup = "fast") -> dict[str, Any]:
+def with_defaults(
+    engine_args: Mapping[str, Any], *, device: str, startup: Startup = "fast", num_parameters: int | None = None
+) -> dict[str, Any]:
     """The arguments, with what is better for a device than vLLM's own defaults; what the user gives stays.
 
     On a CPU vLLM 0.32 does not compile models with LoRA (``vllm/platforms/cpu.py``), but leaves its C++ operators
@@ -74,6 +82,7 @@ def with_defaults(engine_args: Mapping[str, Any], *, device: str, startup: Start
         engine_args: Arguments of vLLM's ``EngineArgs``.
         device: vLLM's device type, such as ``"cpu"`` or ``"cuda"``.
         startup: On a GPU, whether to compile.
+        num_parameters: Those of the linear layers that a GPU computes with, where that is known.
     """
     if COMPILATION_ARGS & engine_args.keys():
         return dict(engine_args)
@@ -89,7 +98,7 @@ def with_defaults(engine_args: Mapping[str, Any], *, device: str, startup: Start
     if os.environ.get(BREAKABLE) == "0":
         compilation_config["cudagraph_mode"] = "FULL_DECODE_ONLY"
     if not GRAPH_SIZE_ARGS & engine_args.keys():
-        compilation_config["cudagraph_capture_sizes"] = graph_sizes(engine_args)
+        compilation_config["cudagraph_capture_sizes"] = graph_sizes(engine_args, num_parameters)
     return {**engine_args, "compilation_config": compilation_config}
 
 
@@ -110,16 +119,21 @@ def with_kernels(engine_args: Mapping[str, Any], lora_kernels: LoraKernels, *, d
     return {**engine_args, "additional_config": additional_config}
 
 
-def graph_sizes(engine_args: Mapping[str, Any]) -> list[int]:
+def graph_sizes(engine_args: Mapping[str, Any], num_parameters: int | None = None) -> list[int]:
     """How many tokens of a step there are CUDA graphs for; one is for ``max_num_seqs`` requests that decode.
 
-    None is larger than a step can be, as far as the arguments tell.
+    They go on for as long as the host is what a step waits for, and none is larger than a step can be, as far as the
+    arguments tell.
     """
     max_num_seqs = engine_args.get("max_num_seqs")
     most = engine_args.get("max_num_batched_tokens")
     if not most and max_num_seqs and engine_args.get("max_model_len"):
         most = max_num_seqs * engine_args["max_model_len"]
-    largest = min(most or LARGEST_GRAPH, LARGEST_GRAPH)
+    largest = VLLM_LARGEST_GRAPH
+    if num_parameters:
+        host_bound = min(HOST_BOUND // num_parameters, LARGEST_GRAPH)
+        largest = max(largest, *(size for size in GRAPH_SIZES if size <= host_bound))
+    largest = min(most or largest, largest)
     sizes = {size for size in GRAPH_SIZES if size < largest}
     return sorted(sizes | {largest, min(max_num_seqs or largest, largest)})
 

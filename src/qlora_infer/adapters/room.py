@@ -65,14 +65,19 @@ def adapter_bytes(model_config: Mapping[str, Any], rank: int) -> int | None:
 def weight_bytes(model_config: Mapping[str, Any]) -> int | None:
     """About what a model's weights take: linear layers in its bits, embeddings in 16. ``None`` where it is not told."""
     text = model_config.get("text_config", model_config)
-    shapes, words, hidden = _linear_shapes(model_config), text.get("vocab_size"), text.get("hidden_size")
-    if not shapes or not words:
+    parameters, words, hidden = linear_parameters(model_config), text.get("vocab_size"), text.get("hidden_size")
+    if not parameters or not words:
         return None
     quantization = model_config.get("quantization_config") or {}
     # What bitsandbytes quantizes as it loads gets 4 bits.
     bits = quantization.get("bits") or (8 if quantization.get("load_in_8bit") else 4)
     embeddings = words * hidden * (1 if text.get("tie_word_embeddings") else 2)
-    return int(bits * sum(inputs * outputs for inputs, outputs in shapes) // 8 + 2 * embeddings)
+    return int(bits * parameters // 8 + 2 * embeddings)
+
+
+def linear_parameters(model_config: Mapping[str, Any]) -> int | None:
+    """How many numbers a model's linear layers have, without the embeddings. ``None`` where it is not told."""
+    return sum(inputs * outputs for inputs, outputs in _linear_shapes(model_config)) or None
 
 
 def _linear_shapes(model_config: Mapping[str, Any]) -> list[tuple[int, int]]:
