@@ -25,6 +25,7 @@ from qlora_infer import (
     RequestRejectedError,
     RequestTimeoutError,
 )
+from qlora_infer.backend import StepOutput
 from qlora_infer.requests.deadlines import Deadlines
 from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.request import GenerationRequest
@@ -212,6 +213,57 @@ def test_the_next_requests_are_there_before_their_places_are_free():
     assert set(backend.seen[:16]) == {9}
     assert set(backend.seen[17:20]) == {17}
     assert len(backend.seen) == 4 * 20
+
+
+class Pipelined(FakeEngine):
+    """Makes two steps more before it tells of one, as vLLM's core does that schedules ahead."""
+
+    def __init__(self):
+        super().__init__()
+        self.untold = [StepOutput(), StepOutput()]
+        self.most = 0
+
+    def step(self):
+        self.untold.append(super().step())
+        self.most = max(self.most, len({entry.request.adapter for entry in [*self._running, *self._waiting]}))
+        return self.untold.pop(0)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 8])
+def test_the_next_adapters_are_there_before_their_slots_are_free(tmp_path, max_tokens):
+    """Where each of 32 adapters has 2 requests and there are 4 slots, no slot stays empty between two of them.
+
+    The engine is told of the next adapter while the requests of one before it are about to reach their max_tokens.
+    """
+    adapters = {f"a{i}": write_adapter(tmp_path / f"a{i}", seed=i) for i in range(32)}
+    backend = Pipelined()
+    with fake_engine(backend=backend, adapters=adapters, max_loras=4, engine_args={"max_num_seqs": 16}) as engine:
+        all_here = threading.Event()
+        engine._driver.post(all_here.wait)
+        params = {"max_tokens": max_tokens}
+        handles = [engine.add_request("one two three four five six", params, adapter=f"a{i % 32}") for i in range(64)]
+        all_here.set()
+        for handle in handles:
+            assert handle.result(timeout=30).num_tokens == max_tokens
+    assert backend.num_steps <= 8 * max_tokens + 8
+    assert backend.most <= 8
+
+
+def test_an_adapter_that_is_about_to_leave_its_slot_leaves_it(tmp_path):
+    """A client that asks again whenever it is about to be answered does not keep its adapter in the only slot."""
+    adapters = {name: write_adapter(tmp_path / name, seed=len(name)) for name in ("busy", "rare")}
+    backend = FakeEngine(step_seconds=0.001)
+    with fake_engine(backend=backend, adapters=adapters, max_loras=1, engine_args={"max_num_seqs": 2}) as engine:
+        busy = engine.add_request("a b c d", {"max_tokens": 4}, adapter="busy")
+        rare = engine.add_request("a b c d", {"max_tokens": 4}, adapter="rare")
+        num_asked = 1
+        while not rare.done() and num_asked < 500:
+            for number, _ in enumerate(busy):
+                if number == 1:
+                    following = engine.add_request("a b c d", {"max_tokens": 4}, adapter="busy")
+            busy, num_asked = following, num_asked + 1
+        assert rare.result(timeout=10).text == "rare says: a b"
+    assert num_asked < 10
 
 
 def test_a_request_that_waits_too_long_is_dropped():

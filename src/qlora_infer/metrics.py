@@ -169,7 +169,12 @@ def _of_residency(engines: Mapping[str, EngineStats]) -> Iterator[Any]:
         return [(labels, getattr(counts, attribute)) for labels, counts in rows]
 
     yield _gauge("adapter_resident", "Versions in host memory.", _ADAPTER, samples("num_resident"))
-    yield _gauge("adapter_in_slots", "Versions in slots on the device.", _ADAPTER, samples("num_in_slots"))
+    yield _gauge(
+        "adapter_in_slots",
+        "Versions in slots on the device, or about to move into one.",
+        _ADAPTER,
+        samples("num_in_slots"),
+    )
     yield _counter("adapter_loads", "Loads into host memory.", _ADAPTER, samples("num_loads"))
     yield _counter("adapter_evictions", "Evictions from host memory.", _ADAPTER, samples("num_evictions"))
     yield _histogram(

@@ -94,6 +94,11 @@ class Residency:
         """The tensors in host memory."""
         return sum(version.manifest.num_bytes for version in self._resident)
 
+    @property
+    def num_spare(self) -> int:
+        """The places in host memory that neither the adapters in slots need nor those that are pinned."""
+        return max(0, self._max_cpu_loras - self._max_loras - len(self._pinned))
+
     def is_resident(self, version: AdapterVersion) -> bool:
         """Whether a version is in host memory, or on its way there."""
         return version in self._resident
@@ -167,8 +172,7 @@ class Residency:
         self._in_slots.move_to_end(version)
         if is_swap:
             self.recorder.moved(version.name, in_slots=+1)
-        if len(self._in_slots) > self._max_loras:
-            self._leave_slot(next(iter(self._in_slots)))
+        self._empty_slots()
         return is_swap
 
     def leave(self, version: AdapterVersion | None) -> None:
@@ -178,6 +182,7 @@ class Residency:
         self._num_running[version] -= 1
         if not self._num_running[version]:
             del self._num_running[version]
+            self._empty_slots()
 
     def load(self, version: AdapterVersion) -> None:
         """Load an adapter that is not in memory, and evict what is then too much; raises ``AdapterLoadError``.
@@ -268,6 +273,15 @@ class Residency:
         if version in self._in_slots:
             del self._in_slots[version]
             self.recorder.moved(version.name, in_slots=-1)
+
+    def _empty_slots(self) -> None:
+        """As vLLM does: what was used longest ago leaves its slot, and what runs does not.
+
+        One more than there are slots may be meant for one, while what is about to leave it runs.
+        """
+        idle = (version for version in list(self._in_slots) if version not in self._num_running)
+        while len(self._in_slots) > self._max_loras and (version := next(idle, None)) is not None:
+            self._leave_slot(version)
 
     def _take_in(self, version: AdapterVersion) -> None:
         self._resident[version] = None

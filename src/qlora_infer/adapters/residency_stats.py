@@ -18,7 +18,7 @@ class AdapterResidency:
     Attributes:
         num_resident: Versions in host memory now, or on their way there: 1, or 0 while it is on disk only. More while
             requests still run on an older version.
-        num_in_slots: Versions in slots on the device now.
+        num_in_slots: Versions in slots on the device now, or about to move into one.
         num_loads: How often it was loaded into host memory: by ``load_adapter``, and again after each eviction.
         num_evictions: How often it left host memory to make room for another.
         load_time: How long the engine stood still for these loads; reading from disk goes on beside its steps.

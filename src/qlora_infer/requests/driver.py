@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -41,7 +41,8 @@ CLOSE_TIMEOUT = 10.0
 
 #: The engine is given some requests more than its batch holds, so that no place stays empty from the step that frees
 #: it until we hear of it: one for so many places, and one for each request that reaches its ``max_tokens`` within so
-#: many steps. (Requests of one length, begun together, end together.)
+#: many steps. (Requests of one length, begun together, end together.) For the same reason it is given the next adapter
+#: when all requests of another are that near to their end.
 PLACES_PER_SPARE = 8
 STEPS_AHEAD = 4
 
@@ -386,14 +387,14 @@ class Driver:
                 pending = self._running.get(request_id)
                 if pending is None:
                     continue
-                if 0 < pending.max_num_tokens - num_tokens <= STEPS_AHEAD * pending.num_seqs:
-                    num_ending += pending.num_seqs
                 if num_tokens > pending.num_tokens:
                     new = num_tokens - pending.num_tokens
                     pending.num_tokens = num_tokens
                     self._queue.charge(pending, new)
                     name = pending.request.adapter_name
                     given[name] = given.get(name, 0) + new
+                if num_tokens < pending.max_num_tokens and pending.ends_within(STEPS_AHEAD):
+                    num_ending += pending.num_seqs
         self._spare(num_ending)
         self._stats.stepped(seconds, step.kv_cache_usage, given)
         for output in step.outputs:
@@ -403,6 +404,20 @@ class Driver:
             if output.finished:
                 self._leave(pending, None if pending.done else output)
             pending.advance(output)
+        self._expect()
+
+    def _expect(self) -> None:
+        """Tell the queue of which adapters all requests in the engine are about to end."""
+        being_read = set(self._reading)
+        ending = Counter(
+            version
+            for pending in self._running.values()
+            if (version := pending.request.adapter) is not None
+            and pending.ends_within(STEPS_AHEAD)
+            and pending not in being_read
+        )
+        with self._lock:
+            self._queue.expect(ending, at_most=min(self._queue.max_loras, self._residency.num_spare))
 
     def _leave(
         self, pending: PendingRequest, output: GenerationOutput | None, error: BaseException | None = None

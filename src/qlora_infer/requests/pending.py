@@ -49,6 +49,10 @@ class PendingRequest:
         self._changed = threading.Condition()
         self._listeners: list[tuple[float, Callable[[], None]]] = []
 
+    def ends_within(self, num_steps: int) -> bool:
+        """Whether it reaches its ``max_tokens`` within so many steps."""
+        return self.max_num_tokens - self.num_tokens <= num_steps * self.num_seqs
+
     def advance(self, output: GenerationOutput) -> None:
         """Take the next output, unless the request has ended."""
         with self._changed:

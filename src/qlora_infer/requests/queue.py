@@ -13,7 +13,7 @@ an adapter's requests together, and its bound holds also against an endless stre
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import define, field
@@ -52,6 +52,8 @@ class RequestQueue:
       whose turn it is can fill it, one that has many waiting is kept waiting for the end of a turn, even if a slot is
       free. One that has few takes the free slot at once.
     - The base model needs no slot.
+    - A slot whose requests are about to end, and which no more wait for, is given to the next adapter already
+      (``expect``): the engine is to have its requests by then. Nobody else enters it any more.
 
     So a request whose adapter owes nothing starts within ``(n + 1) * (TURN_STEPS * w + L) + 2 L`` steps, whatever
     else comes in: ``n`` is the number of adapters that wait for a slot or hold one when it arrives, plus
@@ -91,6 +93,9 @@ class RequestQueue:
         self._line: Heap[_Lane] = Heap()  # those that wait for a slot
         self._few: Heap[_Lane] = Heap()  # of these, those that have few requests waiting
         self._in_slots: dict[AdapterVersion, int] = {}  # how many requests run on each
+        self._leaving: set[AdapterVersion] = set()  # of these, those whose slot is another's already
+        self._ending: dict[AdapterVersion, int] = {}  # of how many of these the end is near
+        self._most_leaving = 0
         self._turns_are_due = False  # whether a slot may have become free, or somebody may have lined up for one
         self._num_waiting = 0
         self._step = 0
@@ -152,6 +157,7 @@ class RequestQueue:
         version = pending.request.adapter
         if version is not None:
             self._in_slots[version] = self._in_slots.get(version, 0) + 1
+            self._ending.pop(version, None)
         lane.num_running += 1
         self.num_running += pending.num_seqs
         self._num_waiting -= 1
@@ -173,7 +179,17 @@ class RequestQueue:
             self._in_slots[version] -= 1
             if not self._in_slots[version]:
                 del self._in_slots[version]
+                self._leaving.discard(version)
         self._settle(lane)
+
+    def expect(self, ending: Mapping[AdapterVersion, int], *, at_most: int) -> None:
+        """Let the next adapters begin where all running requests of another are about to end.
+
+        Args:
+            ending: How many of an adapter's requests end within a few steps.
+            at_most: So many adapters at a time may have a slot that another has not left.
+        """
+        self._ending, self._most_leaving = dict(ending), at_most
 
     def count_step(self) -> None:
         """Count a step of the engine."""
@@ -255,9 +271,9 @@ class RequestQueue:
         """Give free slots to the lanes that have waited longest for one, and see to it that slots become free."""
         while self._line:
             lane = self._line.head()
-            if self._num_slots_spoken_for() >= self.max_loras:
-                if lane.next_version not in self._in_slots:
-                    if self._end_turns(lane.priority):
+            if self._num_slots_spoken_for() >= self.max_loras + len(self._leaving):
+                if lane.next_version not in self._in_slots.keys() - self._leaving:
+                    if self._end_turns(lane.priority) or self._begin_leaving():
                         continue
                     return
             elif not self._is_better_without(lane):
@@ -309,7 +325,7 @@ class RequestQueue:
 
     def _end_turns(self, priority: int, *, any_number: bool = False) -> bool:
         """Stop admitting to lanes that have had their turn, for those in line; whether somebody can begin now."""
-        num_emptying = sum(version.name not in self._in_turn for version in self._in_slots)
+        num_emptying = sum(version.name not in self._in_turn for version in self._in_slots.keys() - self._leaving)
         num_wanted = min(max(1, self.max_loras // 2), len(self._line)) - num_emptying
         if any_number:
             num_wanted = len(self._in_turn)
@@ -320,6 +336,22 @@ class RequestQueue:
             del self._in_turn[lane.key]
             self._settle(lane)
         return bool(ending) if any_number else any(not lane.num_running for lane in ending)
+
+    def _begin_leaving(self) -> bool:
+        """Let one adapter leave whose last requests are about to end; whether there is one."""
+        if len(self._leaving) >= self._most_leaving:
+            return False
+        for version, num_ending in self._ending.items():
+            if version in self._leaving or num_ending != self._in_slots.get(version):
+                continue
+            lane = self._in_turn.get(version.name)
+            if lane is not None and not lane.waiting:
+                del self._in_turn[version.name]
+            elif lane is not None and lane.next_version == version:
+                continue
+            self._leaving.add(version)
+            return True
+        return False
 
     def _has_had_its_turn(self, lane: _Lane, priority: int) -> bool:
         if lane.key is None:
@@ -332,7 +364,9 @@ class RequestQueue:
         if not lane.waiting:
             return False
         version = lane.next_version
-        return version is None or version in self._in_slots or len(self._in_slots) < self.max_loras
+        if version is None or version in self._in_slots:
+            return version not in self._leaving
+        return len(self._in_slots) < self.max_loras + len(self._leaving)
 
     # Credit -----------------------------------------------------------------------------------------------------
 
