@@ -407,7 +407,9 @@ class Driver:
         self._expect()
 
     def _expect(self) -> None:
-        """Tell the queue of which adapters all requests in the engine are about to end."""
+        """While others wait for a slot, tell the queue whose requests in the engine are about to end."""
+        if not self._queue.num_adapters_in_line:
+            return
         being_read = set(self._reading)
         ending = Counter(
             version

@@ -186,7 +186,7 @@ class RequestQueue:
         """Let the next adapters begin where all running requests of another are about to end.
 
         Args:
-            ending: How many of an adapter's requests end within a few steps.
+            ending: How many of an adapter's running requests end within a few steps; it holds until it is told anew.
             at_most: So many adapters at a time may have a slot that another has not left.
         """
         self._ending, self._most_leaving = dict(ending), at_most
