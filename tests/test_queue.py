@@ -368,6 +368,27 @@ def test_an_adapter_with_few_requests_takes_a_free_slot_at_once():
     assert rare in simulation.started
 
 
+def test_a_slot_that_is_being_left_is_given_away_once():
+    """Who was to have it is cancelled, and the adapter that leaves is asked for again: it comes before later ones."""
+    simulation = Simulation(max_loras=1, max_num_seqs=4)
+    queue = simulation.queue
+    first = simulation.add("leaving")
+    assert queue.admit() is first
+    queue.expect({first.request.adapter: 1}, at_most=1)
+    cancelled = simulation.add("next")
+    queue.count_step()
+    assert queue.admit() is cancelled
+    queue.leave(cancelled)
+    again, later = simulation.add("leaving"), simulation.add("later")
+    queue.count_step()
+    assert queue.admit() is None
+    queue.leave(first)
+    assert queue.admit() is again
+    assert queue.admit() is None
+    queue.leave(again)
+    assert queue.admit() is later
+
+
 def test_a_resident_adapter_goes_first_but_not_for_ever():
     """While the first in line is not in host memory, others that are may overtake it; a bounded number of times."""
     resident = {f"warm{number}" for number in range(40)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Literal
 
 from attrs import define, field
@@ -271,8 +272,8 @@ class RequestQueue:
         """Give free slots to the lanes that have waited longest for one, and see to it that slots become free."""
         while self._line:
             lane = self._line.head()
-            if self._num_slots_spoken_for() >= self.max_loras + len(self._leaving):
-                if lane.next_version not in self._in_slots.keys() - self._leaving:
+            if self._num_slots_spoken_for() >= self.max_loras:
+                if lane.next_version not in self._staying:
                     if self._end_turns(lane.priority) or self._begin_leaving():
                         continue
                     return
@@ -306,9 +307,14 @@ class RequestQueue:
     def _has_few(self, lane: _Lane) -> bool:
         return len(lane.waiting) <= max(1.0, self.max_num_seqs / self.max_loras / 4)
 
+    @property
+    def _staying(self) -> AbstractSet[AdapterVersion]:
+        """The adapters in slots that are not another's already."""
+        return self._in_slots.keys() - self._leaving
+
     def _num_slots_spoken_for(self) -> int:
         meant = {lane.next_version for lane in self._in_turn.values()} - {None}
-        return len(meant.union(self._in_slots))
+        return len(meant | self._staying)
 
     def _resident_one(self, first: _Lane) -> _Lane:
         """The first in line, or one soon after it whose adapter is in host memory while that of the first is not."""
@@ -325,7 +331,7 @@ class RequestQueue:
 
     def _end_turns(self, priority: int, *, any_number: bool = False) -> bool:
         """Stop admitting to lanes that have had their turn, for those in line; whether somebody can begin now."""
-        num_emptying = sum(version.name not in self._in_turn for version in self._in_slots.keys() - self._leaving)
+        num_emptying = sum(version.name not in self._in_turn for version in self._staying)
         num_wanted = min(max(1, self.max_loras // 2), len(self._line)) - num_emptying
         if any_number:
             num_wanted = len(self._in_turn)
@@ -366,7 +372,7 @@ class RequestQueue:
         version = lane.next_version
         if version is None or version in self._in_slots:
             return version not in self._leaving
-        return len(self._in_slots) < self.max_loras + len(self._leaving)
+        return len(self._in_slots) - len(self._leaving) < self.max_loras
 
     # Credit -----------------------------------------------------------------------------------------------------
 
