@@ -403,9 +403,8 @@ class RequestQueue:
             for in_turn in self._in_turn.values():
                 self._renew(in_turn)
         elif lane.key is None:
-            lane.credit = (
-                0.0  # those in line wait for a slot and not for this place, which the base model costs them not
-            )
+            # Those in line wait for a slot and not for this place, which the base model costs them not.
+            lane.credit = 0.0
 
     def _welcome_back(self, lane: _Lane) -> None:
         """Take from an old debt the rounds that have passed; and all of it while nobody is kept waiting."""
