@@ -22,6 +22,7 @@ from qlora_infer import (
 )
 from qlora_infer.adapters.effect import Scores, effect
 from qlora_infer.adapters.lineage import lineage
+from qlora_infer.adapters.version_numbers import VersionNumbers
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 
 
@@ -488,6 +489,38 @@ def test_a_pin_ends_with_a_name_that_is_unloaded_before_it_began(tmp_path):
         engine.pin("b")
 
 
+def test_a_number_is_never_another_content_s(engine, tmp_path):
+    """After unload_adapter a name's numbers go on: name@1 and expect=1 of before mean nothing of what came after."""
+    engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1))
+    engine.unload_adapter("a")
+    again = engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2))
+    assert again.version == 2
+    with pytest.raises(AdapterNotLoadedError, match="held: 2"):
+        engine.generate("x", adapter="a@1")
+    with pytest.raises(AdapterConflictError):
+        engine.load_adapter("a", tmp_path / "1", expect=1)
+
+
+@given(
+    events=st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["load", "load", "unload"]))),
+    num_remembered=st.integers(0, 2),
+)
+def test_numbers_grow_however_few_names_are_remembered(events, num_remembered):
+    """Each number of a name is larger than all before it, and what is kept of names that are gone is bounded."""
+    numbers = VersionNumbers(num_remembered)
+    newest, loaded = {}, set()
+    for name, event in events:
+        if event == "load":
+            number = numbers.next(name)
+            assert number > newest.get(name, 0)
+            newest[name] = number
+            loaded.add(name)
+        elif name in loaded:
+            numbers.end(name)
+            loaded.remove(name)
+        assert numbers.num_names <= len(loaded) + num_remembered
+
+
 def test_names_that_are_gone_leave_no_locks(engine, tmp_path):
     """A service that loads ever new names, well or badly, keeps nothing of them."""
     source = write_adapter(tmp_path / "source")
@@ -592,9 +625,9 @@ def test_a_pin_ends_with_its_adapter(tmp_path):
             engine.load_adapter(name, source)
             engine.pin(name)
             engine.unload_adapter(name)
-        engine.load_adapter("a", source)
-        engine.pin("a@1")
-        engine.unpin("a@1")
+        version = engine.load_adapter("a", source).version
+        engine.pin(f"a@{version}")
+        engine.unpin(f"a@{version}")
         engine.load_adapter("b", source)
         engine.pin("b")
 

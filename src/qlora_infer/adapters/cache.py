@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
+from qlora_infer.adapters.version_numbers import VersionNumbers
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
 
 #: Versions of a name that are held: the one that serves, and the one before it.
@@ -45,7 +46,7 @@ class AdapterCache:
         self._lock = threading.Lock()
         self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
         self._held: dict[str, list[AdapterVersion]] = {}  # the last one is what the name stands for
-        self._numbers: dict[str, int] = {}  # the newest number of each name that has versions
+        self._numbers = VersionNumbers()
         self._num_alive: dict[str, int] = {}  # versions that are held, or have requests
         self._int_ids = itertools.count(1)
 
@@ -115,8 +116,7 @@ class AdapterCache:
         with self._lock:
             self._require_version(version.name, expect)
             held = self._held.setdefault(version.name, [])
-            version.number = self._numbers.get(version.name, 0) + 1
-            self._numbers[version.name] = version.number
+            version.number = self._numbers.next(version.name)
             self._num_alive[version.name] = self._num_alive.get(version.name, 0) + 1
             held.append(version)
             left, self._held[version.name] = held[:-HELD_VERSIONS], held[-HELD_VERSIONS:]
@@ -149,7 +149,7 @@ class AdapterCache:
             if name not in self._held:
                 raise self._not_loaded(name)
             held = self._held.pop(name)
-            del self._numbers[name]
+            self._numbers.end(name)
         for version in held:
             self._let_go(version, retire=True)
 

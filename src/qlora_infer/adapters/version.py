@@ -22,7 +22,8 @@ class LoadedAdapter(Displayed):
 
     Attributes:
         name: What requests call it.
-        version: Its number under this name: 1 for the first content, 2 for the next. ``"name@2"`` names it exactly.
+        version: Its number under this name: 1 for the first content, 2 for the next, never one that another content
+            had. ``"name@2"`` names it exactly.
         int_id: Its integer id in vLLM, never used again for another content.
         source: Where it came from, without any token.
         digest: SHA-256 of its files, in hexadecimal digits.
