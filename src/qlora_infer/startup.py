@@ -29,7 +29,7 @@ VLLM_LARGEST_GRAPH = 512
 LARGEST_GRAPH = 4096
 #: Tokens of a step times the model's parameters, from where an H100 computes for longer than its host needs to launch
 #: the kernels one by one, so that a graph saves nothing, and rounds the step up. 4096 tokens of 1.1 billion were faster
-#: with one, up to 4096 of 8 billion were not (``docs/benchmarks.md``).
+#: with one, and 1536 of 3 billion; up to 4096 of 8 billion were not (``docs/benchmarks.md``).
 HOST_BOUND = 1 << 42
 #: A step runs in the next larger graph. Each takes some 0.1 s at the start, twice: with adapters and without. So these
 #: grow with the step, by a quarter at most; vLLM's own go on in steps of 8 and 16.
