@@ -105,6 +105,28 @@ def test_the_renderer_turns_prompts_into_what_add_request_takes(awq):
     assert {"request_id", "prompt", "params", "lora_request", "prompt_text"} <= set(parameters(LLMEngine.add_request))
 
 
+def test_sampling_params_may_share_what_is_in_them():
+    """What vLLM does to the parameters of a request is the same for each request that was given them."""
+    import copy
+
+    from vllm import SamplingParams
+
+    def filled_in(params):
+        made = params.clone()
+        made.update_from_generation_config({"eos_token_id": [7, 8]}, 7)
+        return made
+
+    given = SamplingParams(stop_token_ids=[5], stop=["x"])
+    deep = filled_in(given)
+    for _ in range(2):
+        shallow = copy.copy(given)
+        shallow.skip_clone = True
+        made = filled_in(shallow)
+        assert made.stop is given.stop
+        assert (set(made.stop_token_ids), made.all_stop_token_ids) == (set(deep.stop_token_ids), {5, 7, 8})
+        assert given.stop_token_ids == [5]
+
+
 def test_a_step_tells_the_tokens_and_the_scheduler_s_numbers(awq):
     """request_states, their statistics and the logger's place are where step reads them."""
     from vllm.v1.engine.llm_engine import LLMEngine
