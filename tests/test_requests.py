@@ -207,12 +207,12 @@ def test_the_next_requests_are_there_before_their_places_are_free():
     with fake_engine(backend=backend, engine_args={"max_num_seqs": 8}) as engine:
         all_here = threading.Event()
         engine._driver.post(all_here.wait)
-        handles = [engine.add_request(" ".join(["word"] * 30), {"max_tokens": 20}) for _ in range(32)]
+        handles = [engine.add_request(" ".join(["word"] * 30), {"max_tokens": 30}) for _ in range(32)]
         all_here.set()
-        assert [handle.result(timeout=30).num_tokens for handle in handles] == [20] * 32
-    assert set(backend.seen[:16]) == {9}
-    assert set(backend.seen[17:20]) == {17}
-    assert len(backend.seen) == 4 * 20
+        assert [handle.result(timeout=30).num_tokens for handle in handles] == [30] * 32
+    assert set(backend.seen[:14]) == {9}
+    assert set(backend.seen[15:30]) == {17}
+    assert len(backend.seen) == 4 * 30
 
 
 class Pipelined(FakeEngine):
