@@ -18,7 +18,7 @@ def checked_prompt(prompt: Any) -> str | tuple[int, ...]:
         isinstance(prompt, Sequence)
         and not isinstance(prompt, _BYTES)
         and prompt
-        and all(type(token) is int for token in prompt)
+        and set(map(type, prompt)) == {int}  # not isinstance: True is no token
     ):
         return tuple(prompt)
     raise TypeError(f"a prompt must be a string or a list of token ids, got {str(prompt)[:80]!r}")

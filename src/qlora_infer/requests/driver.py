@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -383,6 +382,7 @@ class Driver:
         """Pass on what a step gave, and count it."""
         self._num_backlog = step.num_waiting
         given: dict[str | None, int] = {}
+        given_to: dict[str | None, PendingRequest] = {}  # one of each adapter's requests
         num_ending = 0
         with self._lock:
             self._queue.count_step()
@@ -391,13 +391,15 @@ class Driver:
                 if pending is None:
                     continue
                 if num_tokens > pending.num_tokens:
-                    new = num_tokens - pending.num_tokens
-                    pending.num_tokens = num_tokens
-                    self._queue.charge(pending, new)
                     name = pending.request.adapter_name
-                    given[name] = given.get(name, 0) + new
-                if num_tokens < pending.max_num_tokens and pending.ends_within(PLACES_AHEAD):
+                    given[name] = given.get(name, 0) + num_tokens - pending.num_tokens
+                    given_to[name] = pending
+                    pending.num_tokens = num_tokens
+                if 0 < pending.max_num_tokens - num_tokens <= PLACES_AHEAD * pending.num_seqs:
                     num_ending += pending.num_seqs
+            # Once for each adapter and not for each request: this runs at every step, for every token.
+            for name, pending in given_to.items():
+                self._queue.charge(pending, given[name])
         self._spare(num_ending)
         self._stats.stepped(seconds, step.kv_cache_usage, given)
         for output in step.outputs:
@@ -428,7 +430,7 @@ class Driver:
         self, pending: PendingRequest, output: GenerationOutput | None, error: BaseException | None = None
     ) -> None:
         del self._running[pending.request.request_id]
-        with contextlib.suppress(ValueError):
+        if pending in self._reading:
             self._reading.remove(pending)
         with self._lock:
             self._queue.leave(pending)

@@ -247,7 +247,11 @@ class StatsRecorder:
             )
 
     def _of(self, pending: PendingRequest) -> AdapterStats:
-        return self._adapters.setdefault(pending.request.adapter_name, AdapterStats())
+        name = pending.request.adapter_name
+        counts = self._adapters.get(name)
+        if counts is None:
+            counts = self._adapters[name] = AdapterStats()
+        return counts
 
 
 def _milliseconds(durations: Durations) -> float | None:
