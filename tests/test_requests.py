@@ -27,6 +27,7 @@ from qlora_infer import (
 )
 from qlora_infer.backend import StepOutput
 from qlora_infer.requests.deadlines import Deadlines
+from qlora_infer.requests.driver import steps_ahead
 from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.request import GenerationRequest
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
@@ -190,10 +191,10 @@ def test_a_weight_is_seen_and_checked(tmp_path):
 
 
 class Watched(FakeEngine):
-    """Notes how many requests it has at each step."""
+    """Takes 2 ms for a step, and notes how many requests it has at each."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(step_seconds=0.002)
         self.seen = []
 
     def step(self):
@@ -202,17 +203,24 @@ class Watched(FakeEngine):
 
 
 def test_the_next_requests_are_there_before_their_places_are_free():
-    """The engine has a spare request for eight places, and one for each that is about to reach its max_tokens."""
+    """The engine has a spare request for eight places, and one for each that is within four steps of its max_tokens."""
     backend = Watched()
     with fake_engine(backend=backend, engine_args={"max_num_seqs": 8}) as engine:
         all_here = threading.Event()
         engine._driver.post(all_here.wait)
-        handles = [engine.add_request(" ".join(["word"] * 30), {"max_tokens": 30}) for _ in range(32)]
+        handles = [engine.add_request(" ".join(["word"] * 30), {"max_tokens": 20}) for _ in range(32)]
         all_here.set()
-        assert [handle.result(timeout=30).num_tokens for handle in handles] == [30] * 32
-    assert set(backend.seen[:14]) == {9}
-    assert set(backend.seen[15:30]) == {17}
-    assert len(backend.seen) == 4 * 30
+        assert [handle.result(timeout=30).num_tokens for handle in handles] == [20] * 32
+    assert set(backend.seen[:16]) == {9}
+    assert set(backend.seen[17:20]) == {17}
+    assert len(backend.seen) == 4 * 20
+
+
+def test_the_shorter_a_step_the_sooner_the_next_requests_are_there():
+    """As many steps before as handing a batch over takes, half a millisecond a request; at least 4, at most 16."""
+    assert steps_ahead(64, seconds=0.003) == math.ceil(64 * 0.5 / 3)
+    assert steps_ahead(64, seconds=1.0) == 4
+    assert steps_ahead(64, seconds=0.0) == steps_ahead(1024, seconds=0.003) == 16
 
 
 class Pipelined(FakeEngine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -39,14 +40,17 @@ T = TypeVar("T")
 CLOSE_TIMEOUT = 10.0
 
 #: The engine is given some requests more than its batch holds, so that no place stays empty from the step that frees
-#: it until we hear of it: one for so many places, and one for each request that reaches its ``max_tokens`` within so
-#: many steps. (Requests of one length, begun together, end together; and a small model on a GPU makes some eight steps
-#: while 64 requests are handed over.)
+#: it until we hear of it: one for so many places, and one for each request that is about to reach its ``max_tokens``,
+#: as ``steps_ahead`` says. (Requests of one length, begun together, end together.)
 PLACES_PER_SPARE = 8
-PLACES_AHEAD = 16
 
-#: For the same reason it is given the next adapter when all requests of another are within so many steps of their end.
+#: Seconds that it takes to hand a request over: vLLM checks it, and sends it to its core.
+HANDING_OVER = 0.0005
+
+#: About to reach its ``max_tokens`` is who is within so many steps of it, and within more where steps are short. The
+#: engine is given the next adapter when all requests of another are within so many, in any case.
 STEPS_AHEAD = 4
+MOST_STEPS_AHEAD = 16
 
 #: Adapters that are read into host memory before their turn: as many as may change at once, which is one for each slot,
 #: and so many at least.
@@ -383,7 +387,7 @@ class Driver:
         self._num_backlog = step.num_waiting
         given: dict[str | None, int] = {}
         given_to: dict[str | None, PendingRequest] = {}  # one of each adapter's requests
-        num_ending = 0
+        num_ending, ahead = 0, steps_ahead(self._backend.max_num_seqs, seconds)
         with self._lock:
             self._queue.count_step()
             for request_id, num_tokens in step.num_tokens.items():
@@ -395,7 +399,7 @@ class Driver:
                     given[name] = given.get(name, 0) + num_tokens - pending.num_tokens
                     given_to[name] = pending
                     pending.num_tokens = num_tokens
-                if 0 < pending.max_num_tokens - num_tokens <= PLACES_AHEAD * pending.num_seqs:
+                if 0 < pending.max_num_tokens - num_tokens <= ahead * pending.num_seqs:
                     num_ending += pending.num_seqs
             # Once for each adapter and not for each request: this runs at every step, for every token.
             for name, pending in given_to.items():
@@ -489,6 +493,19 @@ class Driver:
                 self._stats.ended(pending, None, pending.error, was_running=was_running)
                 self._release(pending.request.adapter)
         self._residency.recorder.emptied()
+
+
+def steps_ahead(max_num_seqs: int, seconds: float) -> int:
+    """How many steps of so many seconds the next requests are handed over before places become free.
+
+    As many as handing a whole batch over takes, so that the core does not begin it with a few. Not more, for who comes
+    in between waits behind them.
+
+    Example:
+        >>> [steps_ahead(64, seconds) for seconds in (0.001, 0.003, 0.006, 0.060)]
+        [16, 11, 6, 4]
+    """
+    return max(STEPS_AHEAD, min(MOST_STEPS_AHEAD, math.ceil(max_num_seqs * HANDING_OVER / max(seconds, 1e-6))))
 
 
 def _dead(cause: BaseException) -> EngineDeadError:
