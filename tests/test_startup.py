@@ -14,6 +14,7 @@ from qlora_infer.testing import FakeEngine, fake_engine
 def environment(monkeypatch):
     for name in (
         "VLLM_USE_BREAKABLE_CUDAGRAPH",
+        "VLLM_CPU_INT4_W4A8",
         "VLLM_CPU_NUM_OF_RESERVED_CPU",
         "VLLM_CPU_OMP_THREADS_BIND",
         "VLLM_WORKER_MULTIPROC_METHOD",
@@ -214,6 +215,17 @@ def test_what_the_user_says_stays():
     startup.set_environment(device="cpu", num_cores=2)
     assert os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "1"
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
+
+
+def test_a_cpu_does_not_round_what_comes_into_a_layer_to_8_bits():
+    """vLLM would with AWQ and GPTQ on CPUs that have AMX; whoever sets its variable has it so."""
+    startup.set_environment(device="cuda")
+    assert "VLLM_CPU_INT4_W4A8" not in os.environ
+    startup.set_environment(device="cpu")
+    assert os.environ["VLLM_CPU_INT4_W4A8"] == "0"
+    os.environ["VLLM_CPU_INT4_W4A8"] = "1"
+    startup.set_environment(device="cpu")
+    assert os.environ["VLLM_CPU_INT4_W4A8"] == "1"
 
 
 def test_of_two_cores_both_compute():

@@ -156,8 +156,10 @@ def breakable_graphs(engine_args: Mapping[str, Any]) -> Iterator[None]:
 def set_environment(*, device: str, num_cores: int | None = None) -> None:
     """Set the environment variables that vLLM reads at its start, unless they are set.
 
-    A forked core hangs for ever once its parent has used torch's threads (``docs/architecture.md``). And on a CPU
-    vLLM leaves one core to its own loop, which on two cores is half of what could compute.
+    A forked core hangs for ever once its parent has used torch's threads (``docs/architecture.md``). On a CPU with AMX
+    vLLM 0.32 rounds what comes into an AWQ or GPTQ layer to 8 bits, for speed (``VLLM_CPU_INT4_W4A8`` in
+    ``vllm/envs.py``), which is not the model that adapters were trained on, and is heard in its answers. And it leaves
+    one core to its own loop, which on two cores is half of what could compute.
 
     Args:
         device: vLLM's device type, such as ``"cpu"``.
@@ -166,5 +168,7 @@ def set_environment(*, device: str, num_cores: int | None = None) -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if num_cores is None:
         num_cores = len(os.sched_getaffinity(0))
+    if device == "cpu":
+        os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
     if device == "cpu" and num_cores <= FEW_CORES and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
