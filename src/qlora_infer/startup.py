@@ -166,9 +166,10 @@ def set_environment(*, device: str, num_cores: int | None = None) -> None:
         num_cores: How many cores this process may use; ``None`` to ask the system.
     """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if device != "cpu":
+        return
+    os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
     if num_cores is None:
         num_cores = len(os.sched_getaffinity(0))
-    if device == "cpu":
-        os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
-    if device == "cpu" and num_cores <= FEW_CORES and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+    if num_cores <= FEW_CORES and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")

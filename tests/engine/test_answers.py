@@ -162,6 +162,16 @@ def test_chat_uses_the_models_template(awq):
     assert base.prompt_token_ids.count(base.prompt_token_ids[0]) == base.prompt.count("<|im_start|>")
 
 
+def test_prompts_that_share_structured_outputs_all_follow_them(awq):
+    """One set of sampling parameters with a choice of answers, for three prompts, twice: each answer is one of them."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = {**GREEDY, "structured_outputs": StructuredOutputsParams(choice=["in Asia", "in Europe"])}
+    for _ in range(2):
+        outputs = awq.generate(PROMPTS[:3], params, adapter=[None, "pirate", None])
+        assert {output.text for output in outputs} <= {"in Asia", "in Europe"}
+
+
 def test_a_stream_ends_where_generate_does(awq):
     """The last partial output of a stream is what generate returns, and the text only grows."""
     (whole,) = awq.generate("The capital of France is", GREEDY, adapter="pirate")

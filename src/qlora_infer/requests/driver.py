@@ -399,7 +399,7 @@ class Driver:
                     given[name] = given.get(name, 0) + num_tokens - pending.num_tokens
                     given_to[name] = pending
                     pending.num_tokens = num_tokens
-                if 0 < pending.max_num_tokens - num_tokens <= ahead * pending.num_seqs:
+                if num_tokens < pending.max_num_tokens and pending.ends_within(ahead):
                     num_ending += pending.num_seqs
             # Once for each adapter and not for each request: this runs at every step, for every token.
             for name, pending in given_to.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from attrs import define, field, frozen
@@ -137,7 +138,7 @@ class StatsRecorder:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._adapters: dict[str | None, AdapterStats] = {}
+        self._adapters: defaultdict[str | None, AdapterStats] = defaultdict(AdapterStats)
         self._num_steps = 0
         self._num_restarts = 0
         self._step_time = NONE
@@ -151,7 +152,7 @@ class StatsRecorder:
     def refused(self, request: GenerationRequest) -> None:
         """There was no room in the queue for a request."""
         with self._lock:
-            self._adapters.setdefault(request.adapter_name, AdapterStats()).num_refused += 1
+            self._adapters[request.adapter_name].num_refused += 1
 
     def admitted(self, pending: PendingRequest, now: float) -> None:
         """A request has left the queue for the engine."""
@@ -247,11 +248,7 @@ class StatsRecorder:
             )
 
     def _of(self, pending: PendingRequest) -> AdapterStats:
-        name = pending.request.adapter_name
-        counts = self._adapters.get(name)
-        if counts is None:
-            counts = self._adapters[name] = AdapterStats()
-        return counts
+        return self._adapters[pending.request.adapter_name]
 
 
 def _milliseconds(durations: Durations) -> float | None:
