@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import Counter
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from attrs import define, field, frozen
