@@ -17,7 +17,7 @@
 #   two       tests/gpu on two GPUs, tensor_parallel_size=2: 4 minutes
 #   pause     what others feel while adapters are loaded: 3 minutes
 #   graphs    CUDA graphs of decoding steps only, against those of all: 5 minutes
-#   sizes     CUDA graphs for steps of up to 512 tokens, against those of up to 4096 (1536 at 3 billion parameters): 4 minutes each for 1.1, 3 and 8 billion
+#   sizes     CUDA graphs for steps of up to 512 tokens, against those of up to 4096: 4 to 6 minutes each for 1.1, 3 and 8 billion parameters
 #   tuning    settings of vLLM that may pay, a profile of each, ours and vLLM's kernels: 10 minutes
 #
 # Without a part: tests 8b. Needs a python3 with vLLM's CUDA build, vllm-bnb-plugin, pytest, pytest-timeout and peft, and
@@ -93,8 +93,8 @@ for name in ${@:-tests 8b}; do
         --ours-args "{\"cudagraph_capture_sizes\": $(sizes 512)}"
       bench sizes-3b 240 --shape 3B --quantization awq --adapters 8 32 --requests 512 --against ours --minutes 3 \
         --ours-args "{\"cudagraph_capture_sizes\": $(sizes 512)}"
-      bench sizes-8b 300 --shape 8B --quantization gptq --adapters 8 32 --requests 512 --against ours --minutes 4 \
-        --ours-args "{\"cudagraph_capture_sizes\": $(sizes 4096)}"
+      bench sizes-8b 420 --shape 8B --quantization gptq --adapters 32 --requests 512 --against ours --minutes 5 \
+        --ours-args "{\"cudagraph_capture_sizes\": $(sizes 512)}"
       grep -h 'Graph capturing finished\|GPU KV cache size' "$OUT"/sizes*.log | cut -c1-250 # with VLLM_LOGGING_LEVEL=INFO
       ;;
     tuning)

@@ -108,10 +108,10 @@ def test_graphs_are_as_large_as_vllms_and_fewer():
 
 @pytest.mark.parametrize(
     ("num_parameters", "largest"),
-    [(100_000_000, 4096), (968_884_224, 4096), (2_800_000_000, 1536), (6_979_321_856, 512), (70_000_000_000, 512)],
+    [(968_884_224, 4096), (6_979_321_856, 4096), (12_600_000_000, 2560), (32_000_000_000, 1024), (70_000_000_000, 512)],
 )
 def test_the_smaller_a_model_the_larger_steps_have_graphs(num_parameters, largest):
-    """4096 tokens of 1.1 billion parameters, 512 of 8 billion; they are padded by less than a quarter as well."""
+    """4096 tokens up to 8 billion parameters, 512 of 70 billion; they are padded by less than a quarter as well."""
     sizes = startup.graph_sizes({}, num_parameters)
     assert sizes[-1] == largest
     assert all(larger <= 1.25 * smaller + 1 for smaller, larger in zip(sizes, sizes[1:]) if smaller >= 32)
@@ -158,8 +158,9 @@ def test_who_chooses_graph_sizes_gets_them(given):
 class GPU(FakeEngine):
     """A Llama of 8 billion parameters in 4 bits on a GPU of so many GiB."""
 
-    def __init__(self, gib):
-        shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    def __init__(self, gib, num_layers=32):
+        shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+        shape["num_hidden_layers"] = num_layers
         quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
         super().__init__(model_config={"num_key_value_heads": 8, "vocab_size": 128256, **shape, **quantized})
         self._gib = gib
@@ -171,10 +172,10 @@ class GPU(FakeEngine):
 def test_an_engine_on_a_gpu_starts_fast(caplog):
     """What the engine hands to vLLM, from its own arguments; the compiled start only when it is asked for.
 
-    A model of 8 billion parameters has graphs of up to 512 tokens; where two GPUs share one, each computes half of it.
+    A model of 17 billion parameters has graphs of up to 1792 tokens; where two GPUs share one, each computes half of it.
     """
-    backend = GPU(80)
-    for engine_args, largest in (({"max_num_seqs": 32}, 512), ({"tensor_parallel_size": 2}, 1024)):
+    backend = GPU(80, num_layers=80)
+    for engine_args, largest in (({"max_num_seqs": 32}, 1792), ({"tensor_parallel_size": 2}, 3584)):
         with fake_engine(backend=backend, engine_args=engine_args):
             sizes = backend.engine_args["compilation_config"]["cudagraph_capture_sizes"]
             assert (sizes[:3], sizes[-1]) == ([1, 2, 4], largest)
@@ -193,12 +194,13 @@ def test_an_engine_on_a_gpu_starts_fast(caplog):
         (12, {"max_loras": 16, "max_lora_rank": 64}, True),
         (12, {"max_loras": 4, "max_lora_rank": 16}, False),
         (12, {"max_loras": 4, "max_lora_rank": 16, "engine_args": {"gpu_memory_utilization": 0.5}}, True),
+        (12, {"max_loras": 1, "max_lora_rank": 16, "engine_args": {"gpu_memory_utilization": 0.68}}, True),
         (8, {"engine_args": {"tensor_parallel_size": 2}, "max_loras": 1}, False),
         (80, {"enforce_eager": True}, True),
     ],
 )
 def test_graphs_are_given_up_only_where_memory_is_short(gib, arguments, is_eager, caplog):
-    """enforce_eager="auto" is True where weights and slots leave less than 2.5 GiB of the GPU's share; and says so."""
+    """enforce_eager="auto" is True where weights and slots leave less than 3 GiB of the GPU's share; and says so."""
     backend = GPU(gib)
     with caplog.at_level(logging.WARNING, "qlora_infer"), fake_engine(backend=backend, **arguments):
         assert backend.engine_args["enforce_eager"] is is_eager

@@ -25,12 +25,13 @@ FEW_CORES = 2
 #: The largest step that vLLM captures a CUDA graph for by itself (``vllm/config/vllm.py``; Blackwell's is larger).
 #: Eight prompts of 64 tokens fill it.
 VLLM_LARGEST_GRAPH = 512
-#: The largest that there is one for here, of a small model.
+#: The largest that there is one for here.
 LARGEST_GRAPH = 4096
-#: Tokens of a step times the model's parameters, from where an H100 computes for longer than its host needs to launch
-#: the kernels one by one, so that a graph saves nothing, and rounds the step up. 4096 tokens of 1.1 billion were faster
-#: with one, and 1536 of 3 billion; up to 4096 of 8 billion were not (``docs/benchmarks.md``).
-HOST_BOUND = 1 << 42
+#: Tokens of a step times the model's parameters, up to which it has a graph: 4096 tokens of 8 billion. A small model's
+#: step waits for the host that launches its kernels one by one. A larger one's does beside a thread that reads an
+#: adapter: of 8 billion, steps with prompts took 75 ms without a graph and 39 with one (``docs/benchmarks.md``). How it
+#: is with still larger models was not measured; their graphs take as long to capture as such a step.
+GRAPH_BOUND = 1 << 45
 #: A step runs in the next larger graph. Each takes some 0.1 s at the start, twice: with adapters and without. So these
 #: grow with the step, by a quarter at most; vLLM's own go on in steps of 8 and 16.
 GRAPH_SIZES = (
@@ -122,8 +123,8 @@ def with_kernels(engine_args: Mapping[str, Any], lora_kernels: LoraKernels, *, d
 def graph_sizes(engine_args: Mapping[str, Any], num_parameters: int | None = None) -> list[int]:
     """How many tokens of a step there are CUDA graphs for; one is for ``max_num_seqs`` requests that decode.
 
-    They go on for as long as the host is what a step waits for, and none is larger than a step can be, as far as the
-    arguments tell.
+    They go on for as long as one is worth what it costs (``GRAPH_BOUND``), and none is larger than a step can be, as
+    far as the arguments tell.
     """
     max_num_seqs = engine_args.get("max_num_seqs")
     most = engine_args.get("max_num_batched_tokens")
@@ -131,8 +132,7 @@ def graph_sizes(engine_args: Mapping[str, Any], num_parameters: int | None = Non
         most = max_num_seqs * engine_args["max_model_len"]
     largest = VLLM_LARGEST_GRAPH
     if num_parameters:
-        host_bound = min(HOST_BOUND // num_parameters, LARGEST_GRAPH)
-        largest = max(largest, *(size for size in GRAPH_SIZES if size <= host_bound))
+        largest = max(largest, *(size for size in GRAPH_SIZES if size * num_parameters <= GRAPH_BOUND))
     largest = min(most or largest, largest)
     sizes = {size for size in GRAPH_SIZES if size < largest}
     return sorted(sizes | {largest, min(max_num_seqs or largest, largest)})

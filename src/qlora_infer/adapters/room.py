@@ -28,7 +28,7 @@ PLACES_PER_SLOT = 4
 #: The share of a GPU that vLLM takes by default (``gpu_memory_utilization``), and the least that must be left of it
 #: beside weights and slots: CUDA graphs, activations and a small KV cache take about so much together.
 GPU_SHARE = 0.92
-GRAPH_ROOM = 5 << 29
+GRAPH_ROOM = 3 << 30
 
 #: The rank that room is made for while ``max_lora_rank`` is "auto".
 ASSUMED_RANK = 64
