@@ -5,8 +5,9 @@
 #
 #   tests     tests/gpu: AWQ, GPTQ and bitsandbytes, 5 to 9 minutes, by the speed of the disk and the CPU
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
-#   8b-awq, 8b-bnb
-#             the same in AWQ and bitsandbytes, the most requests alone, one pair: 5 minutes each
+#   8b-awq    the same in AWQ, up to 128 adapters, one pair: 9 minutes
+#   8b-bnb, 8b-bnb-128
+#             the same in bitsandbytes, one pair; and 128 adapters: 9 minutes each
 #   awq, gptq, bnb
 #             1.1 billion parameters in AWQ, GPTQ, bitsandbytes, up to 128 adapters: 8 minutes each
 #   example   the same AWQ, against the settings of the original example: 4 minutes
@@ -68,8 +69,9 @@ for name in ${@:-tests 8b}; do
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
       ;;
     8b) bench 8b 480 --shape 8B --quantization gptq --minutes 6.5 ;;
-    8b-awq) bench 8b-awq 320 --shape 8B --quantization awq --adapters 0 1 8 32 --requests 512 --repeats 1 --minutes 4.5 ;;
-    8b-bnb) bench 8b-bnb 360 --shape 8B --quantization bitsandbytes --adapters 0 1 8 32 --requests 512 --repeats 1 --minutes 5 ;;
+    8b-awq) bench 8b-awq 570 --shape 8B --quantization awq --adapters 32 128 0 1 8 --repeats 1 --minutes 8.5 ;;
+    8b-bnb) bench 8b-bnb 570 --shape 8B --quantization bitsandbytes --adapters 32 0 1 8 --repeats 1 --minutes 8.5 ;;
+    8b-bnb-128) bench 8b-bnb-128 570 --shape 8B --quantization bitsandbytes --adapters 128 --repeats 1 --minutes 8.5 ;;
     awq | gptq) bench $name 520 --shape 1.1B --quantization $name --adapters 0 1 8 32 128 --minutes 7 ;;
     bnb) bench bnb 520 --shape 1.1B --quantization bitsandbytes --adapters 0 1 8 32 128 --minutes 7 ;;
     example) bench example 300 --shape 1.1B --quantization awq --adapters 1 --against example --minutes 4 ;;
