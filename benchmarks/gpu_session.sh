@@ -5,9 +5,9 @@
 #
 #   tests     tests/gpu: AWQ, GPTQ and bitsandbytes, 5 to 9 minutes, by the speed of the disk and the CPU
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
-#   8b-awq    the same in AWQ, up to 128 adapters, one pair: 9 minutes
+#   8b-awq    the same in AWQ, up to 128 adapters, one pair: at most 10 minutes
 #   8b-bnb, 8b-bnb-128
-#             the same in bitsandbytes, one pair; and 128 adapters: 9 minutes each
+#             the same in bitsandbytes, one pair; and 128 adapters: at most 10 minutes each
 #   awq, gptq, bnb
 #             1.1 billion parameters in AWQ, GPTQ, bitsandbytes, up to 128 adapters: 8 minutes each
 #   example   the same AWQ, against the settings of the original example: 4 minutes
@@ -90,13 +90,13 @@ for name in ${@:-tests 8b}; do
         --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=0
       ;;
     sizes)
-      sizes() { python3 -c "from qlora_infer.startup import GRAPH_SIZES; print([size for size in GRAPH_SIZES if size <= $1])"; }
-      bench sizes 300 --shape 1.1B --quantization awq --adapters 8 32 --requests 512 --against ours --minutes 4 \
-        --ours-args "{\"cudagraph_capture_sizes\": $(sizes 512)}"
-      bench sizes-3b 240 --shape 3B --quantization awq --adapters 8 32 --requests 512 --against ours --minutes 3 \
-        --ours-args "{\"cudagraph_capture_sizes\": $(sizes 512)}"
-      bench sizes-8b 420 --shape 8B --quantization gptq --adapters 32 --requests 512 --against ours --minutes 5 \
-        --ours-args "{\"cudagraph_capture_sizes\": $(sizes 512)}"
+      small=$(python3 -c 'from qlora_infer.startup import GRAPH_SIZES; print([size for size in GRAPH_SIZES if size <= 512])')
+      sizes() { # NAME SECONDS ARGUMENTS...
+        bench "$@" --requests 512 --against ours --ours-args "{\"cudagraph_capture_sizes\": $small}"
+      }
+      sizes sizes 300 --shape 1.1B --quantization awq --adapters 8 32 --minutes 4
+      sizes sizes-3b 240 --shape 3B --quantization awq --adapters 8 32 --minutes 3
+      sizes sizes-8b 420 --shape 8B --quantization gptq --adapters 32 --minutes 5
       grep -h 'Graph capturing finished\|GPU KV cache size' "$OUT"/sizes*.log | cut -c1-250 # with VLLM_LOGGING_LEVEL=INFO
       ;;
     tuning)

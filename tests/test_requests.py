@@ -26,8 +26,8 @@ from qlora_infer import (
     RequestTimeoutError,
 )
 from qlora_infer.backend import StepOutput
+from qlora_infer.requests.ahead import steps_ahead
 from qlora_infer.requests.deadlines import Deadlines
-from qlora_infer.requests.driver import steps_ahead
 from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.request import GenerationRequest
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter

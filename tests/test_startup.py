@@ -156,13 +156,12 @@ def test_who_chooses_graph_sizes_gets_them(given):
 
 
 class GPU(FakeEngine):
-    """A Llama of 8 billion parameters in 4 bits on a GPU of so many GiB."""
+    """A Llama in 4 bits on a GPU of so many GiB; of 8 billion parameters, unless it has other layers than 32."""
 
     def __init__(self, gib, num_layers=32):
-        shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
-        shape["num_hidden_layers"] = num_layers
-        quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
-        super().__init__(model_config={"num_key_value_heads": 8, "vocab_size": 128256, **shape, **quantized})
+        shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": num_layers, "vocab_size": 128256}
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+        super().__init__(model_config={**shape, **heads, "quantization_config": {"quant_method": "awq", "bits": 4}})
         self._gib = gib
 
     def platform(self):

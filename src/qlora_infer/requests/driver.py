@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import Counter, deque
@@ -21,6 +20,7 @@ from qlora_infer.errors import (
     RequestCancelledError,
     RequestTimeoutError,
 )
+from qlora_infer.requests.ahead import LOOK_AHEAD, STEPS_AHEAD, num_spare, steps_ahead
 from qlora_infer.requests.deadlines import Deadlines
 from qlora_infer.requests.handle import RequestHandle
 from qlora_infer.requests.pending import PendingRequest
@@ -38,23 +38,6 @@ T = TypeVar("T")
 
 #: Seconds that a step or a load may still take when the engine is closed, before the engine is killed.
 CLOSE_TIMEOUT = 10.0
-
-#: The engine is given some requests more than its batch holds, so that no place stays empty from the step that frees
-#: it until we hear of it: one for so many places, and one for each request that is about to reach its ``max_tokens``,
-#: as ``steps_ahead`` says. (Requests of one length, begun together, end together.)
-PLACES_PER_SPARE = 8
-
-#: Seconds that it takes to hand a request over: vLLM checks it, and sends it to its core.
-HANDING_OVER = 0.0005
-
-#: About to reach its ``max_tokens`` is who is within so many steps of it, and within more where steps are short. The
-#: engine is given the next adapter when all requests of another are within so many, in any case.
-STEPS_AHEAD = 4
-MOST_STEPS_AHEAD = 16
-
-#: Adapters that are read into host memory before their turn: as many as may change at once, which is one for each slot,
-#: and so many at least.
-LOOK_AHEAD = 2
 
 #: Seconds between two looks at adapters that are being read, while there is no step to make.
 READ_POLL = 0.002
@@ -262,7 +245,7 @@ class Driver:
     def _spare(self, num_ending: int) -> None:
         """Have some requests more in the engine than its batch holds, where so many sequences are about to end."""
         max_num_seqs = self._backend.max_num_seqs
-        self._num_spare = max(1, max_num_seqs // PLACES_PER_SPARE) + min(num_ending, max_num_seqs)
+        self._num_spare = num_spare(max_num_seqs, num_ending)
         with self._lock:
             self._queue.num_places = max_num_seqs + self._num_spare
 
@@ -493,19 +476,6 @@ class Driver:
                 self._stats.ended(pending, None, pending.error, was_running=was_running)
                 self._release(pending.request.adapter)
         self._residency.recorder.emptied()
-
-
-def steps_ahead(max_num_seqs: int, seconds: float) -> int:
-    """How many steps of so many seconds the next requests are handed over before places become free.
-
-    As many as handing a whole batch over takes, so that the core does not begin it with a few. Not more, for who comes
-    in between waits behind them.
-
-    Example:
-        >>> [steps_ahead(64, seconds) for seconds in (0.001, 0.003, 0.006, 0.060)]
-        [16, 11, 6, 4]
-    """
-    return max(STEPS_AHEAD, min(MOST_STEPS_AHEAD, math.ceil(max_num_seqs * HANDING_OVER / max(seconds, 1e-6))))
 
 
 def _dead(cause: BaseException) -> EngineDeadError:
