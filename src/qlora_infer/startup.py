@@ -29,7 +29,7 @@ VLLM_LARGEST_GRAPH = 512
 LARGEST_GRAPH = 4096
 #: Tokens of a step times the model's parameters, up to which it has a graph: 4096 tokens of 8 billion. A small model's
 #: step waits for the host that launches its kernels one by one. A larger one's does beside a thread that reads an
-#: adapter: of 8 billion, steps with prompts took 54 and 75 ms without a graph and 31 and 39 with one (GPTQ and
+#: adapter: of 8 billion, steps with prompts took 52 and 75 ms without a graph and 33 and 39 with one (GPTQ and
 #: bitsandbytes, ``docs/benchmarks.md``). How it is with still larger models was not measured; the larger the model, the
 #: longer its graphs take to capture.
 GRAPH_BOUND = 1 << 45
