@@ -161,6 +161,24 @@ def test_swaps_and_steps_are_counted_in_each_run(load, tmp_path):
     assert run.num_large_steps == 0
 
 
+def test_only_a_run_from_disk_reads_adapters(load, tmp_path):
+    """What such a run has not brought back into host memory is read before the next run, and is not a part of it."""
+    runs = load("runs")
+    log = []
+    side = FakeSide(tmp_path, 4, log, "ours")
+    timed = runs.Timed(side, 5, prompts)
+    assert timed.run(runs.Cell(2, 2, is_cold=True)).num_steps >= 5
+    run = timed.run(runs.Cell(4, 8))
+    assert log == [("ours", 2, {"a0", "a1"}), ("ours", 2, {"a2", "a3"}), ("ours", 8, {"a0", "a1", "a2", "a3"})]
+    assert run.num_steps >= 5
+    timed.swaps(["a0", "a1"])
+    log.clear()
+    timed.run(runs.Cell(4, 4))
+    timed.run(runs.Cell(4, 4))
+    assert log == [("ours", 2, {"a2", "a3"}), *[("ours", 4, {"a0", "a1", "a2", "a3"})] * 2]
+    side.engine.close()
+
+
 def test_steps_are_large_by_their_prompts(load, tmp_path):
     """A step of one prompt has a graph with 300 tokens, and none with 600."""
     runs = load("runs")
