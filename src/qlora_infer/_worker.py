@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from attrs import frozen
 from vllm.lora.lora_model import LoRAModel
 
 from qlora_infer import kernels
+from qlora_infer._short_turns import ShortTurns
 from qlora_infer.adapters.snapshot import WEIGHTS_NAME
 from qlora_infer.kernels import bitsandbytes_cpu
 from qlora_infer.kernels.pinned import read_weights
@@ -31,8 +31,8 @@ kernels.install()
 
 #: Adapters that are read at a time, at most.
 MOST_READERS = 2
-#: Seconds after which a thread that has something to do in Python gets its turn: a reader builds hundreds of objects.
-SWITCH_INTERVAL = 0.0005
+#: While adapters are read, so that a step does not wait for who builds hundreds of objects.
+SHORT_TURNS = ShortTurns(0.0005)
 
 
 class WorkerExtension:
@@ -107,7 +107,6 @@ class WorkerExtension:
                 _num_readers(self.device.type), "qlora-infer-read", initializer=_leave_the_compute_cores
             )
             self._qlora_reads = {}
-            sys.setswitchinterval(SWITCH_INTERVAL)
             if self.device.type == "cuda":
                 self.model_runner.lora_manager._lora_model_cls = PinnedLoRAModel
         if int_id not in self._qlora_reads:
@@ -122,10 +121,11 @@ class WorkerExtension:
         the model has in one, and asks of each tensor whether it is pinned; here, for a manager that nobody else has.
         """
         lora_manager = self.model_runner.lora_manager
-        adapter = lora_manager._load_adapter(request)
-        aside = copy.copy(lora_manager._adapter_manager)
-        aside._registered_adapters = {}
-        aside._add_adapter(adapter)
+        with SHORT_TURNS:
+            adapter = lora_manager._load_adapter(request)
+            aside = copy.copy(lora_manager._adapter_manager)
+            aside._registered_adapters = {}
+            aside._add_adapter(adapter)
         return adapter
 
     def _qlora_take_in(self, int_id: int) -> bool:

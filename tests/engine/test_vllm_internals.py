@@ -286,6 +286,46 @@ def test_an_adapter_read_in_few_calls_is_what_vllm_reads():
     assert done.returncode == 0, done.stderr
 
 
+TURNS = """
+import sys
+from types import SimpleNamespace
+from qlora_infer._worker import WorkerExtension
+
+class Manager:
+    def _load_adapter(self, request):
+        found.append(sys.getswitchinterval())
+        if request.lora_name == "broken":
+            raise ValueError("broken")
+        return SimpleNamespace(id=request.lora_int_id)
+
+    def _add_adapter(self, adapter):
+        found.append(sys.getswitchinterval())
+
+found, before = [], sys.getswitchinterval()
+manager = Manager()
+manager._adapter_manager = Manager()
+manager._adapter_manager._registered_adapters = {}
+worker = WorkerExtension()
+worker.device = SimpleNamespace(type="cpu")
+worker.model_runner = SimpleNamespace(lora_manager=manager)
+worker.qlora_finish_load("good", 1, "/")
+assert len(found) == 2 and max(found) < before, (found, before)
+assert sys.getswitchinterval() == before
+try:
+    worker.qlora_finish_load("broken", 2, "/")
+except ValueError:
+    pass
+assert len(found) == 3 and sys.getswitchinterval() == before
+assert list(manager._adapter_manager._registered_adapters) == [1]
+"""
+
+
+def test_threads_take_short_turns_only_while_an_adapter_is_read():
+    """Steps that nobody reads beside are interrupted as seldom as plain vLLM's."""
+    done = subprocess.run([sys.executable, "-c", TURNS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_vllm_reads_adapters_as_we_know_it():
     """The worker's manager makes adapters with the class that we replace, from the method that we extend."""
     from vllm.lora.lora_model import LoRAModel
