@@ -5,9 +5,9 @@
 #
 #   tests     tests/gpu: AWQ, GPTQ and bitsandbytes, 5 to 9 minutes, by the speed of the disk and the CPU
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
-#   8b-awq    the same in AWQ, up to 128 adapters, one pair: at most 10 minutes
-#   8b-bnb, 8b-bnb-128
-#             the same in bitsandbytes, one pair; and 128 adapters: at most 10 minutes each
+#   8b-awq, 8b-awq-128, 8b-bnb, 8b-bnb-128
+#             the same in AWQ and bitsandbytes, one pair; and 128 adapters: at most 10 minutes each
+#   one       1.1 billion parameters in AWQ and GPTQ, one adapter and the base model, 512 requests, 8 pairs: 4 minutes each
 #   awq, gptq, bnb
 #             1.1 billion parameters in AWQ, GPTQ, bitsandbytes, up to 128 adapters: 8 minutes each
 #   example   the same AWQ, against the settings of the original example: 4 minutes
@@ -69,9 +69,15 @@ for name in ${@:-tests 8b}; do
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
       ;;
     8b) bench 8b 480 --shape 8B --quantization gptq --minutes 6.5 ;;
-    8b-awq) bench 8b-awq 570 --shape 8B --quantization awq --adapters 32 128 0 1 8 --repeats 1 --minutes 8.5 ;;
+    8b-awq) bench 8b-awq 570 --shape 8B --quantization awq --adapters 1 8 0 32 --repeats 1 --minutes 8.5 ;;
+    8b-awq-128) bench 8b-awq-128 570 --shape 8B --quantization awq --adapters 128 --repeats 1 --minutes 8.5 ;;
     8b-bnb) bench 8b-bnb 570 --shape 8B --quantization bitsandbytes --adapters 32 0 1 8 --repeats 1 --minutes 8.5 ;;
     8b-bnb-128) bench 8b-bnb-128 570 --shape 8B --quantization bitsandbytes --adapters 128 --repeats 1 --minutes 8.5 ;;
+    one)
+      for quantization in awq gptq; do
+        bench "one-$quantization" 400 --shape 1.1B --quantization $quantization --adapters 1 0 --requests 512 --repeats 8 --minutes 6
+      done
+      ;;
     awq | gptq) bench $name 520 --shape 1.1B --quantization $name --adapters 0 1 8 32 128 --minutes 7 ;;
     bnb) bench bnb 520 --shape 1.1B --quantization bitsandbytes --adapters 0 1 8 32 128 --minutes 7 ;;
     example) bench example 300 --shape 1.1B --quantization awq --adapters 1 --against example --minutes 4 ;;
