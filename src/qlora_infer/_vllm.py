@@ -20,7 +20,7 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 from qlora_infer import _shared_memory, startup
 from qlora_infer.adapters.preflight import ModuleShape
@@ -57,6 +57,14 @@ class _Begun:
     completions: dict[int, Completion] = field(factory=dict)
 
 
+@define
+class _Reading:
+    """An adapter that was begun and not asked for yet: what the workers are still to be told, and if they have it."""
+
+    to_begin: tuple[str, int, str] | None
+    is_in_memory: bool = False
+
+
 class _SchedulerLog:
     """Stands where vLLM keeps its loggers, and keeps the scheduler's numbers of the newest step."""
 
@@ -83,11 +91,7 @@ class VLLMBackend:
         self._shared: set[str] = set()
         self._requests: dict[str, _Begun] = {}
         self._seen_to_load: set[int] = set()
-        # Adapters that were begun and not asked for yet; those of them that the workers have still to hear of; and
-        # those that the workers have read well and put in host memory.
-        self._being_read: set[int] = set()
-        self._to_begin: dict[int, tuple[str, int, str]] = {}
-        self._in_memory: set[int] = set()
+        self._readings: dict[int, _Reading] = {}
         self._scheduler = _SchedulerLog()
         self.max_num_seqs = 0
 
@@ -204,12 +208,11 @@ class VLLMBackend:
         ``add_lora`` fills a slot too, which shows that the adapter fits, and may push another one out of its slot. So
         afterwards the adapter is only read.
         """
-        is_seen, was_begun = version.int_id in self._seen_to_load, version.int_id in self._being_read
-        is_in_memory = version.int_id in self._in_memory
-        self._forget_reading(version)
+        is_seen, reading = version.int_id in self._seen_to_load, self._readings.pop(version.int_id, None)
+        is_unread = is_seen if reading is None else not reading.is_in_memory
         with _translated_death():
             try:
-                if (is_seen or was_begun) and not is_in_memory:
+                if is_unread:
                     self._rpc("qlora_finish_load", version.vllm_name, version.int_id, str(version.path))
                 if not is_seen:
                     _check_scaling(version)
@@ -226,25 +229,26 @@ class VLLMBackend:
 
     def prefetch_adapter(self, version: AdapterVersion) -> None:
         """The workers do, on threads of their own, from when ``have_read`` is called next."""
-        self._being_read.add(version.int_id)
-        self._to_begin[version.int_id] = (version.vllm_name, version.int_id, str(version.path))
+        self._readings[version.int_id] = _Reading((version.vllm_name, version.int_id, str(version.path)))
 
     def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
         """Asked of the workers, all at once, for a question waits until they have ended a step."""
-        being_read = {version.int_id for version in versions} & self._being_read
+        being_read = {version.int_id for version in versions} & self._readings.keys()
         if being_read:
-            begin, self._to_begin = list(self._to_begin.values()), {}
-            answers = self._rpc("qlora_read", begin, sorted(being_read))
+            to_begin = [reading.to_begin for reading in self._readings.values() if reading.to_begin]
+            answers = self._rpc("qlora_read", to_begin, sorted(being_read))
+            for reading in self._readings.values():
+                reading.to_begin = None
             ended = set.intersection(*map(set, answers))
-            self._in_memory |= {int_id for int_id in ended if all(answer[int_id] for answer in answers)}
+            for int_id in ended:
+                self._readings[int_id].is_in_memory = all(answer[int_id] for answer in answers)
             being_read -= ended
         return {version for version in versions if version.int_id not in being_read}
 
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Out of the slots and of host memory."""
-        if version.int_id in self._being_read:
+        if self._readings.pop(version.int_id, None):
             self._rpc("qlora_drop_load", version.int_id)
-        self._forget_reading(version)
         with _translated_death():
             self._engine.remove_lora(version.int_id)
 
@@ -304,8 +308,7 @@ class VLLMBackend:
         if engine is None:
             return
         self._requests.clear()
-        for readings in (self._being_read, self._to_begin, self._in_memory):
-            readings.clear()
+        self._readings.clear()
         engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT)
         for process in self._processes:
             process.join(SHUTDOWN_TIMEOUT)
@@ -313,11 +316,6 @@ class VLLMBackend:
                 process.kill()
                 process.join(SHUTDOWN_TIMEOUT)
         _shared_memory.remove(self._shared)  # which a core that was killed has left
-
-    def _forget_reading(self, version: AdapterVersion) -> None:
-        self._being_read.discard(version.int_id)
-        self._in_memory.discard(version.int_id)
-        self._to_begin.pop(version.int_id, None)
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         with _translated_death():
