@@ -1,5 +1,6 @@
 """The life of an engine: its process ends with it, whatever happens, and no handle waits for ever."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -139,10 +140,12 @@ def test_two_engines_at_once_keep_apart_and_end_with_their_processes(alone, capf
 
     An error in a ``with`` ends the processes of its engine, and close those of the other, with requests in flight; what
     these shared is removed. Nor does vLLM's log, in any of these processes, tell the token that the engine was given.
+    While they live Python's garbage collector passes over what was there before, and afterwards it sees all again.
     """
     folders, shared = demo_adapters(), shared_memory()
     two = start(adapters={"habit": folders["spanish"]}, quantization="gptq")
     with pytest.raises(ZeroDivisionError), start(adapters={"habit": folders["pirate"]}, token="hf_a_secret") as one:
+        assert gc.get_freeze_count() > 100_000
         first, second = all_pids(one), all_pids(two)
         handles = [engine.add_request("The capital of France is", GREEDY, adapter="habit") for engine in (one, two)]
         texts = [handle.result(timeout=120).text for handle in handles]
@@ -160,6 +163,7 @@ def test_two_engines_at_once_keep_apart_and_end_with_their_processes(alone, capf
         with pytest.raises(EngineClosedError):
             call()
     wait_for_end(second)
+    assert gc.get_freeze_count() == 0
     assert not set(first + second) & set(children(os.getpid()))
     assert shared_memory() <= shared
     told = capfd.readouterr()
