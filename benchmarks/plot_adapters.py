@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -78,11 +79,16 @@ def draw(panels: Mapping[str, Curves], output: Path, quantity: str) -> None:
     }
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-    for axis, (model, curves) in zip(axes[0], panels.items(), strict=True):
+    num_columns = min(len(panels), 3)
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=(4.2 * num_columns, 3.2 * num_rows), squeeze=False)
+    for axis, (model, curves) in zip(axes.flat, panels.items(), strict=False):
         _draw_panel(axis, model, curves)
-    axes[0][0].set_ylabel(quantity)
-    axes[0][-1].legend(frameon=False, loc="lower left")
+    for row in axes:
+        row[0].set_ylabel(quantity)
+    axes.flat[0].legend(frameon=False, loc="lower left")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(output, metadata={"Date": None})
     plt.close(figure)
