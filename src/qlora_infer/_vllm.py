@@ -312,6 +312,7 @@ class VLLMBackend:
         engine, self._engine = self._engine, None
         if engine is None:
             return
+        gc.unfreeze()
         self._requests.clear()
         self._readings.clear()
         engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT)
@@ -321,7 +322,6 @@ class VLLMBackend:
                 process.kill()
                 process.join(SHUTDOWN_TIMEOUT)
         _shared_memory.remove(self._shared)  # which a core that was killed has left
-        gc.unfreeze()
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         with _translated_death():
