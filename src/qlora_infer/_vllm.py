@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 
@@ -82,6 +82,8 @@ class _SchedulerLog:
 
 class VLLMBackend:
     """vLLM's ``LLMEngine`` with its core in a process of its own."""
+
+    _running: ClassVar[set[VLLMBackend]] = set()
 
     def __init__(self) -> None:
         self._engine: Any = None
@@ -158,6 +160,8 @@ class VLLMBackend:
         ).start()
         # A full collection goes through all that torch and vLLM have imported, which stops this process for some 0.4 s:
         # tokens wait, and the core, which gets no requests meanwhile, ends what it has. vLLM's own processes do this.
+        self._running.add(self)
+        gc.unfreeze()  # an engine before this one may be garbage by now
         gc.collect()
         gc.freeze()
 
@@ -312,7 +316,9 @@ class VLLMBackend:
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        gc.unfreeze()
+        self._running.discard(self)
+        if not self._running:
+            gc.unfreeze()
         self._requests.clear()
         self._readings.clear()
         engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT)

@@ -66,8 +66,8 @@ class QuantizedLoRAEngine(Displayed):
     Any thread may call any method. An adapter is copied, checked and loaded before a request can name it, so that no
     adapter, however broken, ends the engine or disturbs another request.
 
-    Until ``close`` Python's garbage collector passes over the objects that were there when the engine started: to go
-    through all of them would stop the process for tenths of a second. ``gc.unfreeze()`` lets it see them before.
+    Until the last engine is closed, Python's garbage collector passes over the objects that were there when the newest
+    one started: to go through all of them stops the process for tenths of a second. ``gc.unfreeze()`` ends that before.
 
     Args:
         model: A Hub id or a local folder with a checkpoint.

@@ -140,7 +140,7 @@ def test_two_engines_at_once_keep_apart_and_end_with_their_processes(alone, capf
 
     An error in a ``with`` ends the processes of its engine, and close those of the other, with requests in flight; what
     these shared is removed. Nor does vLLM's log, in any of these processes, tell the token that the engine was given.
-    While they live Python's garbage collector passes over what was there before, and afterwards it sees all again.
+    Until the second is closed, Python's garbage collector passes over what was there before; then it sees all again.
     """
     folders, shared = demo_adapters(), shared_memory()
     two = start(adapters={"habit": folders["spanish"]}, quantization="gptq")
@@ -151,6 +151,7 @@ def test_two_engines_at_once_keep_apart_and_end_with_their_processes(alone, capf
         texts = [handle.result(timeout=120).text for handle in handles]
         _ = 1 / 0
     wait_for_end(first)
+    assert gc.get_freeze_count() > 100_000
     assert "hearties" in texts[0]
     assert "La capital de" in texts[1]
 
