@@ -10,6 +10,8 @@
 #   one       1.1 billion parameters in AWQ and GPTQ, one adapter and the base model, 512 requests, 8 pairs: 4 minutes each
 #   awq, gptq, bnb
 #             1.1 billion parameters in AWQ, GPTQ, bitsandbytes, up to 128 adapters: 8 minutes each
+#   disk      1.1 billion parameters in AWQ, GPTQ and bitsandbytes, 32 adapters, also from disk, 6 pairs: 6 minutes each
+#   compiled  the compiled start: its test, and 1.1 billion parameters in AWQ on both sides compiled: 10 minutes
 #   example   the same AWQ, against the settings of the original example: 4 minutes
 #   swap      moves of an adapter into a slot, ours and vLLM's: 1 minute
 #   lora      LoRA's own work in one graph, ours and vLLM's: 3 minutes
@@ -64,7 +66,7 @@ for name in ${@:-tests 8b}; do
   case $name in
     tests)
       demo 240 awq gptq
-      part tests 560 python3 -m pytest tests/gpu -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
+      part tests 560 python3 -m pytest tests/gpu -k 'not compiled' -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
         --durations 15 --junitxml "$OUT/tests.xml"
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
       ;;
@@ -77,6 +79,16 @@ for name in ${@:-tests 8b}; do
       for quantization in awq gptq; do
         bench "one-$quantization" 400 --shape 1.1B --quantization $quantization --adapters 1 0 --requests 512 --repeats 8 --minutes 6
       done
+      ;;
+    disk)
+      for quantization in awq gptq bitsandbytes; do
+        bench "disk-$quantization" 520 --shape 1.1B --quantization $quantization --adapters 32 --requests 512 --repeats 6 --minutes 8
+      done
+      ;;
+    compiled)
+      demo 240 awq
+      part compiled-test 280 python3 -m pytest tests/gpu -k compiled -v --tb=short --timeout 260 -p no:cacheprovider
+      bench compiled 520 --shape 1.1B --quantization awq --adapters 8 0 --startup compiled --repeats 1 --minutes 8
       ;;
     awq | gptq) bench $name 520 --shape 1.1B --quantization $name --adapters 0 1 8 32 128 --minutes 7 ;;
     bnb) bench bnb 520 --shape 1.1B --quantization bitsandbytes --adapters 0 1 8 32 128 --minutes 7 ;;

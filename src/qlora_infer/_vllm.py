@@ -83,6 +83,7 @@ class _SchedulerLog:
 class VLLMBackend:
     """vLLM's ``LLMEngine`` with its core in a process of its own."""
 
+    #: Those of this process. While there are any, the garbage collector passes over what was there before the newest.
     _running: ClassVar[set[VLLMBackend]] = set()
 
     def __init__(self) -> None:
