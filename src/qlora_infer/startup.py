@@ -75,9 +75,9 @@ def with_defaults(
     On a CPU vLLM 0.32 does not compile models with LoRA (``vllm/platforms/cpu.py``), but leaves its C++ operators
     off, as it does for models that it compiles. They are turned on.
 
-    On a GPU it compiles, which takes minutes, where CUDA graphs alone take one and decode as fast with plain vLLM. Steps
-    that only decode are one graph each; those with prompts are cut at the attention (``breakable_graphs``). ``FULL`` for both is not used: it garbles batches of
-    several prompts in vLLM 0.32.0.
+    On a GPU it compiles, which takes minutes, where CUDA graphs alone take one. Steps that only decode are one graph
+    each; those with prompts are cut at the attention (``breakable_graphs``). ``FULL`` for both is not used: it garbles
+    batches of several prompts in vLLM 0.32.0.
 
     Args:
         engine_args: Arguments of vLLM's ``EngineArgs``.
