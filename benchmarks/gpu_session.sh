@@ -66,7 +66,7 @@ for name in ${@:-tests 8b}; do
   case $name in
     tests)
       demo 240 awq gptq
-      part tests 560 python3 -m pytest tests/gpu -k 'not compiled' -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
+      part tests 560 python3 -m pytest tests/gpu -k 'not compiled_engine' -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
         --durations 15 --junitxml "$OUT/tests.xml"
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$|s (setup|call)' "$OUT/tests.log" | cut -c1-180
       ;;
@@ -86,8 +86,8 @@ for name in ${@:-tests 8b}; do
       done
       ;;
     compiled)
-      demo 240 awq
-      part compiled-test 280 python3 -m pytest tests/gpu -k compiled -v --tb=short --timeout 260 -p no:cacheprovider
+      demo 240 awq gptq bitsandbytes
+      part compiled-test 720 python3 -m pytest tests/gpu -k compiled_engine -v --tb=short --timeout 300 -p no:cacheprovider
       bench compiled 520 --shape 1.1B --quantization awq --adapters 8 0 --startup compiled --repeats 1 --minutes 8
       ;;
     awq | gptq) bench $name 520 --shape 1.1B --quantization $name --adapters 0 1 8 32 128 --minutes 7 ;;

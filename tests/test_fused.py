@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,3 +227,13 @@ def test_weights_are_read_16_bytes_at_a_time():
     assert "cp.async.cg.shared.global" in done.stdout
     assert "ld.global.b16" not in done.stdout
     assert "ld.global.v4.b32" in done.stdout
+
+
+def test_compiled_layers_give_what_they_give_uncompiled():
+    """torch.compile takes what vLLM's LoRA layers call as one graph, and each model's rows keep their own adapters."""
+    script = Path(__file__).with_name("compiled_layers.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    differences = [float(line) for line in done.stdout.split()]
+    assert len(differences) in (6, 12)
+    assert max(differences) < TOLERANCE[torch.float16]

@@ -219,11 +219,12 @@ def test_a_closed_engine_frees_the_gpu(engines, record_property):
     assert max(engines.left_over.values()) < LEFT_OVER
 
 
-def test_a_compiled_engine_answers_as_one_that_starts_fast(engines):
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_compiled_engine_answers_as_one_that_starts_fast(engines, quantization):
     """startup="compiled": vLLM compiles, and base and three adapters in one batch say what they say without."""
-    fast = engines.get("awq").generate([PROMPT] * 4, GREEDY, adapter=ADAPTERS)
+    fast = engines.get(quantization).generate([PROMPT] * 4, GREEDY, adapter=ADAPTERS)
     engines.close()
-    with start(adapters=demo_adapters(), startup="compiled") as engine:
+    with start(quantization=quantization, adapters=demo_adapters(), startup="compiled") as engine:
         assert engine._backend._engine.vllm_config.compilation_config.mode == 3
         compiled = engine.generate([PROMPT] * 4, GREEDY, adapter=ADAPTERS)
     assert max(map(distance, fast, compiled)) < TOLERANCE

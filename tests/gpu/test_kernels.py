@@ -15,6 +15,7 @@ from test_fused import (
     test_an_embedding_has_its_first_product_already,
     test_any_batch_is_what_float64_says,
     test_batches_follow_each_other_in_the_same_memory,
+    test_compiled_layers_give_what_they_give_uncompiled,
     test_slices_that_an_adapter_does_not_change_are_left_out,
     test_writing_instead_of_adding,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "test_an_embedding_has_its_first_product_already",
     "test_any_batch_is_what_float64_says",
     "test_batches_follow_each_other_in_the_same_memory",
+    "test_compiled_layers_give_what_they_give_uncompiled",
     "test_slices_that_an_adapter_does_not_change_are_left_out",
     "test_writing_instead_of_adding",
 ]

@@ -30,7 +30,8 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any) -> None:
         """Reserve what CUDA graphs will refer to."""
-        self._uses_vllms_metadata = False
+        # Layers split over GPUs need it; made when they first ask, it would be made in what torch compiles.
+        self._uses_vllms_metadata = kwargs["lora_config"].fully_sharded_loras
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self._manager: Any = None
         self._max_rows = max_num_batched_tokens
@@ -41,8 +42,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._heads: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._scratch: Scratch | None = None
         self._has_pdl = torch.cuda.get_device_capability(device) >= (9, 0)
-        self._key = len(_WRAPPERS)
-        _WRAPPERS.append(weakref.ref(self))
+        _WRAPPERS[self._token_lora_indices.data_ptr()] = self
 
     def watch(self, manager: Any) -> None:
         """From now on ask vLLM's ``LoRAModelManager`` for each adapter's own rank, and the modules that it changes."""
@@ -107,10 +107,11 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     ) -> None:
         """Add to a linear module's output what the rows' adapters add."""
         add = kwargs.get("add_inputs", True)
-        if scale != 1.0 or not _is_for_us(y, x, lora_a_stacked, lora_b_stacked):
+        if torch.compiler.is_compiling():
+            a, b = list(lora_a_stacked), list(lora_b_stacked)
+            torch.ops.vllm.qlora_add_lora_linear(y, x, a, b, scale, list(output_slices), add, self._token_lora_indices)
+        elif scale != 1.0 or not _is_for_us(y, x, lora_a_stacked, lora_b_stacked):
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs)
-        elif torch.compiler.is_compiling():
-            torch.ops.vllm.qlora_add_lora(y, x, list(lora_a_stacked), list(lora_b_stacked), self._key, add)
         else:
             self._add(y, x, lora_a_stacked, lora_b_stacked, self._tokens, add=add)
 
@@ -118,7 +119,9 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
         """Add to an embedding what the rows' adapters add; x is their row of A."""
-        if torch.compiler.is_compiling() or not _is_for_us(y, x, (x,), (lora_b_stacked,)):
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.qlora_add_lora_embedding(y, x, lora_b_stacked, add_inputs, self._token_lora_indices)
+        elif not _is_for_us(y, x, (x,), (lora_b_stacked,)):
             super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **kwargs)
         else:
             self._add(y, x, (lora_b_stacked,), (lora_b_stacked,), self._tokens, add=add_inputs, is_shrunk=True)
@@ -136,7 +139,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     ) -> None:
         """Add to logits what the rows' adapters add."""
         a, b = (lora_a_stacked,), (lora_b_stacked,)
-        if scale != 1.0 or torch.compiler.is_compiling() or not _is_for_us(y, x, a, b):
+        if scale != 1.0 or not _is_for_us(y, x, a, b):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs)
         else:
             self._add(y, x, a, b, self._prompts)
@@ -225,21 +228,34 @@ def _is_for_us(y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: S
     )
 
 
-_WRAPPERS: list[weakref.ref[FusedPunicaWrapper]] = []
+# What a compiler sees: an operator for a layer, which it does not look into. It knows a wrapper by where its tensor of
+# indices is: torch keeps compiled code for later processes, and a number would be compiled into it.
+
+_WRAPPERS: weakref.WeakValueDictionary[int, FusedPunicaWrapper] = weakref.WeakValueDictionary()
 
 
-def _qlora_add_lora(
-    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], key: int, add: bool
+def _add_lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    scale: float,
+    sizes: list[int],
+    add: bool,
+    indices: torch.Tensor,
 ) -> None:
-    wrapper = _WRAPPERS[key]()
-    assert wrapper is not None
-    wrapper._add(y, x, a, b, wrapper._tokens, add=add)
+    _WRAPPERS[indices.data_ptr()].add_lora_linear(y, x, tuple(a), tuple(b), scale, tuple(sizes), add_inputs=add)
 
 
-def _changes_y(
-    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], key: int, add: bool
-) -> None:
-    """What a compiler needs to know of ``_qlora_add_lora``."""
+def _add_lora_embedding(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, add: bool, indices: torch.Tensor) -> None:
+    _WRAPPERS[indices.data_ptr()].add_lora_embedding(y, x, b, add)
 
 
-direct_register_custom_op(op_name="qlora_add_lora", op_func=_qlora_add_lora, mutates_args=["y"], fake_impl=_changes_y)
+def _only_changes_y(*arguments: Any) -> None:
+    """What a compiler needs to know of both."""
+
+
+for operator in (_add_lora_linear, _add_lora_embedding):
+    direct_register_custom_op(
+        op_name=f"qlora{operator.__name__}", op_func=operator, mutates_args=["y"], fake_impl=_only_changes_y
+    )
