@@ -40,6 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quantization", default="gptq", choices=QUANTIZATIONS)
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32], help="how many; 0 is the base model")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 64, 512])
+    parser.add_argument(
+        "--orders", nargs="+", metavar="ORDER", help="only rows of these orders, as the table names them"
+    )
     parser.add_argument("--against", nargs="+", default=["plain"], choices=["plain", "example", "ours"])
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--seqs", type=int, default=64, help="max_num_seqs")
@@ -158,7 +161,7 @@ def measure(model: Path, adapters: Mapping[str, Path], arguments: argparse.Names
 def compare(comparison: Comparison, arguments: argparse.Namespace) -> None:
     """Warm both sides up, and print the tables."""
     is_example = comparison.left[0] == "example"
-    cells = EXAMPLE_CELLS if is_example else list(runs.plan(arguments.adapters, arguments.requests, arguments.slots))
+    cells = EXAMPLE_CELLS if is_example else planned(arguments)
     most = max(cell.num_adapters for cell in cells)
     for _, side in (comparison.left, comparison.right):
         # Kernels are compiled when they are met; and every adapter comes into host memory.
@@ -168,6 +171,17 @@ def compare(comparison: Comparison, arguments: argparse.Namespace) -> None:
     comparison.measure(cells)
     if most >= 2 * arguments.slots and not is_example and time.monotonic() < comparison.deadline:
         print_swaps(comparison, [f"a{number}" for number in range(most)][: 4 * arguments.slots])
+
+
+def planned(arguments: argparse.Namespace) -> list[Cell]:
+    """The rows that are asked for."""
+    cells = list(runs.plan(arguments.adapters, arguments.requests, arguments.slots))
+    if not arguments.orders:
+        return cells
+    chosen = [cell for cell in cells if cell.title in arguments.orders]
+    if not chosen:
+        raise SystemExit(f"--orders: none of {arguments.orders} is among {sorted({cell.title for cell in cells})}")
+    return chosen
 
 
 def print_swaps(comparison: Comparison, names: list[str]) -> None:

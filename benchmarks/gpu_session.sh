@@ -10,7 +10,8 @@
 #   one       1.1 billion parameters in AWQ and GPTQ, one adapter and the base model, 512 requests, 8 pairs: 4 minutes each
 #   awq, gptq, bnb
 #             1.1 billion parameters in AWQ, GPTQ, bitsandbytes, up to 128 adapters: 8 minutes each
-#   disk      1.1 billion parameters in AWQ, GPTQ and bitsandbytes, 32 adapters, also from disk, 6 pairs: 6 minutes each
+#   disk      1.1 billion parameters in AWQ, GPTQ and bitsandbytes, 32 adapters, also from disk, 6 pairs: 8 minutes each
+#   cold      the same, from disk only, up to 20 pairs: 6 minutes each
 #   compiled  the compiled start: its test, and 1.1 billion parameters in AWQ on both sides compiled: 10 minutes
 #   example   the same AWQ, against the settings of the original example: 4 minutes
 #   swap      moves of an adapter into a slot, ours and vLLM's: 1 minute
@@ -83,6 +84,12 @@ for name in ${@:-tests 8b}; do
     disk)
       for quantization in awq gptq bitsandbytes; do
         bench "disk-$quantization" 520 --shape 1.1B --quantization $quantization --adapters 32 --requests 512 --repeats 6 --minutes 8
+      done
+      ;;
+    cold)
+      for quantization in awq gptq bitsandbytes; do
+        bench "cold-$quantization" 360 --shape 1.1B --quantization $quantization --adapters 32 --requests 512 \
+          --orders "interleaved, from disk" --repeats 20 --minutes 5
       done
       ;;
     compiled)

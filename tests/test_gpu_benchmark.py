@@ -242,6 +242,10 @@ def test_arguments(load):
     assert gpu.limits(default)["load_format"] == "dummy"
     assert "load_format" not in gpu.limits(gpu.parse(["--quantization", "bitsandbytes"]))
     assert gpu.parse(["--adapters", "0", "1", "--against", "example"]).num_adapters == 32
+    chosen = gpu.planned(gpu.parse(["--adapters", "8", "32", "--orders", "shuffled", "interleaved, from disk"]))
+    assert [(cell.num_adapters, cell.title) for cell in chosen] == [(32, "shuffled"), (32, "interleaved, from disk")]
+    with pytest.raises(SystemExit, match="sorted by hand"):
+        gpu.planned(gpu.parse(["--orders", "from disk"]))
     tuned = gpu.parse(["--ours-args", '{"specialize_active_lora": true}', "--ours-env", "A=1"])
     assert "ours with {'specialize_active_lora': True, 'A': '1'}" in gpu.title(tuned)
     assert "lora_kernels=vllm" in gpu.title(gpu.parse(["--kernels", "vllm"]))

@@ -1,4 +1,4 @@
-"""An adapter moved into a slot in two calls, against one tensor after the other."""
+"""An adapter moved into a slot in a few calls, against one tensor after the other."""
 
 from types import SimpleNamespace
 
@@ -12,6 +12,7 @@ NUM_SLOTS, RANK, INPUTS, SIZES = 3, 4, 5, (6, 2)
 
 #: The rank of each slice's weights; ``None`` where the adapter does not change it.
 RANKS = st.tuples(*[st.none() | st.integers(1, RANK)] * len(SIZES))
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 MOVES = st.lists(st.tuples(st.integers(0, NUM_SLOTS - 1), st.none() | RANKS), min_size=1, max_size=8)
 
 
@@ -29,9 +30,9 @@ def reference(a, b, index, lora_a, lora_b):
 
 
 @settings(deadline=None)
-@given(moves=MOVES, transposed=st.booleans())
-def test_slots_hold_what_they_would_hold_tensor_by_tensor(moves, transposed):
-    """Whatever rank and slices the slot's adapter had before; also where B is laid out in another way meanwhile."""
+@given(moves=MOVES, transposed=st.booleans(), dtypes=st.tuples(DTYPES, DTYPES))
+def test_slots_hold_what_they_would_hold_tensor_by_tensor(moves, transposed, dtypes):
+    """Whatever rank, slices and dtypes an adapter and the one before have; also where B is laid out in another way meanwhile."""
     ours, theirs = stacked(), stacked()
     slots, move = Slots((*ours[0], *ours[1])), Move()
     for number, (index, ranks) in enumerate(moves):
@@ -39,8 +40,11 @@ def test_slots_hold_what_they_would_hold_tensor_by_tensor(moves, transposed):
             move.empty(slots, index)
             reference(*theirs, index, [None] * len(SIZES), [None] * len(SIZES))
         else:
-            lora_a = [None if rank is None else torch.randn(rank, INPUTS) for rank in ranks]
-            lora_b = [None if r is None else torch.randn(size, r) for r, size in zip(ranks, SIZES, strict=True)]
+            lora_a = [None if rank is None else torch.randn(rank, INPUTS).to(dtypes[0]) for rank in ranks]
+            lora_b = [
+                None if rank is None else torch.randn(size, rank).to(dtypes[1])
+                for rank, size in zip(ranks, SIZES, strict=True)
+            ]
             move.fill(slots, index, lora_a, lora_b)
             reference(*theirs, index, lora_a, lora_b)
         before = [tensor.clone() for tensor in (*ours[0], *ours[1])] if number == 0 else None
@@ -52,6 +56,19 @@ def test_slots_hold_what_they_would_hold_tensor_by_tensor(moves, transposed):
         if transposed:
             for b in ours[1]:
                 b.data = b.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def test_weights_of_one_piece_of_memory_are_cast_together():
+    """As pinned.py reads them: A and B of two modules behind each other, in the dtype of the file."""
+    a, b = stacked()
+    slots, move = Slots((*a, *b)), Move()
+    shapes = [(RANK, INPUTS)] * len(SIZES) + [(size, RANK) for size in SIZES]
+    piece = torch.randn(sum(rows * columns for rows, columns in shapes)).bfloat16()
+    tensors = torch._C._nn.unflatten_dense_tensors(piece, [torch.empty(shape) for shape in shapes])
+    move.fill(slots, 2, tensors[: len(SIZES)], tensors[len(SIZES) :])
+    move.make()
+    for whole, weights in zip((*a, *b), tensors, strict=True):
+        assert torch.equal(whole[2, 0], weights.float())
 
 
 def test_each_change_is_seen_by_who_counts_versions():

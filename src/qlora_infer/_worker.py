@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ logger = logging.getLogger("qlora_infer")
 
 kernels.install()
 
-#: Adapters that are read at a time, at most.
-MOST_READERS = 2
+#: Adapters that are read at a time, at most. Steps are slower while any is read: the sooner all are there, the better.
+MOST_READERS = 4
+#: What is cast when an adapter is moved into a slot, by the device, which is faster at it.
+CAST_LATER = (torch.float16, torch.bfloat16)
 #: While adapters are read, so that a step does not wait for who builds hundreds of objects.
 SHORT_TURNS = ShortTurns(0.0005)
 
@@ -118,14 +122,14 @@ class WorkerExtension:
 
         ``_load_adapter`` is what ``LRUCacheWorkerLoRAManager.add_adapter`` calls in the middle of a step, for an
         adapter that it does not have; it reads, casts and pins. ``_add_adapter`` then puts the modules together that
-        the model has in one, and asks of each tensor whether it is pinned; here, for a manager that nobody else has.
+        the model has in one; here, for a manager that nobody else has.
         """
         lora_manager = self.model_runner.lora_manager
         with SHORT_TURNS:
             adapter = lora_manager._load_adapter(request)
             aside = copy.copy(lora_manager._adapter_manager)
             aside._registered_adapters = {}
-            aside._add_adapter(adapter)
+            _merge(aside, adapter)
         return adapter
 
     def _qlora_take_in(self, int_id: int) -> bool:
@@ -163,14 +167,17 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
             return super().from_local_checkpoint(
                 lora_dir, expected_lora_modules, peft_helper, moe_ep_spec=moe_ep_spec, **options
             )
-        weights = read_weights(Path(lora_dir) / WEIGHTS_NAME, options["dtype"], pin=torch.cuda.is_available())
+        kept = CAST_LATER if _scales_exactly(peft_helper) else ()
+        path = Path(lora_dir) / WEIGHTS_NAME
+        weights = read_weights(path, options["dtype"], pin=torch.cuda.is_available(), kept=kept)
         placed = {name: _Placed(tensor) for name, tensor in weights.items()}
         model = cls.from_lora_tensors(tensors=placed, peft_helper=peft_helper, **options)
         loras = list(model.loras.values())
         for lora in loras:
             lora.lora_a, lora.lora_b = lora.lora_a.tensor, lora.lora_b.tensor
         # Into B, after which there is nothing left to scale on the thread that makes the steps.
-        torch._foreach_mul_([lora.lora_b for lora in loras], [lora.scaling for lora in loras])
+        if any(lora.scaling != 1 for lora in loras):
+            torch._foreach_mul_([lora.lora_b for lora in loras], [lora.scaling for lora in loras])
         for lora in loras:
             lora.scaling = 1
         return model
@@ -178,7 +185,7 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
 
 @frozen
 class _Placed:
-    """A tensor that has the dtype already and is where it should be: vLLM asks for both, tensor by tensor."""
+    """A tensor that is as it should be and where it should be: vLLM asks for both, tensor by tensor."""
 
     tensor: torch.Tensor
 
@@ -186,11 +193,44 @@ class _Placed:
     def shape(self) -> torch.Size:
         return self.tensor.shape
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
     def to(self, *, device: Any = None, dtype: Any = None) -> _Placed:
         return self
 
     def pin_memory(self) -> _Placed:
         return self
+
+
+def _merge(manager: Any, adapter: Any) -> None:
+    """Have a manager put the modules together that the model has in one, and not ask of each whether it is pinned.
+
+    The weights of experts it joins, for which it needs tensors.
+    """
+    is_placed = isinstance(adapter, PinnedLoRAModel) and not any(".experts" in name for name in adapter.loras)
+    if is_placed:
+        _replace_weights(adapter, _Placed)
+    manager._add_adapter(adapter)
+    if is_placed:
+        _replace_weights(adapter, lambda placed: placed.tensor)
+
+
+def _replace_weights(adapter: Any, change: Callable[[Any], Any]) -> None:
+    def changed(weights: Any) -> Any:
+        if isinstance(weights, list):
+            return [None if piece is None else change(piece) for piece in weights]
+        return change(weights)
+
+    for lora in adapter.loras.values():
+        lora.lora_a, lora.lora_b = changed(lora.lora_a), changed(lora.lora_b)
+
+
+def _scales_exactly(peft_helper: Any) -> bool:
+    """Whether what B is multiplied by is a power of two, which numbers of any dtype take without rounding."""
+    patterns = (getattr(peft_helper, name, None) for name in ("rank_pattern", "alpha_pattern"))  # vLLM 0.31 has none
+    return not any(patterns) and math.frexp(peft_helper.vllm_lora_scaling_factor)[0] == 0.5
 
 
 def _num_readers(device: str) -> int:

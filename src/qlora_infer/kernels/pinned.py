@@ -2,13 +2,13 @@
 
 A call of torch gives Python's lock away and waits for it again. Beside a loop that makes steps, which asks for the
 lock as often, the hundreds of small tensors of an adapter are slow to read one by one, and slow the steps down. So a
-file is read, cast and copied in a few calls, whatever it holds.
+file is read in a few calls, whatever it holds, and straight to where it stays, unless it has to be cast.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,13 +22,16 @@ PIECE = 1 << 24
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
-def read_weights(path: Path, dtype: torch.dtype, *, pin: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file in another dtype, neighbours in the file still neighbours in memory.
+def read_weights(
+    path: Path, dtype: torch.dtype, *, pin: bool, kept: Collection[torch.dtype] = ()
+) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, neighbours in the file still neighbours in memory.
 
     Args:
         path: The file; its tensors are floating-point numbers of at most 64 bits.
         dtype: What they are cast to.
         pin: Whether they are in pinned memory.
+        kept: Dtypes that stay as they are in the file.
 
     Returns:
         The tensors by name, in the order of the file.
@@ -41,10 +44,13 @@ def read_weights(path: Path, dtype: torch.dtype, *, pin: bool) -> dict[str, torc
     with path.open("rb") as file:
         file.seek(-entries[-1][1].stop, os.SEEK_END)
         for run in _runs(entries, PIECE // dtype.itemsize):
-            content = torch.empty(sum(entry.num_bytes for _, entry in run), dtype=torch.uint8)
-            file.readinto(content.numpy())
-            numbers = content.view(_DTYPES[run[0][1].dtype])
-            piece = torch.empty(len(numbers), dtype=dtype, pin_memory=pin).copy_(numbers)
+            found = _DTYPES[run[0][1].dtype]
+            stays = found == dtype or found in kept
+            num_bytes = sum(entry.num_bytes for _, entry in run)
+            piece = torch.empty(num_bytes // found.itemsize, dtype=found, pin_memory=pin and stays)
+            file.readinto(piece.view(torch.uint8).numpy())
+            if not stays:
+                piece = torch.empty(len(piece), dtype=dtype, pin_memory=pin).copy_(piece)
             tensors = torch._C._nn.unflatten_dense_tensors(piece, [_of_shape(entry.shape) for _, entry in run])
             weights.update(zip((name for name, _ in run), tensors, strict=True))
     return weights

@@ -1,4 +1,4 @@
-"""An adapter moved into a slot in two calls of torch.
+"""An adapter moved into a slot in a few calls of torch.
 
 vLLM moves it tensor by tensor, in some thirty calls for each layer of a Llama, each of which gives Python's lock away
 and waits for it again: on an H100 a request waited 11 ms for 25 MB. Read in vLLM 0.32.0,
@@ -73,8 +73,7 @@ class Move:
     def clear(self) -> None:
         """Forget what was collected."""
         self._emptied: list[torch.Tensor] = []
-        self._targets: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
+        self._copies: dict[tuple[torch.dtype, int], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def fill(self, slots: Slots, index: int, lora_a: Weights, lora_b: Weights) -> None:
         """Collect a module's weights, as its ``set_lora`` takes them; what they do not cover becomes 0."""
@@ -86,8 +85,11 @@ class Move:
             if weights.shape != slot.shape:
                 self._emptied.append(slot)
                 target = slot[: weights.shape[0], : weights.shape[1]]
-            self._targets.append(target)
-            self._sources.append(weights)
+            # What is of another dtype goes by the memory that it lies in, so that not all of it is on the device twice.
+            memory = 0 if weights.dtype == slot.dtype else weights.untyped_storage().data_ptr()
+            targets, sources = self._copies.setdefault((weights.dtype, memory), ([], []))
+            targets.append(target)
+            sources.append(weights)
 
     def empty(self, slots: Slots, index: int) -> None:
         """Collect that an adapter does not change a module, as its ``reset_lora`` does."""
@@ -97,9 +99,19 @@ class Move:
         """Write it."""
         if self._emptied:
             torch._foreach_zero_(self._emptied)
-        if self._targets:
-            torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
+        for (dtype, _), (targets, sources) in self._copies.items():
+            if dtype != targets[0].dtype:
+                sources = _on_device(sources, targets[0].device)
+            torch._foreach_copy_(targets, sources, non_blocking=True)
         self.clear()
+
+
+def _on_device(weights: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """A copy on the device, which casts faster; and one call casts only what is there already."""
+    flat = torch.empty(sum(tensor.numel() for tensor in weights), dtype=weights[0].dtype, device=device)
+    copies: list[torch.Tensor] = list(torch._C._nn.unflatten_dense_tensors(flat, weights))
+    torch._foreach_copy_(copies, weights, non_blocking=True)
+    return copies
 
 
 def _each(weights: Weights) -> Sequence[torch.Tensor | None]:
