@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,7 +257,9 @@ def test_the_bitsandbytes_plugin_is_the_one_that_we_ask_for():
 
 
 PINNED = """
+import json
 import sys
+from pathlib import Path
 import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
@@ -268,26 +271,37 @@ def read(kind, dtype):
     options = {"peft_helper": helper, "lora_model_id": 1, "device": "cpu", "dtype": dtype}
     return kind.from_local_checkpoint(sys.argv[1], modules, **options).loras
 
-theirs, ours = read(LoRAModel, torch.float32), read(PinnedLoRAModel, torch.float16)
-assert list(theirs) == list(ours), (list(theirs)[:3], list(ours)[:3])
-assert len(ours) > 50, len(ours)
-assert any(lora.scaling != 1 for lora in theirs.values()) and all(lora.scaling == 1 for lora in ours.values())
-for name, lora in theirs.items():
-    assert ours[name].lora_a.dtype == ours[name].lora_b.dtype == torch.bfloat16
-    assert torch.equal(lora.lora_a.half(), ours[name].lora_a.half())
-    assert torch.equal(lora.optimize().lora_b.half(), ours[name].lora_b.half())
+def compare(dtype, kept):
+    theirs, ours = read(LoRAModel, dtype), read(PinnedLoRAModel, torch.float16)
+    assert list(theirs) == list(ours), (list(theirs)[:3], list(ours)[:3])
+    assert len(ours) > 50, len(ours)
+    assert any(lora.scaling != 1 for lora in theirs.values()) and all(lora.scaling == 1 for lora in ours.values())
+    for name, lora in theirs.items():
+        assert ours[name].lora_a.dtype == ours[name].lora_b.dtype == kept
+        assert torch.equal(lora.lora_a.half(), ours[name].lora_a.half())
+        assert torch.equal(lora.optimize().lora_b.half(), ours[name].lora_b.half())
+
+config = Path(sys.argv[1], "adapter_config.json")
+for change, dtype, kept in (
+    ({}, torch.float32, torch.bfloat16),
+    ({"lora_alpha": 24}, torch.float16, torch.float16),
+    ({"alpha_pattern": {"q_proj": 24}}, torch.float16, torch.float16),
+):
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    compare(dtype, kept)
 """
 
 
-def test_an_adapter_read_in_few_calls_is_what_vllm_reads():
-    """All of its tensors, with the scaling in B already; cast when they are moved, as if vLLM scaled before it rounds.
+def test_an_adapter_read_in_few_calls_is_what_vllm_reads(tmp_path):
+    """All of its tensors, with the scaling in B already.
 
-    In a process of its own: a worker's module acts.
+    Where that is a power of two they stay in the file's dtype, and are what vLLM would have if it scaled before it
+    rounds; else they are cast first, as vLLM does. In a process of its own: a worker's module acts.
     """
     from qlora_infer.demo import demo_adapters
 
-    command = [sys.executable, "-c", PINNED, str(demo_adapters()["pirate"])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    folder = shutil.copytree(demo_adapters()["pirate"], tmp_path / "pirate")
+    done = subprocess.run([sys.executable, "-c", PINNED, str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
