@@ -159,7 +159,7 @@ def test_vllms_modules_are_moved_at_once():
         return made
 
     theirs, ours = manager(), manager()
-    move_at_once(ours)
+    assert move_at_once(ours) == {"q", "k", "v", "o_proj"}
     changed = {name for name, layer in ours.modules.items() if "set_lora" in vars(layer)}
     assert changed == {"qkv_proj", "o_proj"}
     for lora_id in (0, 1, 2):

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from attrs import frozen
@@ -63,7 +63,9 @@ class WorkerExtension:
         manager = self.model_runner.lora_manager._adapter_manager
         # It is asked once, when the engine has started: from now on adapters come.
         kernels.watch(manager)
-        move_at_once(manager)
+        moved = move_at_once(manager)
+        if self.device.type == "cuda":
+            self.model_runner.lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(moved)
         shapes: dict[str, tuple[int, int]] = {}
         for name, module in manager.modules.items():
             parts = manager.packed_modules.get(name, [name])
@@ -111,8 +113,6 @@ class WorkerExtension:
                 _num_readers(self.device.type), "qlora-infer-read", initializer=_leave_the_compute_cores
             )
             self._qlora_reads = {}
-            if self.device.type == "cuda":
-                self.model_runner.lora_manager._lora_model_cls = PinnedLoRAModel
         if int_id not in self._qlora_reads:
             request = LoRARequest(name, int_id, path)
             self._qlora_reads[int_id] = self._qlora_reader.submit(self._qlora_load, request)
@@ -150,7 +150,19 @@ class WorkerExtension:
 
 
 class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
-    """An adapter in host memory, brought there in a few calls of torch instead of thousands (``kernels/pinned.py``)."""
+    """An adapter in host memory, brought there in a few calls of torch instead of thousands (``kernels/pinned.py``).
+
+    Attributes:
+        moved: Modules that ``kernels/slots.py`` moves into slots, and casts on the GPU. vLLM casts what it moves on the
+            CPU, in the middle of a step; so the others are cast when they are read.
+    """
+
+    moved: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def moved_at_once(cls, names: frozenset[str]) -> type[PinnedLoRAModel]:
+        """The same for a model of which these modules are moved so."""
+        return type(cls.__name__, (cls,), {"moved": names})
 
     @classmethod
     def from_local_checkpoint(
@@ -167,9 +179,9 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
             return super().from_local_checkpoint(
                 lora_dir, expected_lora_modules, peft_helper, moe_ep_spec=moe_ep_spec, **options
             )
-        kept = CAST_LATER if _scales_exactly(peft_helper) else ()
-        path = Path(lora_dir) / WEIGHTS_NAME
-        weights = read_weights(path, options["dtype"], pin=torch.cuda.is_available(), kept=kept)
+        kept = CAST_LATER if cls.moved and _scales_exactly(peft_helper) else ()
+        path, dtype, pin = Path(lora_dir) / WEIGHTS_NAME, options["dtype"], torch.cuda.is_available()
+        weights = read_weights(path, dtype, pin=pin, kept=kept)
         placed = {name: _Placed(tensor) for name, tensor in weights.items()}
         model = cls.from_lora_tensors(tensors=placed, peft_helper=peft_helper, **options)
         loras = list(model.loras.values())
@@ -178,8 +190,10 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         # Into B, after which there is nothing left to scale on the thread that makes the steps.
         if any(lora.scaling != 1 for lora in loras):
             torch._foreach_mul_([lora.lora_b for lora in loras], [lora.scaling for lora in loras])
-        for lora in loras:
+        for name, lora in model.loras.items():
             lora.scaling = 1
+            if kept and name not in cls.moved:
+                lora.lora_a, lora.lora_b = (_cast(part, dtype, pin=pin) for part in (lora.lora_a, lora.lora_b))
         return model
 
 
@@ -202,6 +216,10 @@ class _Placed:
 
     def pin_memory(self) -> _Placed:
         return self
+
+
+def _cast(weights: torch.Tensor, dtype: torch.dtype, *, pin: bool) -> torch.Tensor:
+    return torch.empty(weights.shape, dtype=dtype, pin_memory=pin).copy_(weights)
 
 
 def _merge(manager: Any, adapter: Any) -> None:

@@ -16,23 +16,28 @@ import torch
 Weights: TypeAlias = torch.Tensor | Sequence[torch.Tensor | None]
 
 
-def move_at_once(manager: Any) -> None:
+def move_at_once(manager: Any) -> frozenset[str]:
     """From now on have vLLM's ``LoRAModelManager`` collect what an adapter's move takes, and then do all of it.
 
     Layers whose weights are not simply copied (mixtures of experts, embeddings, heads, those that are split over GPUs)
     go on as vLLM has them.
+
+    Returns:
+        The names of modules, as a checkpoint has them, that are moved so, and may be of other dtypes than the slots.
     """
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
 
     known = {BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora}
     move = Move()
+    moved: set[str] = set()
     for name, module in manager.modules.items():
         parts = manager.packed_modules.get(name, [name])
         if getattr(type(module), "set_lora", None) in known and module.tp_size == 1 and len(parts) == module.n_slices:
             slots = Slots((*module.lora_a_stacked, *module.lora_b_stacked))
             module.set_lora = partial(move.fill, slots)
             module.reset_lora = partial(move.empty, slots)
+            moved.update(parts)
     activate = manager.activate_adapter
 
     def activate_adapter(lora_id: int) -> bool:
@@ -42,6 +47,7 @@ def move_at_once(manager: Any) -> None:
         return is_new
 
     manager.activate_adapter = activate_adapter
+    return frozenset(moved)
 
 
 class Slots:
