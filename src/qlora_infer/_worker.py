@@ -197,7 +197,7 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         return model
 
 
-@frozen
+@frozen(repr=False)  # vLLM asks some for their text, which for a tensor is its numbers
 class _Placed:
     """A tensor that is as it should be and where it should be: vLLM asks for both, tensor by tensor."""
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
@@ -315,10 +316,10 @@ import threading
 import time
 import torch
 import vllm.lora.model_manager
-from vllm import LLM
+from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-folder, nowhere = sys.argv[2:]
+folder, in_float16, nowhere = sys.argv[2:]
 llm = LLM(
     sys.argv[1], max_model_len=256, enable_lora=True, max_loras=1, max_lora_rank=16, max_cpu_loras=4,
     kv_cache_memory_bytes=1 << 28, worker_extension_cls="qlora_infer._worker.WorkerExtension",
@@ -355,6 +356,7 @@ def compare(worker):
     assert unmerged.keys() <= moved, unmerged.keys() - moved
     vllm.lora.model_manager.PIN_MEMORY = True  # which fails without a GPU, for whoever asks for it
     ours = worker._qlora_load(LoRARequest("ours", 4, folder))
+    vllm.lora.model_manager.PIN_MEMORY = False
     assert list(ours.loras) == list(theirs.loras)
     for name, lora in theirs.loras.items():
         for kind in ("lora_a", "lora_b"):
@@ -364,22 +366,48 @@ def compare(worker):
                 assert (left is right is None) or torch.equal(left, right.to(left.dtype))
     print("packed:", sum(isinstance(lora.lora_a, list) for lora in ours.loras.values()))
 
+def say(number):
+    params = SamplingParams(temperature=0.0, max_tokens=16)
+    (output,) = llm.generate("The sea", params, lora_request=LoRARequest(f"{number}", number, in_float16))
+    return output.outputs[0].text
+
+expected = say(11)
 llm.collective_rpc(compare)
+assert say(12) == expected, (say(12), expected)
+llm.collective_rpc("qlora_finish_load", args=("13", 13, in_float16))
+assert say(13) == expected, (say(13), expected)
+
+def dtypes(worker):
+    manager = worker.model_runner.lora_manager._adapter_manager
+    parts = [part for lora in manager._registered_adapters[13].loras.values() for part in lora.lora_a if part is not None]
+    return {part.dtype for part in parts}, manager.lora_config.lora_dtype
+
+((found, wanted),) = llm.collective_rpc(dtypes)
+assert found == {torch.float16} != {wanted}, (found, wanted)
+print("all said:", expected)
 """
 
 
 def test_what_readers_do_beside_the_steps(tmp_path):
     """They take short turns only while they read, and put modules together as vLLM does, pinning nothing again.
 
-    They know the modules that are moved into slots at once by the names that vLLM has for an adapter's. The worker and its readers are in the process that looks.
+    They know the modules that are moved into slots at once by the names that vLLM has for an adapter's; and an adapter
+    of another dtype than its slot, which is cast when it is moved there, says what it says as vLLM reads it. The worker
+    and its readers are in the process that looks.
     """
     from qlora_infer.demo import demo_adapters, demo_model
 
-    command = [sys.executable, "-c", READERS, str(demo_model("awq")), str(demo_adapters()["pirate"]), str(tmp_path)]
+    adapter = demo_adapters()["pirate"]
+    in_float16 = Path(shutil.copytree(adapter, tmp_path / "float16"))
+    weights = load_file(in_float16 / "adapter_model.safetensors")
+    save_file({name: tensor.half() for name, tensor in weights.items()}, in_float16 / "adapter_model.safetensors")
+    folders = map(str, (adapter, in_float16, tmp_path / "nowhere"))
+    command = [sys.executable, "-c", READERS, str(demo_model("awq")), *folders]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert "refused:" in done.stdout
+    assert "all said:" in done.stdout
 
 
 def test_vllm_reads_adapters_as_we_know_it():
