@@ -29,6 +29,7 @@ NEED_AN_EXTRA = {
     "qlora_infer.kernels.fused_triton": "triton",
     "qlora_infer.kernels.gpu": "torch",
     "qlora_infer.kernels.int4_cpu": "torch",
+    "qlora_infer.kernels.lora_model": "torch",
     "qlora_infer.kernels.pinned": "torch",
     "qlora_infer.kernels.products": "torch",
     "qlora_infer.kernels.rows": "torch",

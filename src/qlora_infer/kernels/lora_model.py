@@ -1,0 +1,124 @@
+"""An adapter in pinned host memory, as vLLM's manager of adapters wants it.
+
+vLLM reads, casts, pins and scales tensor by tensor; here that is a few calls for all of them (``pinned.py``). Read in
+vLLM 0.32.0, ``vllm/lora/lora_model.py`` and ``vllm/lora/model_manager.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from attrs import frozen
+from vllm.lora.lora_model import LoRAModel
+
+from qlora_infer.adapters.snapshot import WEIGHTS_NAME
+from qlora_infer.kernels.pinned import read_weights
+
+#: What is cast when an adapter is moved into a slot, by the device, which is faster at it.
+CAST_LATER = (torch.float16, torch.bfloat16)
+
+
+class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
+    """An adapter in host memory, brought there in a few calls of torch instead of thousands (``kernels/pinned.py``).
+
+    Attributes:
+        moved: Modules that ``kernels/slots.py`` moves into slots, and casts on the GPU. vLLM casts what it moves on the
+            CPU, in the middle of a step; so the others are cast when they are read.
+    """
+
+    moved: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def moved_at_once(cls, names: frozenset[str]) -> type[PinnedLoRAModel]:
+        """The same for a model of which these modules are moved so."""
+        return type(cls.__name__, (cls,), {"moved": names})
+
+    @classmethod
+    def from_local_checkpoint(
+        cls,
+        lora_dir: str,
+        expected_lora_modules: set[str],
+        peft_helper: Any,
+        *,
+        moe_ep_spec: Any = None,
+        **options: Any,
+    ) -> Any:
+        """What vLLM calls for an adapter. That its modules are expected ones was checked when it was loaded."""
+        if moe_ep_spec is not None:  # some of its experts belong to other workers: vLLM knows which
+            return super().from_local_checkpoint(
+                lora_dir, expected_lora_modules, peft_helper, moe_ep_spec=moe_ep_spec, **options
+            )
+        kept = CAST_LATER if cls.moved and _scales_exactly(peft_helper) else ()
+        path, dtype, pin = Path(lora_dir) / WEIGHTS_NAME, options["dtype"], torch.cuda.is_available()
+        weights = read_weights(path, dtype, pin=pin, kept=kept)
+        placed = {name: _Placed(tensor) for name, tensor in weights.items()}
+        model = cls.from_lora_tensors(tensors=placed, peft_helper=peft_helper, **options)
+        loras = list(model.loras.values())
+        for lora in loras:
+            lora.lora_a, lora.lora_b = lora.lora_a.tensor, lora.lora_b.tensor
+        # Into B, after which there is nothing left to scale on the thread that makes the steps.
+        if any(lora.scaling != 1 for lora in loras):
+            torch._foreach_mul_([lora.lora_b for lora in loras], [lora.scaling for lora in loras])
+        for name, lora in model.loras.items():
+            lora.scaling = 1
+            if kept and name not in cls.moved:
+                lora.lora_a, lora.lora_b = (_cast(part, dtype, pin=pin) for part in (lora.lora_a, lora.lora_b))
+        return model
+
+
+@frozen(repr=False)  # vLLM asks some for their text, which for a tensor is its numbers
+class _Placed:
+    """A tensor that is as it should be and where it should be: vLLM asks for both, tensor by tensor."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def to(self, *, device: Any = None, dtype: Any = None) -> _Placed:
+        return self
+
+    def pin_memory(self) -> _Placed:
+        return self
+
+
+def _cast(weights: torch.Tensor, dtype: torch.dtype, *, pin: bool) -> torch.Tensor:
+    return torch.empty(weights.shape, dtype=dtype, pin_memory=pin).copy_(weights)
+
+
+def merge(manager: Any, adapter: Any) -> None:
+    """Have a manager put the modules together that the model has in one, and not ask of each whether it is pinned.
+
+    The weights of experts it joins, for which it needs tensors.
+    """
+    is_placed = isinstance(adapter, PinnedLoRAModel) and not any(".experts" in name for name in adapter.loras)
+    if is_placed:
+        _replace_weights(adapter, _Placed)
+    manager._add_adapter(adapter)
+    if is_placed:
+        _replace_weights(adapter, lambda placed: placed.tensor)
+
+
+def _replace_weights(adapter: Any, change: Callable[[Any], Any]) -> None:
+    def changed(weights: Any) -> Any:
+        if isinstance(weights, list):
+            return [None if piece is None else change(piece) for piece in weights]
+        return change(weights)
+
+    for lora in adapter.loras.values():
+        lora.lora_a, lora.lora_b = changed(lora.lora_a), changed(lora.lora_b)
+
+
+def _scales_exactly(peft_helper: Any) -> bool:
+    """Whether what B is multiplied by is a power of two, which numbers of any dtype take without rounding."""
+    patterns = (getattr(peft_helper, name, None) for name in ("rank_pattern", "alpha_pattern"))  # vLLM 0.31 has none
+    return not any(patterns) and math.frexp(peft_helper.vllm_lora_scaling_factor)[0] == 0.5
