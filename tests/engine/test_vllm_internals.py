@@ -332,7 +332,10 @@ try:
 except Exception as error:
     print("refused:", error)
 assert sys.getswitchinterval() == before
+"""
 
+#: What readers do for a GPU, for which there has to be vLLM 0.32.
+FOR_A_GPU = """
 def compare(worker):
     from qlora_infer.kernels.lora_model import PinnedLoRAModel
     from qlora_infer.kernels.slots import move_at_once
@@ -393,12 +396,14 @@ def test_what_readers_do_beside_the_steps(tmp_path):
     weights = load_file(in_float16 / "adapter_model.safetensors")
     save_file({name: tensor.half() for name, tensor in weights.items()}, in_float16 / "adapter_model.safetensors")
     folders = map(str, (adapter, in_float16, tmp_path / "nowhere"))
-    command = [sys.executable, "-c", READERS, str(demo_model("awq")), *folders]
+    is_for_gpus = vllm_release() >= (0, 32)
+    script = READERS + (FOR_A_GPU if is_for_gpus else "")
+    command = [sys.executable, "-c", script, str(demo_model("awq")), *folders]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert "refused:" in done.stdout
-    assert "all said:" in done.stdout
+    assert ("all said:" in done.stdout) == is_for_gpus
 
 
 def test_vllm_reads_adapters_as_we_know_it():
