@@ -1,22 +1,23 @@
-"""What it takes to move an adapter from host memory into a slot: vLLM's way, and in two calls of torch.
+"""What it takes to move an adapter from host memory into a slot: vLLM's way, and in a few calls of torch.
 
     python benchmarks/swap_cost.py                          # on a GPU, models of 1.1 and 8 billion parameters
     python benchmarks/swap_cost.py --device cpu --shape tiny
 
 Alone, and beside a thread that wants Python's lock, as one does that reads another adapter. "returns" is what the
 thread that makes the steps waits, "done" is when the device has everything. The methods of vLLM's own layers do it, on
-weights of their own.
+weights of their own, of the slots' dtype; "cast" is ours with an adapter that is in bfloat16 and slots in float16.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,9 +27,12 @@ from llama_shapes import SHAPES
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
 
+from qlora_infer.kernels.pinned import PIECE
 from qlora_infer.kernels.slots import move_at_once
 
 NUM_SLOTS = 8
+#: What slots are made of.
+SLOTS = torch.float16
 #: vLLM's linear layers of a Llama, and the modules that each has in one.
 PARTS = {
     "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -49,12 +53,14 @@ def main() -> None:
     print(f"{common.machine()}; rank {arguments.rank}, {arguments.repeats} moves each", flush=True)
     rows = []
     for shape in arguments.shape:
-        managers = {name: manager(shape, arguments.rank, arguments.device) for name in ("vLLM", "ours")}
-        move_at_once(managers["ours"])
+        dtypes = {"vLLM": SLOTS, "ours": SLOTS, "ours, cast": torch.bfloat16}
+        managers = {name: manager(shape, arguments.rank, arguments.device, dtype) for name, dtype in dtypes.items()}
+        for name in ("ours", "ours, cast"):
+            move_at_once(managers[name])
         rows.append((shape, "alone", *in_turn(managers, arguments.repeats)))
         with a_thread():
             rows.append((shape, "beside a thread", *in_turn(managers, arguments.repeats)))
-    header = ("model", "", "returns, ms: vLLM", "done", "returns, ms: ours", "done")
+    header = ("model", "", "returns, ms: vLLM", "done", "returns, ms: ours", "done", "returns, ms: ours, cast", "done")
     print(common.table(header, rows))
 
 
@@ -95,10 +101,10 @@ def a_thread() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def manager(shape: str, rank: int, device: str) -> Any:
+def manager(shape: str, rank: int, device: str, dtype: torch.dtype) -> Any:
     """What ``move_at_once`` asks of vLLM's ``LoRAModelManager``, with the linear layers of a Llama."""
     layers = {f"layers.{number}.{name}": a_layer(sizes, rank, device) for number, name, sizes in sizes_of(shape)}
-    weights = {name: weights_for(layer) for name, layer in layers.items()}
+    weights = dict(zip(layers, weights_for(list(layers.values()), dtype), strict=True))
 
     def activate_adapter(lora_id: int) -> bool:
         for name, layer in layers.items():
@@ -124,20 +130,26 @@ def a_layer(sizes: tuple[int, ...], rank: int, device: str) -> Any:
     theirs = MergedColumnParallelLinearWithLoRA if len(outputs) > 1 else BaseLinearLayerWithLoRA
     layer = type("Layer", (), {"set_lora": theirs.set_lora, "reset_lora": theirs.reset_lora})()
     layer.tp_size, layer.n_slices = 1, len(outputs)
-    new = {"dtype": torch.float16, "device": device}
+    new = {"dtype": SLOTS, "device": device}
     layer.lora_a_stacked = tuple(torch.zeros(NUM_SLOTS, 1, rank, num_inputs, **new) for _ in outputs)
     layer.lora_b_stacked = tuple(torch.zeros(NUM_SLOTS, 1, size, rank, **new) for size in outputs)
     return layer
 
 
-def weights_for(layer: Any) -> tuple[Any, Any]:
-    """An adapter's weights for a layer, in host memory: a list where the layer has several slices."""
-    pin = torch.cuda.is_available()
-    a, b = (
-        [torch.ones(slots.shape[2:], dtype=slots.dtype, pin_memory=pin) for slots in stacked]
-        for stacked in (layer.lora_a_stacked, layer.lora_b_stacked)
-    )
-    return (a, b) if layer.n_slices > 1 else (a[0], b[0])
+def weights_for(layers: Sequence[Any], dtype: torch.dtype) -> Iterator[tuple[Any, Any]]:
+    """An adapter's weights for each layer, in host memory, in pieces as ``pinned.py`` reads them; lists for slices."""
+    shapes = [stacked.shape[2:] for layer in layers for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+    tensors: list[torch.Tensor] = []
+    while len(tensors) < len(shapes):
+        sizes = itertools.accumulate(shape.numel() for shape in shapes[len(tensors) :])
+        number = max(1, sum(size * dtype.itemsize <= PIECE for size in sizes))
+        empty = [torch.empty(()).expand(shape) for shape in shapes[len(tensors) : len(tensors) + number]]
+        piece = torch.ones(sum(map(torch.Tensor.numel, empty)), dtype=dtype, pin_memory=torch.cuda.is_available())
+        tensors += torch._C._nn.unflatten_dense_tensors(piece, empty)
+    left = iter(tensors)
+    for layer in layers:
+        a, b = (list(itertools.islice(left, layer.n_slices)) for _ in range(2))
+        yield (a, b) if layer.n_slices > 1 else (a[0], b[0])
 
 
 if __name__ == "__main__":
