@@ -26,16 +26,16 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
     """An adapter in host memory, brought there in a few calls of torch instead of thousands (``kernels/pinned.py``).
 
     Attributes:
-        moved: Modules that ``kernels/slots.py`` moves into slots, and casts on the GPU. vLLM casts what it moves on the
-            CPU, in the middle of a step; so the others are cast when they are read.
+        moved: The kinds of modules that ``kernels/slots.py`` moves into slots, and casts on the GPU. vLLM casts what it
+            moves on the CPU, in the middle of a step; so an adapter of others is cast when it is read.
     """
 
     moved: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
-    def moved_at_once(cls, names: frozenset[str]) -> type[PinnedLoRAModel]:
-        """The same for a model of which these modules are moved so."""
-        return type(cls.__name__, (cls,), {"moved": names})
+    def moved_at_once(cls, kinds: frozenset[str]) -> type[PinnedLoRAModel]:
+        """The same for a model of which these are moved so."""
+        return type(cls.__name__, (cls,), {"moved": kinds})
 
     @classmethod
     def from_local_checkpoint(
@@ -52,9 +52,9 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
             return super().from_local_checkpoint(
                 lora_dir, expected_lora_modules, peft_helper, moe_ep_spec=moe_ep_spec, **options
             )
-        kept = CAST_LATER if cls.moved and _scales_exactly(peft_helper) else ()
-        path, dtype, pin = Path(lora_dir) / WEIGHTS_NAME, options["dtype"], torch.cuda.is_available()
-        weights = read_weights(path, dtype, pin=pin, kept=kept)
+        kept = CAST_LATER if _kinds(peft_helper) <= cls.moved and _scales_exactly(peft_helper) else ()
+        path = Path(lora_dir) / WEIGHTS_NAME
+        weights = read_weights(path, options["dtype"], pin=torch.cuda.is_available(), kept=kept)
         placed = {name: _Placed(tensor) for name, tensor in weights.items()}
         model = cls.from_lora_tensors(tensors=placed, peft_helper=peft_helper, **options)
         loras = list(model.loras.values())
@@ -63,10 +63,8 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         # Into B, after which there is nothing left to scale on the thread that makes the steps.
         if any(lora.scaling != 1 for lora in loras):
             torch._foreach_mul_([lora.lora_b for lora in loras], [lora.scaling for lora in loras])
-        for name, lora in model.loras.items():
+        for lora in loras:
             lora.scaling = 1
-            if kept and name not in cls.moved:
-                lora.lora_a, lora.lora_b = (_cast(part, dtype, pin=pin) for part in (lora.lora_a, lora.lora_b))
         return model
 
 
@@ -91,10 +89,6 @@ class _Placed:
         return self
 
 
-def _cast(weights: torch.Tensor, dtype: torch.dtype, *, pin: bool) -> torch.Tensor:
-    return torch.empty(weights.shape, dtype=dtype, pin_memory=pin).copy_(weights)
-
-
 def merge(manager: Any, adapter: Any) -> None:
     """Have a manager put the modules together that the model has in one, and not ask of each whether it is pinned.
 
@@ -116,6 +110,12 @@ def _replace_weights(adapter: Any, change: Callable[[Any], Any]) -> None:
 
     for lora in adapter.loras.values():
         lora.lora_a, lora.lora_b = changed(lora.lora_a), changed(lora.lora_b)
+
+
+def _kinds(peft_helper: Any) -> set[str]:
+    """The last parts of the names of the modules that an adapter says it has, or a pattern, which is none of them."""
+    targets = peft_helper.target_modules
+    return {targets} if isinstance(targets, str) else {target.rpartition(".")[2] for target in targets}
 
 
 def _scales_exactly(peft_helper: Any) -> bool:

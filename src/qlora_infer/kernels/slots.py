@@ -23,7 +23,8 @@ def move_at_once(manager: Any) -> frozenset[str]:
     go on as vLLM has them.
 
     Returns:
-        The names of modules, as a checkpoint has them, that are moved so, and may be of other dtypes than the slots.
+        The last parts of modules' names, such as ``"q_proj"``, that only stand for modules that are moved so. Their
+        weights may be of other dtypes than the slots.
     """
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
@@ -31,13 +32,17 @@ def move_at_once(manager: Any) -> frozenset[str]:
     known = {BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora}
     move = Move()
     moved: set[str] = set()
+    others: set[str] = set()
     for name, module in manager.modules.items():
         parts = manager.packed_modules.get(name, [name])
+        kinds = {part.rpartition(".")[2] for part in parts}
         if getattr(type(module), "set_lora", None) in known and module.tp_size == 1 and len(parts) == module.n_slices:
             slots = Slots((*module.lora_a_stacked, *module.lora_b_stacked))
             module.set_lora = partial(move.fill, slots)
             module.reset_lora = partial(move.empty, slots)
-            moved.update(parts)
+            moved |= kinds
+        else:
+            others |= kinds
     activate = manager.activate_adapter
 
     def activate_adapter(lora_id: int) -> bool:
@@ -47,7 +52,7 @@ def move_at_once(manager: Any) -> frozenset[str]:
         return is_new
 
     manager.activate_adapter = activate_adapter
-    return frozenset(moved)
+    return frozenset(moved - others)
 
 
 class Slots:
