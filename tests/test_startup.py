@@ -63,7 +63,7 @@ def test_on_a_gpu_steps_are_captured_and_nothing_compiled(caplog):
 
 
 def test_compiled_is_vllms_own_default(caplog):
-    """startup="compiled" tells vLLM nothing, and logs that it takes minutes."""
+    """startup="compiled" tells vLLM nothing, and logs that it takes longer."""
     with caplog.at_level(logging.INFO, "qlora_infer"):
         assert startup.with_defaults({"model": "m"}, device="cuda", startup="compiled") == {"model": "m"}
     assert "minutes" in caplog.text

@@ -89,7 +89,7 @@ class QuantizedLoRAEngine(Displayed):
         enforce_eager: Run without CUDA graphs: several times slower. ``"auto"`` does so only on a GPU that is short of
             memory for them, and logs it.
         startup: On a GPU, ``"fast"`` captures CUDA graphs and does not compile, so that a model is there in about
-            a minute; ``"compiled"`` is vLLM's own default, which takes minutes to start.
+            a minute; ``"compiled"`` is vLLM's own default, which takes longer, the larger the model.
             ``compilation_config`` in ``engine_args`` goes before it. On a CPU it makes no difference.
         lora_kernels: On a GPU, ``"auto"`` computes LoRA with this library's kernels where they were tried (Hopper), and
             with vLLM's own elsewhere; ``"vllm"`` always with vLLM's own, for whoever wants to compare.
