@@ -77,7 +77,8 @@ def with_defaults(
 
     On a GPU it compiles, which takes the longer the larger a model is, and for one of 1.1 billion parameters half a
     minute more than CUDA graphs alone. Steps that only decode are one graph each; those with prompts are cut at the
-    attention (``breakable_graphs``). ``FULL`` for both is not used: it garbles batches of several prompts in vLLM 0.32.0.
+    attention (``breakable_graphs``). ``FULL`` for both is not used: in vLLM 0.32.0 it garbles batches of several
+    prompts.
 
     Args:
         engine_args: Arguments of vLLM's ``EngineArgs``.
@@ -92,9 +93,7 @@ def with_defaults(
     if device != "cuda" or engine_args.get("enforce_eager"):
         return dict(engine_args)
     if startup == "compiled":
-        logger.info(
-            'startup="compiled": torch.compile and CUDA graphs; the first start takes longer, of a large model minutes'
-        )
+        logger.info('startup="compiled": torch.compile and CUDA graphs; starts more slowly, a large model by minutes')
         return dict(engine_args)
     logger.info('startup="fast": CUDA graphs without torch.compile ("compiled" is the other choice)')
     compilation_config: dict[str, Any] = dict(GRAPHS)
