@@ -49,6 +49,15 @@ def test_auto_takes_what_config_json_says(method, caplog):
     assert "config.json" in caplog.text
 
 
+def test_none_serves_an_unquantized_checkpoint_as_it_is():
+    """quantization="none" hands an unquantized checkpoint to vLLM as it is, and refuses a quantized one."""
+    strategy = quantization.choose(evolve(CONFIG, quantization="none"), UNQUANTIZED)
+    strategy.check(CONFIG, UNQUANTIZED, Platform("cuda", 70, frozenset({"vllm"})))
+    assert (strategy.name, strategy.engine_args(CONFIG, UNQUANTIZED)) == ("none", {})
+    with pytest.raises(QuantizationError, match="is quantized with 'awq'"):
+        quantization.choose(evolve(CONFIG, quantization="none"), CHECKPOINTS["awq"])
+
+
 def test_auto_quantizes_an_unquantized_checkpoint_in_flight(caplog):
     """An unquantized checkpoint is quantized with bitsandbytes as it loads, and the log says so."""
     with caplog.at_level(logging.INFO, logger="qlora_infer"):
@@ -62,7 +71,7 @@ def test_auto_quantizes_an_unquantized_checkpoint_in_flight(caplog):
 
 def test_an_unknown_name_lists_those_that_exist():
     """A mistyped quantization is answered with the choices."""
-    with pytest.raises(UnknownQuantizationError, match="auto, awq, bitsandbytes, gptq"):
+    with pytest.raises(UnknownQuantizationError, match="auto, none, awq, bitsandbytes, gptq"):
         quantization.choose(evolve(CONFIG, quantization="awk"), UNQUANTIZED)
 
 
@@ -75,7 +84,7 @@ def test_a_strategy_refuses_a_checkpoint_of_another_kind(asked):
 
 def test_a_checkpoint_of_an_unregistered_kind_is_named():
     """auto on a checkpoint that no strategy knows names its method and the registered ones."""
-    with pytest.raises(QuantizationError, match=r"'fp8'.*awq, bitsandbytes, gptq"):
+    with pytest.raises(QuantizationError, match=r"'fp8'.*none, awq, bitsandbytes, gptq"):
         quantization.choose(CONFIG, {"quantization_config": {"quant_method": "fp8"}})
 
 

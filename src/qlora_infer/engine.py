@@ -72,7 +72,8 @@ class QuantizedLoRAEngine(Displayed):
     Args:
         model: A Hub id or a local folder with a checkpoint.
         quantization: ``"auto"`` reads ``config.json`` and takes what it says; an unquantized checkpoint is quantized
-            to 4 bits with bitsandbytes as it loads. Or the name of a registered strategy, or a strategy.
+            to 4 bits with bitsandbytes as it loads. ``"none"`` serves such a checkpoint in its own 16 bits. Or the name
+            of a registered strategy, or a strategy.
         adapters: Adapters to load at once, by name.
         max_loras: Adapters that one batch may mix; each takes a slot in the device's memory, of the size that
             ``max_lora_rank`` needs. ``"auto"`` chooses from that size and the memory, and logs it.

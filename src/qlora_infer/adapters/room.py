@@ -62,15 +62,23 @@ def adapter_bytes(model_config: Mapping[str, Any], rank: int) -> int | None:
     return 2 * rank * sum(inputs + outputs for inputs, outputs in shapes) if shapes else None
 
 
-def weight_bytes(model_config: Mapping[str, Any]) -> int | None:
-    """About what a model's weights take: linear layers in its bits, embeddings in 16. ``None`` where it is not told."""
+def weight_bytes(model_config: Mapping[str, Any], unquantized_bits: int = 4) -> int | None:
+    """Estimate the bytes of a model's weights: linear layers in its bits, embeddings in 16.
+
+    Args:
+        model_config: The model's ``config.json``.
+        unquantized_bits: Bits of each weight of an unquantized checkpoint; bitsandbytes makes 4 of them as it loads.
+
+    Returns:
+        Bytes, or ``None`` where the ``config.json`` does not tell.
+    """
     text = model_config.get("text_config", model_config)
     parameters, words, hidden = linear_parameters(model_config), text.get("vocab_size"), text.get("hidden_size")
     if not parameters or not words:
         return None
     quantization = model_config.get("quantization_config") or {}
-    # What bitsandbytes quantizes as it loads gets 4 bits.
     bits = quantization.get("bits") or (8 if quantization.get("load_in_8bit") else 4)
+    bits = bits if quantization else unquantized_bits
     embeddings = words * hidden * (1 if text.get("tie_word_embeddings") else 2)
     return int(bits * parameters // 8 + 2 * embeddings)
 
@@ -97,7 +105,7 @@ def _linear_shapes(model_config: Mapping[str, Any]) -> list[tuple[int, int]]:
 def _is_short_of_memory(
     config: EngineConfig, platform: Platform, model_config: Mapping[str, Any], size: int | None
 ) -> bool:
-    weights = weight_bytes(model_config)
+    weights = weight_bytes(model_config, unquantized_bits=16 if config.quantization == "none" else 4)
     if platform.device != "cuda" or not platform.device_memory or not weights or not size:
         return False
     share = config.engine_args.get("gpu_memory_utilization", GPU_SHARE)
