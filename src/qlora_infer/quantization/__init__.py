@@ -11,6 +11,7 @@ from qlora_infer.quantization._base import (
     registered,
     unregister,
 )
+
 from qlora_infer.quantization.none import Unquantized  # isort: skip  # registered first: "auto" asks it last
 from qlora_infer.quantization.awq import AWQ
 from qlora_infer.quantization.bitsandbytes import BitsAndBytes
