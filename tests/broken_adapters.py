@@ -12,7 +12,8 @@ from typing import Any
 from attrs import frozen
 
 from qlora_infer.adapters.manifest import read_manifest
-from qlora_infer.adapters.preflight import Fit, ModuleShape, check
+from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
+from qlora_infer.adapters.preflight import Fit, check
 from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.errors import (
     AdapterError,
@@ -209,7 +210,7 @@ def inspect(folder: Path, modules: Modules, *, max_lora_rank: int = 64) -> Fit:
     manifest = read_manifest("broken", folder)
     check_finite("broken", folder / "adapter_model.safetensors")
     shapes = {name: ModuleShape(*shape) for name, shape in modules.items()}
-    return check("broken", manifest, shapes, max_lora_rank=max_lora_rank)
+    return check("broken", manifest, ModelModules(shapes), max_lora_rank=max_lora_rank)
 
 
 def overlap(header: dict[str, Any]) -> None:

@@ -92,13 +92,13 @@ def test_a_split_checkpoint_is_read_whole(tmp_path):
     weight_map = {name: "a.safetensors" if i < 5 else "b.safetensors" for i, (name, _) in enumerate(shapes)}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     whole = read_checkpoint(str(model))
-    assert sizes(whole.modules) == {**TINY_MODEL, **EMBEDDINGS}
+    assert sizes(whole.modules.shapes) == {**TINY_MODEL, **EMBEDDINGS}
     assert whole.checked == (
         "names and shapes of 16 modules, from the headers of its safetensors files; its tokenizer was not looked at"
     )
     (model / "b.safetensors").unlink()
     partly = read_checkpoint(str(model))
-    assert partly.modules == whole.modules
+    assert partly.modules.shapes == whole.modules.shapes
     assert "from its config.json alone" in partly.checked
 
 
@@ -107,7 +107,7 @@ def test_packed_4_bit_weights_of_bitsandbytes_are_read_from_the_config(tmp_path)
     shapes = {"model.layers.0.mlp.up_proj.weight": (4096, 1)}
     shapes["model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"] = (80,)
     found = read_checkpoint(str(write_model(tmp_path / "model", quantized("bitsandbytes"), shapes)))
-    assert sizes(found.modules) == {**TINY_MODEL, **EMBEDDINGS}
+    assert sizes(found.modules.shapes) == {**TINY_MODEL, **EMBEDDINGS}
     assert "from its config.json alone" in found.checked
 
 

@@ -156,7 +156,7 @@ def test_doctor_on_a_machine_with_nothing(tmp_path):
     assert found.returncode == 1
     no = "no: vLLM is not installed: pip install 'qlora-infer[cuda]' for an NVIDIA GPU, or 'qlora-infer[cpu]'"
     assert [line for line in found.stdout.splitlines() if " no: " in line] == [
-        f"{name:<16} {no}" for name in ("awq", "bitsandbytes", "gptq")
+        f"{name:<16} {no}" for name in ("awq", "bitsandbytes", "gptq", "none")
     ]
     assert re.search(r"^torch +not installed$", found.stdout, re.MULTILINE)
 
@@ -176,6 +176,7 @@ def test_doctor_asks_the_strategies(tmp_path):
         "awq": None,
         "bitsandbytes": "vllm-bnb-plugin is not installed: pip install --no-deps 'vllm-bnb-plugin>=0.0.3'",
         "gptq": None,
+        "none": None,
     }
 
 

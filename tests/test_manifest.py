@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.adapters.manifest import read_manifest
+from qlora_infer.adapters.manifest import LoRAModule, read_manifest
+from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
 from qlora_infer.adapters.peft_config import MAX_MATCHES
-from qlora_infer.adapters.preflight import ModuleShape, check
+from qlora_infer.adapters.preflight import check
 from qlora_infer.adapters.tensors import check_finite, read_header
 from qlora_infer.errors import AdapterError, AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.testing import TINY_MODEL, write_adapter
@@ -75,7 +76,8 @@ def shapes_in_vllm(folder: Path) -> dict[str, tuple[int, int, int]]:
 def shapes_read(folder: Path) -> dict[str, tuple[int, int, int]]:
     manifest = read_manifest("sound", folder)
     check_finite("sound", folder / WEIGHTS)
-    fit = check("sound", manifest, {name: ModuleShape(*shape) for name, shape in MODEL.items()}, max_lora_rank=64)
+    model = ModelModules({name: ModuleShape(*shape) for name, shape in MODEL.items()})
+    fit = check("sound", manifest, model, max_lora_rank=64)
     assert fit.num_modules == len(manifest.modules)
     return {name: (m.rank, m.in_features, m.out_features) for name, m in manifest.modules.items()}
 
@@ -146,7 +148,6 @@ UNSUPPORTED = {
     "aLoRA": lambda: {"alora_invocation_tokens": [1, 2]},
     "layer_replication": lambda: {"layer_replication": [[0, 2], [1, 2]]},
     "trainable_token_indices": lambda: {"trainable_token_indices": [1, 2]},
-    "target_parameters": lambda: {"target_modules": [], "target_parameters": ["q_proj.weight"]},
     "'pissa'": lambda: {"init_lora_weights": "pissa"},
     "'olora'": lambda: {"init_lora_weights": "olora"},
     "BD-LoRA": lambda: {
@@ -220,17 +221,30 @@ def test_an_adapter_that_is_converted_as_the_message_says_is_taken(tmp_path):
     assert "'loftq'" in read_manifest("loftq", started).unsupported[0]
 
 
-def test_an_adapter_of_bare_parameters_is_named(tmp_path):
-    """One that adapts experts' parameters and no modules, as PEFT saves it, is sound and cannot be served here."""
+def test_factors_of_3d_parameters_are_those_of_each_expert(tmp_path):
+    """Adapters of experts' 3D parameters, as PEFT saves them, have the rank of one expert, and a number of experts."""
     import peft
     import torch
 
-    model = torch.nn.ModuleDict({"experts": torch.nn.Linear(8, 8, bias=False)})
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_parameters=["experts.weight"]))
-    adapted.save_pretrained(tmp_path / "a")
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 12, 8))
+            self.down_proj = torch.nn.Parameter(torch.randn(3, 8, 6))
+
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": Experts()})})
+    config = peft.LoraConfig(
+        r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], alpha_pattern={"down_proj": 5}
+    )
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
     assert json.loads((tmp_path / "a" / CONFIG).read_text())["target_modules"] is None
-    (reason,) = read_manifest("odd", tmp_path / "a").unsupported
-    assert "target_parameters" in reason
+    manifest = read_manifest("experts", tmp_path / "a")
+    assert (manifest.rank, manifest.unsupported) == (2, ())
+    assert dict(manifest.modules) == {
+        "mlp.experts.base_layer": LoRAModule(2, 8, 12, num_experts=3),
+        "mlp.experts": LoRAModule(2, 6, 8, num_experts=3),
+    }
+    assert manifest.scaled_by_pattern == ("mlp.experts",)
 
 
 def test_prompt_tuning_is_named(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from broken_adapters import BROKEN, BrokenAdapter, inspect
 
 from qlora_infer.adapters.manifest import AdapterManifest, LoRAModule
-from qlora_infer.adapters.preflight import MAX_KINDS, Fit, ModuleShape, check, lora_rank_for
+from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
+from qlora_infer.adapters.preflight import MAX_KINDS, Fit, check, lora_rank_for
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.testing import TINY_MODEL, write_adapter
@@ -23,7 +24,7 @@ _LAYER = {
 }
 #: The modules of SmolLM2-135M.
 SMOLLM2 = {f"model.layers.{layer}.{name}": shape for layer in range(30) for name, shape in _LAYER.items()}
-SHAPES = {name: ModuleShape(*shape) for name, shape in SMOLLM2.items()}
+SHAPES = ModelModules({name: ModuleShape(*shape) for name, shape in SMOLLM2.items()})
 
 
 def manifest(

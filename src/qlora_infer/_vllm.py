@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import define, field, frozen
 
 from qlora_infer import _shared_memory, startup
-from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.adapters.model_modules import ModelModules
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterError,
@@ -207,10 +207,12 @@ class VLLMBackend:
         except Exception as error:
             raise ValueError(f"the model's chat template cannot write these messages: {error}") from error
 
-    def lora_modules(self) -> Mapping[str, ModuleShape]:
-        """Asked of the workers; with pipeline parallelism each has its own layers."""
-        tables = self._rpc("qlora_lora_modules")
-        return {name: ModuleShape(*shape) for table in tables for name, shape in table.items()}
+    def lora_modules(self) -> ModelModules:
+        """Ask the workers; with pipeline parallelism each has its own layers."""
+        descriptions = self._rpc("qlora_lora_modules")
+        for layer, why in (pair for described in descriptions for pair in described["unlisted"].items()):
+            logger.warning("adapters cannot change %s: vLLM's layer does not tell its sizes (%s)", layer, why)
+        return ModelModules.of(descriptions)
 
     def load_adapter(self, version: AdapterVersion) -> None:
         """The first time through ``add_lora``, whose failure leaves the engine alive; a request's load would end it.

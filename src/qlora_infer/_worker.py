@@ -13,10 +13,10 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from qlora_infer import kernels
+from qlora_infer import _lora_layers, kernels
 from qlora_infer._short_turns import ShortTurns
 from qlora_infer.kernels import bitsandbytes_cpu
-from qlora_infer.kernels.lora_model import PinnedLoRAModel, merge
+from qlora_infer.kernels.lora_model import NamedLoRAModel, PinnedLoRAModel, merge
 from qlora_infer.kernels.slots import move_at_once
 
 logger = logging.getLogger("qlora_infer")
@@ -44,26 +44,20 @@ class WorkerExtension:
             if num_packed:
                 logger.info("%d bitsandbytes weights are packed for this CPU's AVX512-BF16 kernel", num_packed)
 
-    def qlora_lora_modules(self) -> dict[str, tuple[int, int]]:
-        """The input and output sizes of each module that an adapter may change, by its name in a checkpoint.
+    def qlora_lora_modules(self) -> dict[str, Any]:
+        """Describe the modules that an adapter may change (``_lora_layers.describe``).
 
-        vLLM packs some modules (q, k and v into one); a checkpoint names the parts. Sizes are those of the whole
-        module, also where tensor parallelism splits it.
+        It is called once, when the engine has started: from now on adapters come.
         """
-        manager = self.model_runner.lora_manager._adapter_manager
-        # It is asked once, when the engine has started: from now on adapters come.
+        lora_manager = self.model_runner.lora_manager
+        manager = lora_manager._adapter_manager
         kernels.watch(manager)
         moved = move_at_once(manager)
         if self.device.type == "cuda":
-            self.model_runner.lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(moved)
-        shapes: dict[str, tuple[int, int]] = {}
-        for name, module in manager.modules.items():
-            parts = manager.packed_modules.get(name, [name])
-            in_features, out_features = _sizes(module)
-            if len(parts) != len(out_features):
-                continue  # a kind of module that this version does not know: its adapters are refused, not misread
-            shapes.update((part, (in_features, size)) for part, size in zip(parts, out_features, strict=True))
-        return shapes
+            lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(moved)
+        else:
+            lora_manager._lora_model_cls = NamedLoRAModel
+        return _lora_layers.describe(manager)
 
     def qlora_read(self, begin: list[tuple[str, int, str]], int_ids: list[int]) -> dict[int, bool]:
         """Begin to read some adapters (name, id, path), and tell which of some readings have ended.
@@ -148,18 +142,3 @@ def _leave_the_compute_cores() -> None:
     """Let this thread run on any core: on the CPU, vLLM binds a worker to those that compute, which are busy."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-
-
-def _sizes(module: Any) -> tuple[int, list[int]]:
-    """A LoRA layer's input size and the output sizes of its slices, before tensor parallelism."""
-    layer = module.base_layer
-    if hasattr(layer, "total_num_kv_heads"):
-        head, kv = layer.head_size, layer.total_num_kv_heads
-        return layer.input_size, [layer.total_num_heads * head, kv * head, kv * layer.v_head_size]
-    if hasattr(layer, "output_sizes"):
-        return layer.input_size, list(layer.output_sizes)
-    if hasattr(layer, "embedding_dim"):
-        return layer.org_vocab_size, [layer.embedding_dim]
-    if hasattr(layer, "input_size"):
-        return layer.input_size, [layer.output_size]
-    return module.hidden_size, [layer.org_vocab_size]  # the logits processor, which stands for lm_head

@@ -9,7 +9,7 @@ from attrs import field, frozen
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.carried import Carried
-    from qlora_infer.adapters.preflight import ModuleShape
+    from qlora_infer.adapters.model_modules import ModelModules
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
     from qlora_infer.quantization import Platform
@@ -79,8 +79,8 @@ class Backend(Protocol):
         """Write one conversation as a prompt, with the model's chat template."""
         ...
 
-    def lora_modules(self) -> Mapping[str, ModuleShape]:
-        """The modules of the running model that adapters may change, by their name in a checkpoint."""
+    def lora_modules(self) -> ModelModules:
+        """Return the modules of the running model that adapters may change."""
         ...
 
     def load_adapter(self, version: AdapterVersion) -> None:

@@ -462,7 +462,9 @@ class QuantizedLoRAEngine(Displayed):
             if reference is not None:
                 token_ids = [output.prompt_token_ids for output in outputs[: len(texts)]]
                 self._cache.fetch(version)
-                other = reference_scores(os.fspath(reference), version.path, token_ids, token=self._config.token)
+                other = reference_scores(
+                    os.fspath(reference), version.snapshot.folder, token_ids, token=self._config.token
+                )
         return effect(exact, base, adapted, other)
 
     # Requests ---------------------------------------------------------------------------------------------------

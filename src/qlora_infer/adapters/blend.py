@@ -165,6 +165,8 @@ def _rank(name: str, module: str, parts: Sequence[AdapterPart], method: str) -> 
             f"the blend {name!r} needs adapters of one base model, and {module} has other inputs and outputs in some "
             f"({said}): leave out those of the other model"
         )
+    if any(shape.num_experts for _, shape in shapes):
+        raise ValueError(f"{module} holds the factors of all experts of a layer, which cannot be blended")
     ranks = [shape.rank for _, shape in shapes]
     said = f"{module} ({', '.join(f'{part!r} {shape.rank}' for part, shape in shapes)})"
     if method != "linear" and len(set(ranks)) > 1:

@@ -83,6 +83,14 @@ class AdapterCache:
         """
         self._copies.restore(version)
 
+    def serve(self, version: AdapterVersion) -> None:
+        """Write a version's copy in the running model's names.
+
+        Raises:
+            AdapterLoadError: There is no room for it on disk.
+        """
+        self._copies.serve(version)
+
     def loading(self, name: str) -> threading.Lock:
         """The lock under which one adapter at a time is loaded under a name, in the order of the calls."""
         with self._lock:

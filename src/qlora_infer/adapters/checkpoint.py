@@ -15,7 +15,7 @@ from typing import Any
 from attrs import frozen
 
 from qlora_infer import _hub
-from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
 from qlora_infer.adapters.tensors import read_header
 from qlora_infer.errors import CorruptAdapterError, ModelNotFoundError
 from qlora_infer.quantization._base import quant_method
@@ -41,7 +41,7 @@ class Checkpoint:
         checked: What they were read from, and what that leaves open; for people.
     """
 
-    modules: Mapping[str, ModuleShape]
+    modules: ModelModules
     checked: str
 
 
@@ -68,7 +68,9 @@ def read_checkpoint(model: str, *, revision: str | None = None, token: str | Non
             f"{model} cannot be checked without loading it: no safetensors headers tell of its modules, and "
             f"its architecture ({_architecture(config) or 'not named'}) is none of {', '.join(LLAMA_LIKE)}"
         )
-    return Checkpoint(modules, f"names and shapes of {len(modules)} modules, from {origin}{_left_open(config)}")
+    return Checkpoint(
+        ModelModules(modules), f"names and shapes of {len(modules)} modules, from {origin}{_left_open(config)}"
+    )
 
 
 def modules_of_tensors(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, ModuleShape]:

@@ -14,6 +14,7 @@ from qlora_infer.adapters.carried import Carried, read_carried
 from qlora_infer.adapters.chat_template import check_template
 from qlora_infer.adapters.manifest import AdapterManifest, read_manifest
 from qlora_infer.adapters.pickles import convert_pickle
+from qlora_infer.adapters.served import write_served
 from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.tensors import check_finite
@@ -124,6 +125,16 @@ class Copies:
             f"would be {needed} bytes, and max_disk_bytes is {self._max_bytes} (unload some, or raise it)",
         )
 
+    def serve(self, version: AdapterVersion) -> None:
+        """Write a version's copy in the running model's names, which its ``fit`` knows.
+
+        Raises:
+            AdapterLoadError: The disk is full, or ``max_disk_bytes`` leaves no room for it.
+            EngineClosedError: This object was closed.
+        """
+        self._write_served(version)
+        self.keep(version)
+
     def use(self, version: AdapterVersion) -> None:
         """Note that an adapter is asked for, so that its copy stays longer than others."""
         if self._max_bytes is not None:
@@ -144,7 +155,7 @@ class Copies:
             if len(self._digests) > 2 * len(self._values):
                 living = {other.origin for other in self._values}
                 self._digests = {source: digest for source, digest in self._digests.items() if source in living}
-        self._delete(version.path)
+        self._delete(version.snapshot.folder)
 
     def fetch(self, version: AdapterVersion) -> Future[None] | None:
         """Begin to make a copy again; ``None`` where it is there.
@@ -233,12 +244,23 @@ class Copies:
         assert isinstance(version.origin, AdapterSource)
         snapshot, _, _ = self.make(version.name, version.int_id, version.origin, allow_pickle=version.allow_pickle)
         if snapshot.digest != version.snapshot.digest:
-            self._delete(version.path)
+            self._delete(version.snapshot.folder)
             raise CorruptAdapterError(
                 version.name,
                 f"its copy on disk had made room for others (max_disk_bytes), and {version.source} holds another "
                 "content now: load it again",
             )
+        if version.served is not None:
+            self._write_served(version)
+
+    def _write_served(self, version: AdapterVersion) -> None:
+        assert version.fit is not None
+        try:
+            version.served = write_served(version.name, version.snapshot.folder, version.fit.placement)
+        except OSError as error:
+            raise AdapterLoadError(
+                version.name, f"adapter {version.name!r} could not be written for vLLM into {self._store}: {error}"
+            ) from error
 
     def _delete(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -247,7 +269,7 @@ class Copies:
                 self._store.rmdir()
 
     def _count(self, version: AdapterVersion) -> None:
-        size = sum(path.stat().st_size for path in version.path.iterdir())
+        size = sum(path.stat().st_size for path in version.snapshot.folder.rglob("*") if path.is_file())
         self._num_bytes += size - self._sizes.get(version, 0)
         self._sizes[version] = size
         self._use(version)
@@ -271,7 +293,7 @@ class Copies:
             going = min(may_go, key=lambda version: (self._is_last_of_its_content(version), self._values[version]))
             self._clock = max(self._clock, self._values[going])
             self._num_bytes -= self._sizes.pop(going)
-            shutil.rmtree(going.path, ignore_errors=True)
+            shutil.rmtree(going.snapshot.folder, ignore_errors=True)
 
     def _is_last_of_its_content(self, version: AdapterVersion) -> bool:
         """Whether its source holds another content by now, so that it could not be made again."""

@@ -18,8 +18,6 @@ _FIELDS = {
     "use_bdlora": "It is block-diagonal (BD-LoRA), which vLLM does not run.",
     "use_qalora": "It uses QALoRA, which vLLM does not run: train with use_qalora=False.",
     "trainable_token_indices": "It trains single tokens (trainable_token_indices), which vLLM does not apply.",
-    "target_parameters": "It adapts bare parameters, such as experts' (target_parameters), which are not served: "
-    "train it with target_modules only.",
     "megatron_config": "It was trained on Megatron's layers, whose tensors vLLM does not read.",
     "arrow_config": "It routes among adapters (Arrow), which vLLM does not do.",
 }

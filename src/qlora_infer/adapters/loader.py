@@ -14,7 +14,7 @@ from qlora_infer.adapters.blend import AdapterBlend, AdapterPart, BlendMethod
 from qlora_infer.adapters.cache import AdapterCache
 from qlora_infer.adapters.carried import check_tokens, with_end_token
 from qlora_infer.adapters.lineage import lineage
-from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.adapters.model_modules import ModelModules
 from qlora_infer.adapters.residency import Residency
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
@@ -68,7 +68,7 @@ class AdapterLoader:
         self._model = model
         self._vocabulary = vocabulary
         self._waiting: dict[object, Future[LoadedAdapter]] = {}
-        self.model_modules: Mapping[str, ModuleShape] = {}
+        self.model_modules = ModelModules({})
         self.max_lora_rank = 0
 
     def prepare(self, name: str, source: AdapterSource | Writable, *, allow_pickle: bool = False) -> AdapterVersion:
@@ -133,6 +133,8 @@ class AdapterLoader:
                 check_tokens(version.name, version.carried, vocabulary)
                 version.carried = with_end_token(version.carried, vocabulary)
             with self._cache.in_use(version):  # its copy stays
+                if not version.fit.placement.is_vllms_own(self.model_modules):
+                    self._cache.serve(version)
                 self._read_ahead(version)
                 self._driving.call(self._residency.load, version)
                 self._cache.publish(version, expect=expect)

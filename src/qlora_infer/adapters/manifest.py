@@ -24,7 +24,9 @@ from qlora_infer.adapters.peft_config import (
     MAX_NAME_LENGTH,
     base_model,
     check_matches,
+    holds_experts,
     largest_rank,
+    module_rank,
     read_config,
     scaling,
 )
@@ -48,6 +50,25 @@ _NAMED_FACTOR = re.compile(r"lora_[AB]\.[^.]+\.weight$")
 
 
 @frozen
+class Factor:
+    """Which factor of which module a tensor is.
+
+    Attributes:
+        module: The module's name.
+        factor: ``"A"`` or ``"B"``.
+    """
+
+    module: str
+    factor: str
+
+
+def factor_of(tensor: str) -> Factor | None:
+    """Return the factor that a tensor's name stands for, or ``None`` for a tensor that is none."""
+    match = _LINEAR.fullmatch(tensor) or _EMBEDDING.fullmatch(tensor)
+    return Factor(match["module"], match["factor"]) if match else None
+
+
+@frozen
 class LoRAModule:
     """The two factors of one module, as the tensors say.
 
@@ -55,11 +76,14 @@ class LoRAModule:
         rank: The inner dimension.
         in_features: The module's input size; of an embedding, its vocabulary.
         out_features: The module's output size.
+        num_experts: How many experts' factors it holds one behind the other, as PEFT writes those of 3D parameters; 0
+            for one pair of factors.
     """
 
     rank: int
     in_features: int
     out_features: int
+    num_experts: int = 0
 
 
 @frozen
@@ -194,15 +218,15 @@ def _pair_factors(
     factors: dict[str, dict[str, TensorEntry]] = {}
     leftover = []
     for name, entry in entries.items():
-        match = _LINEAR.fullmatch(name) or _EMBEDDING.fullmatch(name)
-        if match is None:
+        found = factor_of(name)
+        if found is None:
             leftover.append(name)
             continue
         _check_factor(adapter, name, entry)
-        pair = factors.setdefault(match["module"], {})
-        if match["factor"] in pair:
-            raise CorruptAdapterError(adapter, f"{match['module']} has two tensors lora_{match['factor']}")
-        pair[match["factor"]] = entry
+        pair = factors.setdefault(found.module, {})
+        if found.factor in pair:
+            raise CorruptAdapterError(adapter, f"{found.module} has two tensors lora_{found.factor}")
+        pair[found.factor] = entry
     check_matches(adapter, factors, config)
     modules = {module: _module(adapter, module, pair, config) for module, pair in factors.items()}
     return modules, [name for name in leftover if not _is_base_copy(adapter, name, entries[name], modules)]
@@ -243,11 +267,9 @@ def _module(adapter: str, name: str, pair: Mapping[str, TensorEntry], config: Ma
     (rank, in_features), (out_features, b_rank) = pair["A"].shape, pair["B"].shape
     if rank != b_rank:
         raise CorruptAdapterError(adapter, f"{name}: lora_A has rank {rank} and lora_B has rank {b_rank}")
-    expected = config["r"]
-    for pattern, pattern_rank in (config.get("rank_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):  # PEFT's rule: the first match wins
-            expected = pattern_rank
-            break
+    expected = module_rank(config, name)
+    if holds_experts(config, name) and rank % expected == 0:
+        return LoRAModule(expected, in_features, out_features, num_experts=rank // expected)
     if rank != expected:
         raise CorruptAdapterError(adapter, f"{name} has rank {rank}, but {CONFIG_NAME} says {expected}")
     return LoRAModule(rank, in_features, out_features)

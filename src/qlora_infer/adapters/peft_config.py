@@ -127,6 +127,9 @@ def largest_rank(adapter: str, config: Mapping[str, Any]) -> int:
         raise CorruptAdapterError(
             adapter, f"'target_modules' must be a list of names or a pattern, got {str(targets)[:80]}"
         )
+    parameters = config.get("target_parameters")
+    if parameters is not None and not _is_list_of(parameters, str):
+        raise CorruptAdapterError(adapter, f"'target_parameters' must be a list of names, got {str(parameters)[:80]}")
     _checked_number(adapter, "lora_alpha", config["lora_alpha"])
     for pattern, alpha in _checked_pattern(adapter, config, "alpha_pattern").items():
         _checked_number(adapter, f"alpha_pattern[{pattern!r}]", alpha)
@@ -200,12 +203,44 @@ def check_matches(adapter: str, names: Collection[str], config: Mapping[str, Any
         )
 
 
+def holds_experts(config: Mapping[str, Any], module: str) -> bool:
+    """Return whether a module's factors are those of 3D parameters, which PEFT names by the module that has them.
+
+    For two parameters of one module, the outer one's factors are under ``experts`` and the inner one's under
+    ``experts.base_layer`` (``ParamWrapper`` in PEFT 0.21).
+    """
+    if not config.get("target_parameters"):
+        return False
+    return module.removesuffix(".base_layer").endswith(".experts")
+
+
+def module_rank(config: Mapping[str, Any], module: str) -> int:
+    """Return the rank that a config names for a module."""
+    rank: int = _first_match(config.get("rank_pattern"), config, module, config["r"])
+    return rank
+
+
+def module_alpha(config: Mapping[str, Any], module: str) -> float:
+    """Return the alpha that a config names for a module."""
+    alpha: float = _first_match(config.get("alpha_pattern"), config, module, config["lora_alpha"])
+    return alpha
+
+
+def _first_match(patterns: Mapping[str, Any] | None, config: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule for patterns: the first match wins; those of 3D parameters are matched by the parameters' names."""
+    name = module
+    if holds_experts(config, module):
+        layer = module.removesuffix(".base_layer")
+        name = f"{layer}.down_proj" if module == layer else f"{layer}.gate_up_proj"
+        if len(config["target_parameters"]) == 1:
+            name = f"{layer}.{str(config['target_parameters'][0]).rpartition('.')[2]}"
+    matching = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(matching, default)
+
+
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What a module's product B A is multiplied with; PEFT's rule for patterns is that the first match wins."""
-    patterns = (config.get("alpha_pattern") or {}).items()
-    matching = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))
-    alpha: float = next(matching, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    """Return what a module's product B A is multiplied with."""
+    return module_alpha(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def base_model(config: Mapping[str, Any]) -> str | None:

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from attrs import frozen
+from attrs import field, frozen
 
 from qlora_infer.adapters.manifest import AdapterManifest, LoRAModule
+from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
+from qlora_infer.adapters.placement import Placement, place
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError
 
 #: As many kinds of modules with another shape are told one by one; a model has seven or so.
 MAX_KINDS = 8
 
+#: As many of the model's names are compared with one that it does not have.
+MAX_COMPARED = 2000
+
 _LAYER = re.compile(r"\.(\d+)\.")
-
-
-@frozen
-class ModuleShape:
-    """A module of the running model that an adapter may change.
-
-    Attributes:
-        in_features: Its input size; of an embedding, its vocabulary.
-        out_features: Its output size.
-    """
-
-    in_features: int
-    out_features: int
+_EXPERTS = re.compile(r"\.experts(\.|$)")
 
 
 @frozen
 class Fit:
-    """How an adapter fits: all of its modules are modules of the model.
+    """How an adapter fits: each of its modules is a module of the model, or of a part that text does not pass.
 
     Attributes:
         num_modules: The modules that the adapter changes.
         num_model_modules: The modules that an adapter may change.
+        placement: Where each of its modules goes; those of vision and audio towers are left out, which is exact for
+            prompts of text alone.
     """
 
     num_modules: int
     num_model_modules: int
+    placement: Placement = field(factory=lambda: Placement({}), repr=False, eq=False)
 
     def __str__(self) -> str:
-        return f"applied to {self.num_modules} of {self.num_model_modules} modules"
+        applied = f"applied to {self.num_modules} of {self.num_model_modules} modules"
+        left_out = self.placement.left_out
+        if not left_out:
+            return applied
+        return (
+            f"{applied}; {len(left_out)} of vision or audio ({_listed(left_out)}) are left out, which is exact for text"
+        )
 
 
 def lora_rank_for(ranks: Iterable[int]) -> int:
@@ -55,15 +58,13 @@ def lora_rank_for(ranks: Iterable[int]) -> int:
     return next((rank for rank in ALLOWED_RANKS if rank >= needed), ALLOWED_RANKS[-1])
 
 
-def check(
-    adapter: str, manifest: AdapterManifest, model_modules: Mapping[str, ModuleShape], *, max_lora_rank: int
-) -> Fit:
-    """Hold an adapter against the running model.
+def check(adapter: str, manifest: AdapterManifest, model: ModelModules, *, max_lora_rank: int) -> Fit:
+    """Hold an adapter against a model.
 
     Args:
         adapter: The adapter's name, for the message.
-        manifest: What the adapter says of itself.
-        model_modules: The model's modules that adapters may change, by name.
+        manifest: What the adapter's files contain.
+        model: The modules of the running model, or of a checkpoint.
         max_lora_rank: The largest rank that the engine has room for.
 
     Returns:
@@ -73,11 +74,14 @@ def check(
         IncompatibleAdapterError: It does not; ``reasons`` holds every reason.
     """
     reasons = [*manifest.unsupported, *_rank_reasons(manifest, max_lora_rank)]
+    placement = place(manifest.modules, model)
     if manifest.modules or not reasons:
-        reasons += _module_reasons(manifest.modules, model_modules)
+        reasons += _absence_reasons(placement, manifest.modules, model)
+        reasons += _repetition_reasons(placement)
+        reasons += _shape_reasons(placement, model)
     if reasons:
         raise IncompatibleAdapterError(adapter, reasons)
-    return Fit(len(manifest.modules), len(model_modules))
+    return Fit(len(placement.sources), len(model.shapes), placement)
 
 
 def _rank_reasons(manifest: AdapterManifest, max_lora_rank: int) -> Iterator[str]:
@@ -92,28 +96,61 @@ def _rank_reasons(manifest: AdapterManifest, max_lora_rank: int) -> Iterator[str
         )
 
 
-def _module_reasons(modules: Mapping[str, LoRAModule], model_modules: Mapping[str, ModuleShape]) -> Iterator[str]:
-    unknown = [name for name in modules if name not in model_modules]
-    if len(unknown) == len(modules):
-        yield (
-            f"None of its {len(modules)} modules is in this model ({_listed(unknown)}; the model has "
-            f"{_listed(list(model_modules))}): it was trained on another architecture."
-        )
+def _absence_reasons(placement: Placement, modules: Mapping[str, LoRAModule], model: ModelModules) -> Iterator[str]:
+    """Say which modules are not there, or are there and not adapted by vLLM."""
+    if not modules:
+        yield "It has no modules."
         return
-    if unknown:
+    unadapted = [name for name in placement.absent if model.why_unadapted(name)]
+    experts = [name for name in unadapted if _EXPERTS.search(name)]
+    others = [name for name in unadapted if name not in experts]
+    unknown = [name for name in placement.absent if name not in unadapted]
+    if experts:
+        device = f" ({model.device})" if model.device else ""
         yield (
-            f"It has {len(unknown)} modules that this model does not have: "
-            f"{_listed(unknown)}{_say_layers(model_modules)}."
+            f"It changes experts ({_listed(experts)}), for which vLLM has no LoRA on this device{device}: "
+            "serve it on a GPU, or train attention only."
         )
-    yield from _shape_reasons(modules, model_modules)
+    if others:
+        yield (
+            f"It changes {_listed(others)}, which vLLM does not adapt in {model.model or 'this model'}: "
+            "train it without them."
+        )
+    if unknown and len(unknown) == len(modules):
+        yield f"None of its {len(modules)} modules is in this model: {_names_beside(unknown, modules, model)}."
+    elif unknown:
+        yield f"It has {len(unknown)} modules that this model does not have: {_listed(unknown)}{_say_layers(model)}."
+    elif not placement.pieces and not unadapted:
+        yield f"All of its modules ({_listed(placement.left_out)}) are of vision or audio, which text does not pass."
 
 
-def _shape_reasons(modules: Mapping[str, LoRAModule], model_modules: Mapping[str, ModuleShape]) -> Iterator[str]:
+def _names_beside(unknown: Sequence[str], modules: Mapping[str, LoRAModule], model: ModelModules) -> str:
+    """Name a module of the adapter and the model's nearest; call it another architecture where the sizes say so."""
+    beside = f"it has {_listed(unknown)}; the model has {_nearest(unknown[0], list(model.shapes))}"
+    sizes = {(shape.in_features, shape.out_features) for shape in model.shapes.values()}
+    if any((modules[name].in_features, modules[name].out_features) in sizes for name in unknown):
+        return beside
+    return f"{beside}. Their sizes differ, too: it was trained on another architecture"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    same_kind = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    nearest = difflib.get_close_matches(name, (same_kind or names)[:MAX_COMPARED], n=1, cutoff=0)
+    return _listed([*nearest, *(other for other in names if other not in nearest)])
+
+
+def _repetition_reasons(placement: Placement) -> Iterator[str]:
+    """Refuse two modules of an adapter that are one in the model; one of them would be lost."""
+    for one, other in placement.repeated[:1]:
+        yield f"Its modules {one[:120]} and {other[:120]} are one in this model: keep one of them."
+
+
+def _shape_reasons(placement: Placement, model: ModelModules) -> Iterator[str]:
     """One sentence for each kind of module whose shape differs, however many layers it is in."""
     differing: dict[tuple[str, LoRAModule, ModuleShape], int] = {}
-    for name, module in modules.items():
-        shape = model_modules.get(name)
-        if shape is not None and shape != ModuleShape(module.in_features, module.out_features):
+    for name, piece in placement.pieces.items():
+        module, shape = piece.module, model.shapes[name]
+        if shape != ModuleShape(module.in_features, module.out_features, module.num_experts):
             kind = (name.rpartition(".")[2], module, shape)
             differing[kind] = differing.get(kind, 0) + 1
     for (name, module, shape), count in list(differing.items())[:MAX_KINDS]:
@@ -126,8 +163,8 @@ def _shape_reasons(modules: Mapping[str, LoRAModule], model_modules: Mapping[str
         yield f"{len(differing) - MAX_KINDS} other kinds of modules have other shapes than the model's, too."
 
 
-def _say_layers(model_modules: Mapping[str, ModuleShape]) -> str:
-    layers = [int(match[1]) for name in model_modules if (match := _LAYER.search(name))]
+def _say_layers(model: ModelModules) -> str:
+    layers = [int(match[1]) for name in model.shapes if (match := _LAYER.search(name))]
     return f" (its layers are 0 to {max(layers)})" if layers else ""
 
 

@@ -13,6 +13,9 @@ from qlora_infer.errors import CorruptAdapterError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
+#: The folder in a private copy that has the adapter in the running model's names (``served.py``).
+SERVED_NAME = "served"
+
 _CHUNK = 1 << 22
 
 

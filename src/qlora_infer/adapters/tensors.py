@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from attrs import field, frozen
 
@@ -70,6 +71,44 @@ def read_header(adapter: str, path: Path) -> Mapping[str, TensorEntry]:
         CorruptAdapterError: It does not.
     """
     return _read(adapter, path)[0]
+
+
+def map_tensors(adapter: str, path: Path) -> dict[str, np.ndarray]:
+    """Map a file's floating-point tensors into memory, by name; bfloat16 as 16-bit integers, whose bits are the same.
+
+    Raises:
+        CorruptAdapterError: It is not a whole safetensors file.
+    """
+    import numpy as np
+
+    entries, offset = _read(adapter, path)
+    content = np.memmap(path, np.uint8, mode="r", offset=offset)
+    return {
+        name: content[entry.start : entry.stop].view(_FLOATING[entry.dtype]).reshape(entry.shape)
+        for name, entry in entries.items()
+        if entry.is_floating
+    }
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file of such tensors as ``map_tensors`` gives.
+
+    Args:
+        path: The file.
+        tensors: By name; 16-bit integers are bfloat16.
+    """
+    dtypes = {stored: name for name, stored in _FLOATING.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": dtypes[tensor.dtype.str], "shape": tensor.shape, "data_offsets": [begin, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for tensor in tensors.values():
+            file.write(tensor.tobytes())
 
 
 def check_finite(adapter: str, path: Path) -> None:

@@ -107,6 +107,7 @@ class AdapterVersion:
         lineage: How the model that it was trained on compares with this one.
         weight: Its share of the engine beside other adapters.
         fit: How it fits the model; set once that has been checked.
+        served: The copy in the running model's names, where vLLM needs one.
         num_uses: Requests that wait for it or run on it.
         retired: Whether no request can name it any more, so that it ends with its last one.
         freed: Whether it has ended, and its files are gone.
@@ -123,6 +124,7 @@ class AdapterVersion:
     lineage: Lineage = "unknown"
     weight: float = 1.0
     fit: Fit | None = None
+    served: Path | None = None
     num_uses: int = 0
     retired: bool = False
     freed: bool = False
@@ -140,7 +142,7 @@ class AdapterVersion:
     @property
     def path(self) -> Path:
         """The folder that vLLM reads it from."""
-        return self.snapshot.folder
+        return self.served or self.snapshot.folder
 
     def loaded(self) -> LoadedAdapter:
         """The record that users see."""

@@ -6,6 +6,7 @@ import inspect
 import logging
 from typing import Any
 
+from qlora_infer.kernels.experts_cpu import leave_out_experts
 from qlora_infer.startup import KERNELS_KEY
 
 logger = logging.getLogger("qlora_infer")
@@ -37,6 +38,7 @@ def install() -> None:
     name = None
     if current_platform.is_cpu():
         _complete_4_bit_weights()
+        leave_out_experts()
         name = _for_a_cpu()
     elif current_platform.is_cuda():
         name = _for_a_gpu(current_platform)

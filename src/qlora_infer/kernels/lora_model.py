@@ -15,11 +15,21 @@ import torch
 from attrs import frozen
 from vllm.lora.lora_model import LoRAModel
 
-from qlora_infer.adapters.snapshot import WEIGHTS_NAME
+from qlora_infer.adapters.snapshot import SERVED_NAME, WEIGHTS_NAME
 from qlora_infer.kernels.pinned import read_weights
 
 #: What is cast when an adapter is moved into a slot, by the device, which is faster at it.
 CAST_LATER = (torch.float16, torch.bfloat16)
+
+
+class NamedLoRAModel(LoRAModel):  # type: ignore[misc]
+    """An adapter whose copy may have the running model's names already (``adapters/served.py``)."""
+
+    @classmethod
+    def from_local_checkpoint(cls, lora_dir: str, *arguments: Any, weights_mapper: Any = None, **options: Any) -> Any:
+        """Read an adapter as vLLM does, and rename nothing that has the model's own names."""
+        mapper = _mapper_for(lora_dir, weights_mapper)
+        return super().from_local_checkpoint(lora_dir, *arguments, weights_mapper=mapper, **options)
 
 
 class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
@@ -48,6 +58,7 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         **options: Any,
     ) -> Any:
         """What vLLM calls for an adapter. That its modules are expected ones was checked when it was loaded."""
+        options["weights_mapper"] = _mapper_for(lora_dir, options.get("weights_mapper"))
         if moe_ep_spec is not None:  # some of its experts belong to other workers: vLLM knows which
             return super().from_local_checkpoint(
                 lora_dir, expected_lora_modules, peft_helper, moe_ep_spec=moe_ep_spec, **options
@@ -66,6 +77,10 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         for lora in loras:
             lora.scaling = 1
         return model
+
+
+def _mapper_for(lora_dir: str, weights_mapper: Any) -> Any:
+    return None if Path(lora_dir).name == SERVED_NAME else weights_mapper
 
 
 @frozen(repr=False)  # vLLM asks some for their text, which for a tensor is its numbers

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, fields, frozen
 
-from qlora_infer.adapters.preflight import ModuleShape
+from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
 from qlora_infer.backend import StepOutput
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import AdapterLoadError, EngineDeadError, RequestRejectedError
@@ -121,7 +121,7 @@ class FakeEngine:
         self._step_seconds = step_seconds
         self._load_seconds = load_seconds
         self._model_config = model_config
-        self._modules = {name: ModuleShape(*shape) for name, shape in modules.items()}
+        self._modules = ModelModules({name: ModuleShape(*shape) for name, shape in modules.items()})
         self._words: dict[int, str] = {}
         self._loaded: OrderedDict[int, str] = OrderedDict()
         self._prefetched: dict[int, float] = {}
@@ -205,7 +205,7 @@ class FakeEngine:
         """``role: content`` for each message."""
         return " ".join(f"{message['role']}: {message['content']}" for message in messages)
 
-    def lora_modules(self) -> Mapping[str, ModuleShape]:
+    def lora_modules(self) -> ModelModules:
         """The ``modules`` it was made with."""
         return self._modules
 

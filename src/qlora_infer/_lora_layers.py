@@ -1,0 +1,161 @@
+"""The modules of a running model that adapters may change, as vLLM's LoRA layers describe them.
+
+Runs in vLLM's workers and touches vLLM's internals, read in vLLM 0.32.0: ``vllm/lora/layers``,
+``vllm/lora/model_manager.py`` and ``WeightsMapper`` in ``vllm/model_executor/models/utils.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+#: A module's input and output sizes, and how many experts its factors hold one behind the other (0 for none).
+Sizes = tuple[int, int, int]
+
+
+def describe(manager: Any) -> dict[str, Any]:
+    """Describe a model for adapters in plain data, which crosses processes (``ModelModules.of``).
+
+    Args:
+        manager: vLLM's ``LoRAModelManager``, which has wrapped the model's layers.
+    """
+    sizes: dict[str, Sizes] = {}
+    unlisted: dict[str, str] = {}
+    for name, layer in manager.modules.items():
+        parts = manager.packed_modules.get(name, [name])
+        try:
+            sizes.update(sizes_of(name, parts, layer))
+        except (AttributeError, ValueError) as error:
+            unlisted[name] = f"{type(layer).__name__}: {error}"
+    return {
+        "sizes": sizes,
+        "unlisted": unlisted,
+        "unadapted": {name: kind for name, kind in _unadapted(manager) if name not in unlisted},
+        "left_out": left_out_prefixes(manager),
+        "renames": rename_rules(getattr(manager.model, "hf_to_vllm_mapper", None)),
+        "model": type(manager.model).__name__,
+        "device": str(getattr(manager.device, "type", manager.device)),
+    }
+
+
+def sizes_of(name: str, parts: Sequence[str], layer: Any) -> dict[str, Sizes]:
+    """Return the sizes of a LoRA layer's parts by their names, before tensor parallelism.
+
+    Args:
+        name: The layer's name in the model.
+        parts: The names that a checkpoint has for it; more than one where vLLM packs modules into one.
+        layer: The LoRA layer.
+
+    Raises:
+        AttributeError, ValueError: The layer does not tell its sizes.
+    """
+    if hasattr(layer, "w13_lora_a_stacked"):
+        return _sizes_of_experts(name, parts, layer)
+    in_features, slices = _sizes_of_slices(layer)
+    return {part: (in_features, out, 0) for part, out in zip(parts, join_slices(slices, len(parts)), strict=True)}
+
+
+def join_slices(slices: Sequence[int], num_parts: int) -> list[int]:
+    """Add up the slices of a layer that one part of a checkpoint covers.
+
+    A module that is fused in the checkpoint itself is one part of several slices. Where parts are fewer than slices,
+    the first covers what the others leave: Qwen3.5's ``in_proj_qkvz`` has the parts ``in_proj_qkv`` and ``in_proj_z``
+    and four slices (``MergedColumnParallelLinearWithLoRA.expand_packed_lora``).
+
+    Raises:
+        ValueError: There are more parts than slices.
+
+    Example:
+        >>> join_slices([4, 4, 8, 8], 2)
+        [16, 8]
+    """
+    num_joined = len(slices) - num_parts + 1
+    if num_joined < 1:
+        raise ValueError(f"{num_parts} parts in {len(slices)} slices")
+    return [sum(slices[:num_joined]), *slices[num_joined:]]
+
+
+def _sizes_of_slices(layer: Any) -> tuple[int, list[int]]:
+    base = layer.base_layer
+    if hasattr(base, "total_num_kv_heads"):
+        # output_size counts the heads of keys that tensor parallelism repeats.
+        head, num_kv = base.head_size, base.total_num_kv_heads
+        return base.input_size, [base.total_num_heads * head, num_kv * head, num_kv * base.v_head_size]
+    if hasattr(base, "output_sizes"):
+        return base.input_size, list(base.output_sizes)
+    if hasattr(base, "embedding_dim"):
+        return base.org_vocab_size, [base.embedding_dim]
+    if hasattr(base, "input_size") and hasattr(base, "output_size"):
+        return base.input_size, [base.output_size]
+    if hasattr(layer, "hidden_size") and hasattr(base, "org_vocab_size"):
+        return layer.hidden_size, [base.org_vocab_size]  # the logits processor, which stands for lm_head
+    if getattr(layer, "tp_size", 1) == 1:
+        # An unknown layer: its slots tell, where no other worker holds a part of it.
+        a, b = layer.lora_a_stacked, layer.lora_b_stacked
+        b = b if isinstance(b, tuple) else (b,)
+        return (a[0] if isinstance(a, tuple) else a).shape[-1], [slot.shape[-2] for slot in b]
+    raise ValueError("an unknown layer that is split over GPUs")
+
+
+def _sizes_of_experts(name: str, parts: Sequence[str], layer: Any) -> dict[str, Sizes]:
+    """Return the sizes of experts: one by one as ``experts.3.up_proj``, or all of a layer as PEFT names 3D parameters.
+
+    For ``target_parameters`` PEFT writes ``experts.base_layer`` (gate and up) and ``experts`` (down), with the factors
+    of all experts one behind the other (``ParamWrapper`` in PEFT 0.21, ``tuners/lora/layer.py``).
+    """
+    from vllm.lora.layers import FusedMoE3DWithLoRA
+
+    moe = layer.moe_config
+    # Some kernels pad these; an adapter has the sizes of the checkpoint.
+    hidden = getattr(moe, "hidden_dim_unpadded", None) or moe.hidden_dim
+    unpadded = getattr(moe, "intermediate_size_per_partition_unpadded", None)
+    inner = (unpadded or moe.intermediate_size_per_partition) * layer.tp_size
+    if isinstance(layer, FusedMoE3DWithLoRA):
+        num_experts = layer.global_num_experts
+        return {f"{name}.base_layer": (hidden, 2 * inner, num_experts), name: (inner, hidden, num_experts)}
+    return {part: (inner, hidden, 0) if part.rpartition(".")[2] in _DOWN else (hidden, inner, 0) for part in parts}
+
+
+#: How checkpoints call the projection that leads out of an expert.
+_DOWN = frozenset({"down_proj", "w2", "w2_weight", "fc2", "output_linear"})
+
+
+def _unadapted(manager: Any) -> Iterator[tuple[str, str]]:
+    """Name the layers with weights that the model has and vLLM does not adapt, and their classes."""
+    from vllm.model_executor.layers.fused_moe import MoERunner
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    adapted = {id(layer) for layer in manager.modules.values()}
+    adapted |= {id(layer.base_layer) for layer in manager.modules.values() if hasattr(layer, "base_layer")}
+    for name, module in manager.model.named_modules(remove_duplicate=False):
+        is_layer = isinstance(module, LinearBase | VocabParallelEmbedding | MoERunner)
+        if is_layer and id(module) not in adapted and name not in manager.modules:
+            yield name.removesuffix(".base_layer"), type(module).__name__
+
+
+def left_out_prefixes(manager: Any) -> list[str]:
+    """Return the beginnings of names whose factors vLLM does not apply: towers, connectors, layers for training.
+
+    Leaving out those of a tower is exact for prompts of text alone.
+    """
+    prefixes = list(getattr(manager.model, "lora_skip_prefixes", None) or ())
+    if manager.supports_mm and not manager.supports_tower_connector_lora:
+        mapping = manager.mm_mapping
+        prefixes += [*mapping.tower_model, *mapping.connector]
+    return [prefix.rstrip(".") + "." for prefix in prefixes]
+
+
+def rename_rules(mapper: Any) -> dict[str, Any]:
+    """Return how vLLM renames a checkpoint's modules, as ``Renames`` takes it."""
+    if mapper is None:
+        return {"regex": [], "substr": [], "prefix": [], "suffix": [], "is_complete": True}
+    mapper = mapper.get_rename_mapper()
+    return {
+        "regex": [[pattern.pattern, new] for pattern, new in mapper.orig_to_new_regex.items()],
+        "substr": [list(pair) for pair in mapper.orig_to_new_substr.items()],
+        "prefix": [list(pair) for pair in mapper.orig_to_new_prefix.items()],
+        "suffix": [list(pair) for pair in mapper.orig_to_new_suffix.items()],
+        # Renamings of transformers' are objects of its own; only vLLM's "transformers" backend has them.
+        "is_complete": not mapper.orig_to_new_renaming,
+    }

@@ -1,0 +1,202 @@
+"""The modules of a model that adapters may change, and where a module of an adapter is among them.
+
+An adapter names modules as the class does that it was trained on, the running model as vLLM's class does. For a
+multimodal base there are three forms: ``model.language_model.layers…`` (transformers since 4.52),
+``language_model.model.layers…`` (before), and ``model.layers…`` (trained on the text-only class).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from attrs import define, field, frozen
+
+_EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<expert>\d+)\.[^.]+")
+
+#: Where a module stands that leads to a language model's layers, in the names of all classes.
+_WRAPPERS = frozenset({"model", "language_model", "text_model", "thinker", "llm"})
+
+#: Parts of multimodal models that text alone does not pass, by the name that comes first after the wrappers.
+_TOWERS = frozenset(
+    {
+        *("visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "vision"),
+        *("audio_tower", "audio_model", "audio", "sound_encoder"),
+        *("multi_modal_projector", "mm_projector", "connector", "embed_vision", "embed_audio", "patch_merger"),
+    }
+)
+
+#: What stands behind a module's name in an adapter's file.
+_FACTOR = ".lora_A.weight"
+
+#: Other names for a language model's output layer; the first is Tinker's.
+_ALIASES = {"unembed_tokens": "lm_head"}
+
+
+@frozen
+class ModuleShape:
+    """A module of the running model that an adapter may change.
+
+    Attributes:
+        in_features: Its input size; of an embedding, its vocabulary.
+        out_features: Its output size.
+        num_experts: The experts whose factors it holds one behind the other; 0 for a module of one pair of factors.
+    """
+
+    in_features: int
+    out_features: int
+    num_experts: int = 0
+
+
+@frozen
+class Renames:
+    """How vLLM renames a checkpoint's modules when it loads an adapter.
+
+    The rules are those of ``WeightsMapper.map_name`` in vLLM 0.32.0, ``vllm/model_executor/models/utils.py``: each
+    pair replaces the first match, in this order. ``tests/engine/test_vllm_internals.py`` compares the two.
+
+    Attributes:
+        regex: Patterns and what replaces them.
+        substr: Parts of names.
+        prefix: Beginnings of names.
+        suffix: Ends of names.
+        is_complete: vLLM has no other rules for this model.
+    """
+
+    regex: Sequence[Sequence[str]] = ()
+    substr: Sequence[Sequence[str]] = ()
+    prefix: Sequence[Sequence[str]] = ()
+    suffix: Sequence[Sequence[str]] = ()
+    is_complete: bool = True
+
+    def __call__(self, module: str) -> str:
+        """Return the running model's name for a checkpoint's module."""
+        # The rules are for names of tensors: "lm_head." leads to "language_model.lm_head.".
+        return self.of_tensor(module + _FACTOR).removesuffix(_FACTOR)
+
+    def of_tensor(self, name: str) -> str:
+        """Return the running model's name for a checkpoint's tensor."""
+        for pattern, new in self.regex:
+            name = re.sub(pattern, new, name)
+        for old, new in self.substr:
+            name = name.replace(old, new, 1)
+        for old, new in self.prefix:
+            name = new + name.removeprefix(old) if name.startswith(old) else name
+        for old, new in self.suffix:
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        return name
+
+
+@define(slots=False, eq=False)
+class ModelModules:
+    """The modules of a model, as a running engine or a checkpoint's files tell.
+
+    Attributes:
+        shapes: Those that an adapter may change, by the running model's names.
+        renames: From a checkpoint's names to the running model's.
+        unadapted: Layers that the model has and vLLM does not adapt: their names, and their kinds.
+        left_out: Beginnings of names, in the running model, of parts whose factors are not applied.
+        model: The name of the model's class; empty where it is not known.
+        device: vLLM's device type; empty where it is not known.
+    """
+
+    shapes: Mapping[str, ModuleShape]
+    renames: Renames = field(factory=Renames)
+    unadapted: Mapping[str, str] = field(factory=dict)
+    left_out: Sequence[str] = ()
+    model: str = ""
+    device: str = ""
+
+    @classmethod
+    def of(cls, descriptions: Sequence[Mapping[str, Any]]) -> ModelModules:
+        """Read what the workers describe, each its own layers (``_lora_layers.describe``)."""
+        first = descriptions[0]
+        shapes = {name: ModuleShape(*sizes) for described in descriptions for name, sizes in described["sizes"].items()}
+        return cls(
+            shapes=shapes,
+            renames=Renames(**first["renames"]),
+            unadapted={
+                name: kind
+                for described in descriptions
+                for name, kind in described["unadapted"].items()
+                if name not in shapes
+            },
+            left_out=tuple(first["left_out"]),
+            model=first["model"],
+            device=first["device"],
+        )
+
+    def locate(self, name: str) -> str | None:
+        """Return the running model's name for an adapter's module, or ``None`` where the model has none.
+
+        Example:
+            >>> modules = ModelModules({"language_model.model.layers.0.mlp.up_proj": ModuleShape(8, 16)})
+            >>> modules.locate("model.layers.0.mlp.up_proj")
+            'language_model.model.layers.0.mlp.up_proj'
+        """
+        renamed = self.renames(name)
+        for candidate in (renamed, name):
+            if candidate in self.shapes:
+                return candidate
+        return self._by_tail.get(_tail(renamed)) or self._by_tail.get(_tail(name))
+
+    def is_left_out(self, name: str) -> bool:
+        """Return whether a module that the model does not list belongs to a part that text alone does not pass."""
+        candidates = f"{name}.", f"{self.renames(name)}."
+        is_named = any(candidate.startswith(tuple(self.left_out)) for candidate in candidates)
+        return is_named or _tail(name).partition(".")[0] in _TOWERS
+
+    def why_unadapted(self, name: str) -> str | None:
+        """Return the kind of the layer behind an adapter's module that vLLM does not adapt, or ``None``."""
+        for candidate in (self.renames(name), name):
+            for layer, kind in self.unadapted.items():
+                if candidate == layer or candidate.startswith(f"{layer}.") or _tail(candidate) == _tail(layer):
+                    return kind
+        return None
+
+    def locate_experts(self, layer: str) -> Mapping[int, Sequence[str]]:
+        """Return the modules of each expert of a layer, in vLLM's order (gate, down, up); empty where there are none.
+
+        Args:
+            layer: The adapter's name of the layer, such as ``"model.layers.0.mlp.experts"``.
+        """
+        for candidate in (self.renames(layer), layer):
+            if _tail(candidate) in self._experts:
+                return self._experts[_tail(candidate)]
+        return {}
+
+    @cached_property
+    def _experts(self) -> Mapping[str, Mapping[int, Sequence[str]]]:
+        """The modules of experts that the model has one by one, by the tail of their layer's name."""
+        layers: dict[str, dict[int, list[str]]] = {}
+        for name in self.shapes:
+            match = _EXPERT.fullmatch(name)
+            if match:
+                layers.setdefault(_tail(match["layer"]), {}).setdefault(int(match["expert"]), []).append(name)
+        return layers
+
+    @cached_property
+    def expert_layers(self) -> Sequence[Sequence[Sequence[str]]]:
+        """Layers of experts, of each its projections, and of each the modules of all experts."""
+        one_by_one = [list(zip(*experts.values(), strict=True)) for experts in self._experts.values()]
+        stacked = {name.removesuffix(".base_layer") for name, shape in self.shapes.items() if shape.num_experts}
+        return [*one_by_one, *([[f"{name}.base_layer"], [name]] for name in stacked)]
+
+    @cached_property
+    def _by_tail(self) -> Mapping[str, str]:
+        """The modules by their names behind the wrappers, where those are unique."""
+        found: dict[str, str | None] = {}
+        for name in self.shapes:
+            tail = _tail(name)
+            found[tail] = None if tail in found else name
+        return {tail: name for tail, name in found.items() if name}
+
+
+def _tail(name: str) -> str:
+    """Return a name without the wrappers around a language model."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        parts.pop(0)
+    return _ALIASES.get(parts[0], ".".join(parts)) if len(parts) == 1 else ".".join(parts)

@@ -1,0 +1,132 @@
+"""Where each module of an adapter goes in the running model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from attrs import evolve, frozen
+
+from qlora_infer.adapters.manifest import LoRAModule
+from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
+
+
+@frozen
+class Piece:
+    """What a module of the running model gets of an adapter's factors.
+
+    Attributes:
+        source: The adapter's module; ``None`` for factors of zeros, which vLLM needs beside those of other experts.
+        module: The shape of what it gets.
+        expert: Which expert's factors it gets, of a module that holds those of all experts.
+        first_output: Where its outputs begin among those of B.
+    """
+
+    source: str | None
+    module: LoRAModule
+    expert: int | None = None
+    first_output: int = 0
+
+
+@frozen
+class Placement:
+    """An adapter's modules in a model.
+
+    Attributes:
+        pieces: What each module of the model gets, by the running model's names.
+        absent: Modules of the adapter that the model does not list.
+        left_out: Those that belong to a tower, which text alone does not pass.
+        repeated: Pairs of modules that are one in the model.
+    """
+
+    pieces: Mapping[str, Piece]
+    absent: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+    repeated: Sequence[tuple[str, str]] = ()
+
+    @property
+    def sources(self) -> set[str]:
+        """The adapter's modules that are applied."""
+        return {piece.source for piece in self.pieces.values() if piece.source is not None}
+
+    def is_vllms_own(self, model: ModelModules) -> bool:
+        """Return whether vLLM would place all of it so by itself, from the adapter's own names."""
+        return (
+            not self.left_out
+            and model.renames.is_complete
+            and all(
+                piece.source is not None and piece.expert is None and model.renames(piece.source) == name
+                for name, piece in self.pieces.items()
+            )
+        )
+
+
+def place(modules: Mapping[str, LoRAModule], model: ModelModules) -> Placement:
+    """Find each module of an adapter in a model.
+
+    Args:
+        modules: The adapter's modules by the names that it has for them.
+        model: The modules of the model.
+    """
+    pieces: dict[str, Piece] = {}
+    absent: list[str] = []
+    left_out: list[str] = []
+    repeated: list[tuple[str, str]] = []
+    for name, module in modules.items():
+        found = dict(_pieces(name, module, model))
+        if not found:
+            (left_out if model.is_left_out(name) else absent).append(name)
+        for target, piece in found.items():
+            other = pieces.setdefault(target, piece)
+            if other is not piece:
+                repeated.append((str(other.source), name))
+    return Placement(_with_all_experts(pieces, model), absent, left_out, repeated)
+
+
+def _pieces(name: str, module: LoRAModule, model: ModelModules) -> Iterator[tuple[str, Piece]]:
+    if module.num_experts:
+        yield from _expert_pieces(name, module, model)
+        return
+    target = model.locate(name)
+    if target is not None:
+        yield target, Piece(name, module)
+
+
+def _expert_pieces(name: str, module: LoRAModule, model: ModelModules) -> Iterator[tuple[str, Piece]]:
+    """Place a module that holds the factors of all experts of a layer.
+
+    PEFT calls the outermost parameter ``experts`` and the next ``experts.base_layer``, in the order in which they were
+    named; only the sizes tell which of the two is the projection out of an expert.
+    """
+    layer = name.removesuffix(".base_layer")
+    target = model.locate(layer)
+    if target is not None:  # the model holds them so, too
+        wide = f"{target}.base_layer"
+        is_wide = wide in model.shapes and model.shapes[wide].out_features == module.out_features
+        yield (wide if is_wide else target), Piece(name, module)
+        return
+    one = evolve(module, num_experts=0)
+    for expert, (first, down, *last) in model.locate_experts(layer).items():
+        if model.shapes[down] == ModuleShape(module.in_features, module.out_features):
+            yield down, Piece(name, one, expert)
+            continue
+        half = module.out_features // 2 if last else module.out_features
+        yield first, Piece(name, evolve(one, out_features=half), expert)
+        for up in last:
+            yield up, Piece(name, evolve(one, out_features=module.out_features - half), expert, half)
+
+
+def _with_all_experts(pieces: Mapping[str, Piece], model: ModelModules) -> Mapping[str, Piece]:
+    """Add factors of zeros for what an adapter leaves of a layer's experts: vLLM takes all of them or none.
+
+    It also wants one rank for each of their projections (``pack_moe`` and ``_stack_moe_lora_weights`` in vLLM 0.32.0).
+    """
+    added: dict[str, Piece] = {}
+    for layer in model.expert_layers:
+        of_layer = [pieces[name] for projection in layer for name in projection if name in pieces]
+        for projection in layer if of_layer else ():
+            like = next((pieces[name] for name in projection if name in pieces), of_layer[0])
+            for name in projection:
+                shape = model.shapes[name]
+                zeros = LoRAModule(like.module.rank, shape.in_features, shape.out_features, shape.num_experts)
+                added.setdefault(name, Piece(None, zeros))
+    return {**added, **pieces}
