@@ -105,19 +105,23 @@ def test_what_one_move_collected_and_did_not_write_is_not_in_the_next():
 
 
 def test_vllms_modules_are_moved_at_once():
-    """Those that copy their weights, packed and single; one that is split over GPUs, and one unlike the model's parts, are not."""
+    """Layers that copy their weights: packed, single, fused in the checkpoint, and of fewer parts than slices; not those split over GPUs."""
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-    from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+    from vllm.lora.layers.column_parallel_linear import (
+        MergedColumnParallelLinearVariableSliceWithLoRA,
+        MergedColumnParallelLinearWithLoRA,
+    )
 
     from qlora_infer.kernels.slots import move_at_once
 
     def module(kind, sizes, *, tp_size=1):
-        class Layer:
-            set_lora = kind.set_lora
-            reset_lora = BaseLinearLayerWithLoRA.reset_lora
+        class Layer(kind):
+            def __init__(self):
+                torch.nn.Module.__init__(self)
 
         layer = Layer()
-        layer.n_slices, layer.tp_size = len(sizes), tp_size
+        layer.n_slices, layer.tp_size, layer.output_sizes = len(sizes), tp_size, list(sizes)
+        layer.base_layer = SimpleNamespace(output_sizes=list(sizes))
         layer.slice_lora_a = layer.slice_lora_b = lambda weights: weights
         layer.lora_a_stacked = tuple(torch.zeros(2, 1, RANK, INPUTS) for _ in sizes)
         layer.lora_b_stacked = tuple(torch.zeros(2, 1, size, RANK) for size in sizes)
@@ -128,21 +132,25 @@ def test_vllms_modules_are_moved_at_once():
             "qkv_proj": module(MergedColumnParallelLinearWithLoRA, (6, 2, 2)),
             "o_proj": module(BaseLinearLayerWithLoRA, (6,)),
             "split": module(BaseLinearLayerWithLoRA, (6,), tp_size=2),
-            "odd": module(MergedColumnParallelLinearWithLoRA, (6, 2)),
+            "in_proj": module(MergedColumnParallelLinearVariableSliceWithLoRA, (6, 2, 2)),
+            "in_proj_qkvz": module(MergedColumnParallelLinearWithLoRA, (4, 4, 6, 6)),
         }
+
+    outputs = {"qkv_proj": (6, 2, 2), "o_proj": (6,), "split": (6,), "in_proj": (10,), "in_proj_qkvz": (14, 6)}
 
     def weights(number, rank):
         generator = torch.Generator().manual_seed(number)
         return {
             name: (
-                [torch.randn(rank, INPUTS, generator=generator) for _ in layer.lora_a_stacked],
-                [torch.randn(b.shape[2], rank, generator=generator) for b in layer.lora_b_stacked],
+                [torch.randn(rank, INPUTS, generator=generator) for _ in sizes],
+                [torch.randn(size, rank, generator=generator) for size in sizes],
             )
-            for name, layer in modules().items()
+            for name, sizes in outputs.items()
         }
 
     def manager():
-        made = SimpleNamespace(modules=modules(), packed_modules={"qkv_proj": ["q", "k", "v"]})
+        packed = {"qkv_proj": ["q", "k", "v"], "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+        made = SimpleNamespace(modules=modules(), packed_modules=packed)
 
         def activate_adapter(lora_id):
             for name, layer in made.modules.items():
@@ -159,9 +167,9 @@ def test_vllms_modules_are_moved_at_once():
         return made
 
     theirs, ours = manager(), manager()
-    assert move_at_once(ours) == {"q", "k", "v", "o_proj"}
+    assert move_at_once(ours) == {"q", "k", "v", "o_proj", "in_proj", "in_proj_qkv", "in_proj_z"}
     changed = {name for name, layer in ours.modules.items() if "set_lora" in vars(layer)}
-    assert changed == {"qkv_proj", "o_proj"}
+    assert changed == {"qkv_proj", "o_proj", "in_proj", "in_proj_qkvz"}
     for lora_id in (0, 1, 2):
         assert ours.activate_adapter(lora_id) is theirs.activate_adapter(lora_id) is True
         for name, layer in theirs.modules.items():

@@ -15,6 +15,7 @@ import logging
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
@@ -212,6 +213,9 @@ class VLLMBackend:
         descriptions = self._rpc("qlora_lora_modules")
         for layer, why in (pair for described in descriptions for pair in described["unlisted"].items()):
             logger.warning("adapters cannot change %s: vLLM's layer does not tell its sizes (%s)", layer, why)
+        slower = Counter(name.rpartition(".")[2] for name in descriptions[0]["computed_by_vllm"])
+        for kind, count in slower.items():
+            logger.info("LoRA of %s (%d modules) is computed by vLLM's own kernels", kind, count)
         return ModelModules.of(descriptions)
 
     def load_adapter(self, version: AdapterVersion) -> None:

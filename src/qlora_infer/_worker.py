@@ -51,13 +51,13 @@ class WorkerExtension:
         """
         lora_manager = self.model_runner.lora_manager
         manager = lora_manager._adapter_manager
-        kernels.watch(manager)
+        computed_by_vllm = kernels.watch(manager)
         moved = move_at_once(manager)
         if self.device.type == "cuda":
             lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(moved)
         else:
             lora_manager._lora_model_cls = NamedLoRAModel
-        return _lora_layers.describe(manager)
+        return {**_lora_layers.describe(manager), "computed_by_vllm": computed_by_vllm}
 
     def qlora_read(self, begin: list[tuple[str, int, str]], int_ids: list[int]) -> dict[int, bool]:
         """Begin to read some adapters (name, id, path), and tell which of some readings have ended.

@@ -88,11 +88,18 @@ def _for_a_gpu(platform: Any) -> str | None:
     return "qlora_infer.kernels.gpu.FusedPunicaWrapper"
 
 
-def watch(manager: Any) -> None:
-    """Tell our kernels, where they are in use, the manager that knows each adapter's rank and modules."""
-    for wrapper in manager.punica_wrapper_mapping.values():
-        if hasattr(wrapper, "watch"):
-            wrapper.watch(manager)
+def watch(manager: Any) -> list[str]:
+    """Give our kernels, where they are in use, the manager that has each adapter's rank and modules.
+
+    Returns:
+        The modules whose LoRA vLLM's own kernels compute beside ours; none where ours are not in use.
+    """
+    return [
+        name
+        for wrapper in manager.punica_wrapper_mapping.values()
+        if hasattr(wrapper, "watch")
+        for name in wrapper.watch(manager)
+    ]
 
 
 def ours_can_replace(theirs: type[Any]) -> bool:

@@ -211,6 +211,7 @@ class Scratch:
         num_tiles = max(
             most_tiles(min(max_rows, most_rows), block_m, num_slots) for block_m, most_rows in MOST_ROWS.items()
         )
+        self.num_slices = num_slices
         self.num_sums = SUMS_OF_TILE * max(16, triton.next_power_of_2(rank))
         self.sums = torch.zeros(num_tiles * num_slices * self.num_sums, dtype=torch.int64, device=device)
         self.rounds = torch.zeros(num_tiles * num_slices, dtype=torch.int64, device=device)

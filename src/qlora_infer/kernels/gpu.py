@@ -18,9 +18,10 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from qlora_infer.kernels.fused import Batch, Module, Scratch, add_lora, warm_up
+from qlora_infer.kernels.slots import spread
 
-#: Slices of the modules that scratch memory is reserved for; vLLM's own kernels take modules of more.
-MOST_SLICES = 4
+#: Slices of the modules that our kernel takes, a Mamba's five among them; vLLM's own take modules of more.
+MOST_SLICES = 8
 #: A tile says in so many bits which slices its adapter changes.
 NUM_BITS = 31
 
@@ -44,9 +45,14 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._has_pdl = torch.cuda.get_device_capability(device) >= (9, 0)
         _WRAPPERS[self._token_lora_indices.data_ptr()] = self
 
-    def watch(self, manager: Any) -> None:
-        """From now on ask vLLM's ``LoRAModelManager`` for each adapter's own rank, and the modules that it changes."""
+    def watch(self, manager: Any) -> list[str]:
+        """From now on use vLLM's ``LoRAModelManager`` to find each adapter's own rank and the modules that it changes.
+
+        Returns:
+            The modules whose LoRA vLLM's own kernels compute.
+        """
         self._manager = manager
+        return modules_of_vllms(manager)
 
     # vLLM's metadata is sorted on the device, for which the host waits. It is made only once something asked for it.
 
@@ -167,8 +173,9 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     ) -> Module:
         """Describe a module on its first use, and compile what steps of any size will need of it."""
         module = Module.of(a, b, first_bit=self._first_bit(b))
-        if self._scratch is None:
-            self._scratch = Scratch(self._max_rows, self.max_loras, module.rank, MOST_SLICES, y.device)
+        if self._scratch is None or self._scratch.num_slices < len(b):
+            # All modules come in vLLM's profile of a step, before a CUDA graph refers to it.
+            self._scratch = Scratch(self._max_rows, self.max_loras, module.rank, len(b), y.device)
         warm_up(y, x, module, self._scratch, self.max_loras, is_shrunk=is_shrunk, pdl=self._has_pdl)
         self._modules[b[0].data_ptr()] = module
         return module
@@ -200,18 +207,33 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         for name, module in self._manager.modules.items():
             weights = self._manager._get_lora_layer_weights(adapter, name)
             stacked = getattr(module, "lora_b_stacked", None)
-            if not weights or stacked is None:
+            if not weights or not _is_matrices(stacked):
                 continue
             stacked = stacked if isinstance(stacked, tuple) else (stacked,)
             a = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
-            if len(a) != len(stacked):
+            if len(a) > len(stacked):
                 return 1 << 30, -1
             first_bit = self._first_bit(stacked)
-            for piece, weight in enumerate(a):
+            for piece, weight in enumerate(spread(a, len(stacked))):
                 if weight is not None:
                     rank = max(rank, min(weight.shape))
                     bits |= 1 << (first_bit + piece)
         return -(-rank // 8) * 8, bits
+
+
+def _is_matrices(stacked: Any) -> bool:
+    """Return whether a layer's slots are those of a linear layer, not of experts, which vLLM's own kernels compute."""
+    return isinstance(stacked, torch.Tensor | tuple)
+
+
+def modules_of_vllms(manager: Any) -> list[str]:
+    """Return the modules whose LoRA vLLM's own kernels compute: experts, and those of too many slices."""
+    return [
+        name
+        for name, layer in manager.modules.items()
+        if not _is_matrices(layer.lora_b_stacked)
+        or (isinstance(layer.lora_b_stacked, tuple) and len(layer.lora_b_stacked) > MOST_SLICES)
+    ]
 
 
 def _slots(ids: Sequence[int], slot_of: dict[int, int]) -> npt.NDArray[np.int32]:

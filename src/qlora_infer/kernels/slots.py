@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 Weights: TypeAlias = torch.Tensor | Sequence[torch.Tensor | None]
+T = TypeVar("T")
 
 
 def move_at_once(manager: Any) -> frozenset[str]:
@@ -27,16 +28,23 @@ def move_at_once(manager: Any) -> frozenset[str]:
         weights may be of other dtypes than the slots.
     """
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-    from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+    from vllm.lora.layers.column_parallel_linear import (
+        MergedColumnParallelLinearVariableSliceWithLoRA,
+        MergedColumnParallelLinearWithLoRA,
+    )
 
-    known = {BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora}
+    known = {
+        BaseLinearLayerWithLoRA.set_lora,
+        MergedColumnParallelLinearWithLoRA.set_lora,
+        MergedColumnParallelLinearVariableSliceWithLoRA.set_lora,
+    }
     move = Move()
     moved: set[str] = set()
     others: set[str] = set()
     for name, module in manager.modules.items():
         parts = manager.packed_modules.get(name, [name])
         kinds = {part.rpartition(".")[2] for part in parts}
-        if getattr(type(module), "set_lora", None) in known and module.tp_size == 1 and len(parts) == module.n_slices:
+        if getattr(type(module), "set_lora", None) in known and module.tp_size == 1 and len(parts) <= module.n_slices:
             slots = Slots((*module.lora_a_stacked, *module.lora_b_stacked))
             module.set_lora = partial(move.fill, slots)
             module.reset_lora = partial(move.empty, slots)
@@ -53,6 +61,27 @@ def move_at_once(manager: Any) -> frozenset[str]:
 
     manager.activate_adapter = activate_adapter
     return frozenset(moved - others)
+
+
+def spread(parts: Sequence[T], num_slices: int) -> list[T]:
+    """Repeat what belongs to the parts of a module for each of its slices; the first part has what others leave.
+
+    So it is for modules that are fused in the checkpoint, and for Qwen3.5's ``in_proj_qkvz`` of two parts and four
+    slices (``MergedColumnParallelLinearWithLoRA.expand_packed_lora`` in vLLM 0.32.0, ``column_parallel_linear.py``).
+    """
+    return [*[parts[0]] * (num_slices - len(parts) + 1), *parts[1:]]
+
+
+def cut_into_slices(
+    lora_a: Sequence[torch.Tensor | None], lora_b: Sequence[torch.Tensor | None], sizes: Sequence[int]
+) -> list[torch.Tensor | None]:
+    """Return A and then B of each slice of a module: a part's A for all of its slices, and its B cut into them."""
+    num_joined = len(sizes) - len(lora_b) + 1
+    if num_joined == 1:
+        return [*lora_a, *lora_b]
+    first = lora_b[0]
+    cut = [None] * num_joined if first is None else first.split(list(sizes[:num_joined]))
+    return [*spread(lora_a, len(sizes)), *cut, *lora_b[1:]]
 
 
 class Slots:
@@ -88,7 +117,9 @@ class Move:
 
     def fill(self, slots: Slots, index: int, lora_a: Weights, lora_b: Weights) -> None:
         """Collect a module's weights, as its ``set_lora`` takes them; what they do not cover becomes 0."""
-        for slot, weights in zip(slots[index], (*_each(lora_a), *_each(lora_b)), strict=True):
+        of_slot = slots[index]
+        sizes = [slot.shape[0] for slot in of_slot[len(of_slot) // 2 :]]
+        for slot, weights in zip(of_slot, cut_into_slices(_each(lora_a), _each(lora_b), sizes), strict=True):
             if weights is None:
                 self._emptied.append(slot)
                 continue
