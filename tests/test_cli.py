@@ -18,6 +18,7 @@ from test_checkpoint import TINY_CONFIG, quantized, tensors, write_model
 from typer.testing import CliRunner
 
 from qlora_infer import QuantizedLoRAEngine, __version__
+from qlora_infer._torchvision import install_command
 from qlora_infer.cli import app
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
@@ -209,7 +210,7 @@ def test_doctor_knows_what_a_gpu_can_do(tmp_path):
 
 
 def test_doctor_sees_a_torchvision_of_another_build(tmp_path):
-    """What ends every start on the CPU right after the README's first command, is told before, with the fix."""
+    """A torchvision that ends every start on the CPU is reported, with both fixes: another build, or none."""
     bare = only_our_dependencies(tmp_path / "bare")
     install_vllm(bare)
     install(bare, "torch", "2.13.0+cpu")
@@ -217,10 +218,64 @@ def test_doctor_sees_a_torchvision_of_another_build(tmp_path):
     (bare / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     found = doctor(bare)
     assert found.returncode == 1
-    assert found.stdout.count("no: the installed torchvision does not belong to the installed torch") == 3
+    assert "works" not in found.stdout
+    assert "no: the installed torchvision does not belong to the installed torch" in found.stdout
+    assert (
+        "pip install --force-reinstall --no-deps 'torchvision==0.28.*' --index-url https://download.pytorch.org/whl/cpu"
+        in found.stdout
+    )
     assert "pip uninstall -y torchvision torchaudio torchcodec" in found.stdout
     (bare / "torchvision.py").write_text("")
-    assert doctor(bare).returncode == 0
+    mended = doctor(bare)
+    assert mended.returncode == 0
+    assert re.search(r"^torchvision +0\.28\.0$", mended.stdout, re.MULTILINE)
+    assert re.search(r"^multimodal +works: torchvision fits torch$", mended.stdout, re.MULTILINE)
+
+
+def test_doctor_sees_a_torchaudio_of_another_build(tmp_path):
+    """A torchaudio or torchcodec whose libraries do not load ends every start, too; text needs neither."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    install_vllm(bare)
+    for name in ("torchaudio", "torchcodec"):
+        (bare / f"{name}.py").write_text("raise OSError('Could not load this library')")
+        found = doctor(bare)
+        assert found.returncode == 1
+        assert f"no: the installed {name} does not belong to the installed torch" in found.stdout
+        assert "pip uninstall -y torchaudio torchcodec" in found.stdout
+        (bare / f"{name}.py").unlink()
+    (bare / "torchcodec.py").write_text("raise RuntimeError('Could not load libtorchcodec: is FFmpeg installed?')")
+    assert doctor(bare).returncode == 0  # vLLM does without
+
+
+@pytest.mark.parametrize("torchvision", [None, "0.26.0"])
+def test_doctor_says_what_a_missing_torchvision_means(tmp_path, torchvision):
+    """Without it, or with another release's, text models work, multimodal ones do not, and the command is there."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    install_vllm(bare)
+    install(bare, "torch", "2.13.0+cpu")
+    if torchvision:
+        install(bare, "torchvision", torchvision)
+    found = doctor(bare)
+    assert found.returncode == 0
+    (line,) = (line for line in found.stdout.splitlines() if line.startswith("multimodal"))
+    assert line.startswith("multimodal       no: torchvision ")
+    assert "Gemma 3" in line
+    assert line.endswith("'torchvision==0.28.*' --index-url https://download.pytorch.org/whl/cpu")
+    assert re.search(r"^awq +works, on cpu$", found.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("torch", "options"),
+    [
+        ("2.11.0+cpu", "'torchvision==0.26.*' --index-url https://download.pytorch.org/whl/cpu"),
+        ("2.13.0", "'torchvision==0.28.*'"),
+        ("2.14.0+cu130", "'torchvision==0.29.*' --index-url https://download.pytorch.org/whl/cu130"),
+        ("3.0.0", "torchvision"),
+    ],
+)
+def test_the_torchvision_of_each_torch(torch, options):
+    """The command has the release and the build that belong to a torch; without a known one, no release."""
+    assert install_command(torch) == f"pip install --force-reinstall --no-deps {options}"
 
 
 def test_doctor_sees_two_vllms(tmp_path):

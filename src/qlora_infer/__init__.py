@@ -31,6 +31,7 @@ from qlora_infer.errors import (
     RequestTimeoutError,
     UnknownQuantizationError,
     UnsafeAdapterError,
+    UnsupportedModelError,
 )
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.request import Completion, GenerationOutput, RequestTimes
@@ -57,6 +58,7 @@ __all__ = [
     "QuantizationError",
     "UnknownQuantizationError",
     "ModelNotFoundError",
+    "UnsupportedModelError",
     "EngineStartError",
     "EngineClosedError",
     "EngineDeadError",

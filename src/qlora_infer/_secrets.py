@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from urllib.parse import unquote
+
+#: The Hub's tokens look so, wherever they come from, and the environment may have another kind.
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def redacted(text: str, secrets: Iterable[str | None] = ()) -> str:
+    """Return the text with asterisks for secrets: the given ones, the environment's, and the Hub's tokens."""
+    for secret in (*secrets, *map(os.environ.get, TOKEN_VARIABLES)):
+        if secret:
+            text = text.replace(secret, "***")
+    return HUB_TOKEN.sub("***", text)
 
 
 def without_secrets(error: BaseException, secrets: Iterable[str]) -> BaseException | None:

@@ -12,6 +12,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import logging
+import re
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 
-from qlora_infer import _shared_memory, startup
+from qlora_infer import _secrets, _shared_memory, _start_fault, _torchvision, startup
 from qlora_infer.adapters.model_modules import ModelModules
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
@@ -34,7 +35,9 @@ from qlora_infer.errors import (
     EngineStartError,
     IncompatibleAdapterError,
     MissingDependencyError,
+    QLoRAInferError,
     RequestRejectedError,
+    UnsupportedModelError,
 )
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 
@@ -48,6 +51,15 @@ logger = logging.getLogger("qlora_infer")
 
 #: Seconds that the engine core has to end by itself before it is killed; on two cores it would take ten.
 SHUTDOWN_TIMEOUT = 5.0
+
+#: vLLM's words where the model's class cannot be imported (``model_executor/models/registry.py`` in 0.32.0).
+UNIMPORTABLE = re.compile(r"Model architectures \[(.*?)\] failed to be inspected")
+#: Its words, and those of transformers, where there is no such class.
+UNKNOWN_ARCHITECTURE = re.compile(
+    r"Model architectures? .* (are not supported for now|is not supported (anymore|in-tree anymore))"
+    r"|Transformers does not recognize this architecture",
+    re.DOTALL,
+)
 
 
 @frozen
@@ -132,20 +144,18 @@ class VLLMBackend:
         """Start vLLM with our worker extension; the core is a child process."""
         from vllm import EngineArgs
         from vllm.platforms import current_platform
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.llm_engine import LLMEngine
 
         startup.set_environment(device=current_platform.device_type)
         own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
-        try:
-            with _shielded_from_ctrl_c(), startup.breakable_graphs(engine_args):
-                # LLM_CLASS chooses the batch sizes that ``vllm.LLM`` has.
-                self._engine = LLMEngine.from_engine_args(
-                    EngineArgs(**{**engine_args, **own}), UsageContext.LLM_CLASS, enable_multiprocessing=True
-                )
+        with _shielded_from_ctrl_c(), startup.breakable_graphs(engine_args), _start_fault.fault_folder() as folder:
+            try:
+                self._engine = _start_engine(EngineArgs(**{**engine_args, **own}))
                 self._engine.collective_rpc("qlora_pack_weights")
-        except Exception as error:
-            raise EngineStartError(f"vLLM did not start with {engine_args['model']}: {_innermost(error)}") from error
+            except UnsupportedModelError:
+                raise
+            except Exception as error:
+                cause = _secrets.without_secrets(error, [engine_args.get("hf_token") or ""])
+                raise _start_error(error, folder.read(), engine_args) from cause
         # LLMEngine.logger_manager writes to vLLM's log and to Prometheus' global registry; in its place stands what
         # keeps the scheduler's numbers of the newest step.
         self._engine.logger_manager = self._scheduler = _SchedulerLog()
@@ -381,16 +391,122 @@ def require_vllm() -> None:
         raise MissingDependencyError(
             "vLLM is not installed: pip install 'qlora-infer[cuda]' for an NVIDIA GPU, or 'qlora-infer[cpu]'"
         )
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:
-        # transformers imports it wherever it is installed, and dies of it (seen with torchvision beside a +cpu torch).
-        raise MissingDependencyError(
-            "the installed torchvision does not belong to the installed torch, and text models need none: "
-            "pip uninstall -y torchvision torchaudio torchcodec"
-        ) from error
+    _require_sound_torch_packages()
+
+
+def _require_sound_torch_packages() -> None:
+    """Raise where one that transformers or vLLM import is built for another torch: they die of it."""
+    if _torchvision.is_installed():
+        try:
+            import torchvision  # noqa: F401
+        except Exception as error:
+            raise MissingDependencyError(
+                "the installed torchvision does not belong to the installed torch: "
+                f"{_torchvision.install_command()} ({_torchvision.NEEDED_BY}); other models need none, and for them "
+                "this is enough: pip uninstall -y torchvision torchaudio torchcodec"
+            ) from error
+    # vLLM does without a torchcodec that has no FFmpeg (``vllm/multimodal/media/audio.py`` in 0.32.0).
+    for name, caught in (("torchaudio", ()), ("torchcodec", (ImportError, RuntimeError))):
+        if importlib.util.find_spec(name) is not None:
+            try:
+                importlib.import_module(name)
+            except caught:
+                continue
+            except Exception as error:
+                raise MissingDependencyError(
+                    f"the installed {name} does not belong to the installed torch, and text needs none: "
+                    "pip uninstall -y torchaudio torchcodec"
+                ) from error
+
+
+def _start_engine(engine_args: Any) -> Any:
+    """Do as ``LLMEngine.from_engine_args`` does in vLLM 0.32.0, with a look at the model before its weights."""
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    from qlora_infer._executor import FaultLeavingExecutor
+
+    # LLM_CLASS chooses the batch sizes that ``vllm.LLM`` has.
+    vllm_config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
+    _check_lora(vllm_config.model_config)
+    executor = Executor.get_class(vllm_config)
+    return LLMEngine(
+        vllm_config=vllm_config,
+        executor_class=FaultLeavingExecutor if executor is MultiprocExecutor else executor,
+        log_stats=not engine_args.disable_log_stats,
+        usage_context=UsageContext.LLM_CLASS,
+        multiprocess_mode=True,
+    )
+
+
+def _check_lora(model_config: Any) -> None:
+    """Refuse a model that vLLM has without LoRA, which it would refuse when it has read the weights.
+
+    It asks the model then (``v1/worker/lora_model_runner_mixin.py``), and its class has the answer already. Importing
+    that here takes 0.1 s, and vLLM has made most of it necessary by now.
+    """
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures, model_config=model_config)
+    if not supports_lora(model_class):
+        raise _unsupported(model_config.model, f"{model_class.__name__} does not support LoRA yet.")
+
+
+def _unsupported(model: str, reason: str) -> UnsupportedModelError:
+    from vllm.version import __version__
+
+    return UnsupportedModelError(
+        f"vLLM {__version__} cannot serve {model} with adapters: {reason} Take a "
+        "model whose architecture it lists with LoRA: https://docs.vllm.ai/en/latest/models/supported_models/"
+    )
+
+
+def _start_error(error: Exception, fault: str | None, engine_args: Mapping[str, Any]) -> QLoRAInferError:
+    """Return what keeps an engine from starting, by its first cause.
+
+    Args:
+        error: What vLLM raised here.
+        fault: What its processes left.
+        engine_args: vLLM's arguments.
+    """
+    model, reason = engine_args["model"], fault or _start_fault.format_error(error)
+    if unimportable := UNIMPORTABLE.search(reason):
+        reason = _import_error(re.findall(r"\w+", unimportable[1])) or reason
+    reason = _start_fault.shorten(reason, [engine_args.get("hf_token")])
+    if "torchvision" in reason.lower() and not _torchvision.is_installed():
+        return MissingDependencyError(
+            f"{model} needs torchvision, also for text alone, and it is not installed ({reason}): "
+            f"{_torchvision.install_command()}"
+        )
+    if UNKNOWN_ARCHITECTURE.search(reason):
+        return _unsupported(model, reason.partition(": ")[2])
+    return EngineStartError(f"vLLM did not start with {model}: {reason}{_next_step(reason)}")
+
+
+def _import_error(architectures: Collection[str]) -> str | None:
+    """Return why a class of models cannot be imported: vLLM logs it, once a process, and raises only that it failed."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for architecture in architectures:
+        if architecture in ModelRegistry.models:
+            try:
+                ModelRegistry.models[architecture].load_model_cls()
+            except Exception as error:
+                return _start_fault.format_error(error)
+    return None
+
+
+def _next_step(reason: str) -> str:
+    if re.search(r"Failed core proc\(s\): .*: -9\b", reason):
+        return " It was killed, by the system where memory runs short: close other processes, or take a smaller model."
+    if re.search(r"memory|KV cache", reason, re.IGNORECASE):
+        return (
+            " Make room: a smaller max_model_len, max_loras or max_lora_rank, or more memory for the engine "
+            "(gpu_memory_utilization, or kv_cache_memory_bytes, in engine_args)."
+        )
+    return ""
 
 
 def _free_host_memory() -> int:
@@ -492,9 +608,3 @@ def _shielded_from_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _innermost(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from qlora_infer import _lora_layers, kernels
+from qlora_infer import _lora_layers, _start_fault, kernels
 from qlora_infer._short_turns import ShortTurns
 from qlora_infer.kernels import bitsandbytes_cpu
 from qlora_infer.kernels.lora_model import NamedLoRAModel, PinnedLoRAModel, merge
@@ -21,6 +21,7 @@ from qlora_infer.kernels.slots import move_at_once
 
 logger = logging.getLogger("qlora_infer")
 
+_start_fault.leave_fault()
 kernels.install()
 
 #: Adapters that are read at a time, at most. Steps are slower while any is read: the sooner all are there, the better.

@@ -56,7 +56,7 @@ class Backend(Protocol):
         ...
 
     def start(self, engine_args: Mapping[str, Any]) -> None:
-        """Load the model; raises ``EngineStartError``."""
+        """Load the model; raises ``UnsupportedModelError`` or ``EngineStartError``."""
         ...
 
     def sampling_params(self, params: object, carried: Carried | None = None) -> Any:

@@ -110,6 +110,7 @@ class QuantizedLoRAEngine(Displayed):
         QuantizationError: The checkpoint cannot be served this way here.
         ModelNotFoundError: There is no such model, or the token does not open it.
         AdapterError: One of ``adapters`` cannot be loaded; nothing is left running.
+        UnsupportedModelError: vLLM does not serve the model's architecture, or not with adapters.
         EngineStartError: vLLM did not start.
 
     Example:

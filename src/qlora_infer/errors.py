@@ -5,6 +5,7 @@
     ├── QuantizationError                 (ValueError)    this checkpoint cannot be served this way here
     │   └── UnknownQuantizationError      (LookupError)   no strategy has that name
     ├── ModelNotFoundError                (OSError)       the base model is not where its name says
+    ├── UnsupportedModelError             (ValueError)    vLLM has no such architecture, or has it without LoRA
     ├── EngineStartError                  (RuntimeError)  vLLM did not start
     ├── EngineClosedError                 (RuntimeError)  the engine was closed
     ├── EngineDeadError                   (RuntimeError)  vLLM's engine core died
@@ -56,8 +57,12 @@ class ModelNotFoundError(QLoRAInferError, OSError):
     """The base model is neither a local checkpoint nor a model that the Hub lets us read."""
 
 
+class UnsupportedModelError(QLoRAInferError, ValueError):
+    """vLLM does not serve the model's architecture, or not with LoRA adapters; found before weights are read."""
+
+
 class EngineStartError(QLoRAInferError, RuntimeError):
-    """vLLM did not start; the cause is chained."""
+    """vLLM did not start; the message has the first error of its processes, and vLLM's own error is chained."""
 
 
 class EngineClosedError(QLoRAInferError, RuntimeError):

