@@ -157,7 +157,7 @@ def test_doctor_on_a_machine_with_nothing(tmp_path):
     assert found.returncode == 1
     no = "no: vLLM is not installed: pip install 'qlora-infer[cuda]' for an NVIDIA GPU, or 'qlora-infer[cpu]'"
     assert [line for line in found.stdout.splitlines() if " no: " in line] == [
-        f"{name:<16} {no}" for name in ("awq", "bitsandbytes", "gptq", "none")
+        f"{name:<16} {no}" for name in ("none", "awq", "bitsandbytes", "gptq")
     ]
     assert re.search(r"^torch +not installed$", found.stdout, re.MULTILINE)
 

@@ -426,3 +426,47 @@ def test_vllm_reads_adapters_as_we_know_it():
     lora.optimize()
     lora.optimize()
     assert lora.lora_b.tolist() == [[4.0, 4.0]] * 4
+
+
+def test_vllm_logs_what_ends_a_start():
+    """The words by which a process of vLLM knows that its start has failed are those of its source."""
+    import vllm.v1.engine.core
+    import vllm.v1.executor.multiproc_executor
+
+    from qlora_infer._start_fault import ENDINGS
+
+    modules = (vllm.v1.engine.core, vllm.v1.executor.multiproc_executor)
+    sources = [Path(module.__file__).read_text() for module in modules]
+    for words in ENDINGS:
+        assert any(f'logger.exception("{words}")' in source for source in sources), words
+
+
+def test_an_engine_is_made_of_a_configuration_and_an_executor():
+    """LLMEngine.from_engine_args makes the configuration, chooses the executor and calls the class, as we do."""
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.abstract import Executor
+
+    from qlora_infer._executor import FaultLeavingExecutor
+
+    wanted = {"vllm_config", "executor_class", "log_stats", "usage_context", "multiprocess_mode"}
+    assert wanted <= set(parameters(LLMEngine))
+    source = inspect.getsource(LLMEngine.from_engine_args)
+    assert "vllm_config = engine_args.create_engine_config(usage_context)" in source
+    assert "Executor.get_class(vllm_config)" in source
+    assert "log_stats=not engine_args.disable_log_stats" in source
+    assert "executor_class(vllm_config)" in inspect.getsource(EngineCore.__init__)
+    assert "executor_class = MultiprocExecutor" in inspect.getsource(Executor.get_class)
+    assert issubclass(FaultLeavingExecutor, Executor)
+
+
+def test_a_class_of_models_tells_whether_it_has_lora():
+    """vLLM refuses a model without LoRA by the check that we ask its class with, when its weights are read."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.v1.worker import lora_model_runner_mixin
+
+    source = inspect.getsource(lora_model_runner_mixin)
+    assert "if not supports_lora(model):" in source
+    assert "does not support LoRA yet." in source
+    assert parameters(ModelRegistry.resolve_model_cls) == ["architectures", "model_config"]
+    assert callable(ModelRegistry.models["LlamaForCausalLM"].load_model_cls)

@@ -111,7 +111,7 @@ def _vllm_fault(installed: Mapping[str, str], machine: Machine) -> str | None:
 
 def _why_not(name: str, here: quantization.Platform) -> str | None:
     """What the strategy itself says of a checkpoint of its kind."""
-    model_config = {"quantization_config": {"quant_method": name}}
+    model_config = {} if name == "none" else {"quantization_config": {"quant_method": name}}
     try:
         config = _default_config(name)
         quantization.choose(config, model_config).check(config, model_config, here)
