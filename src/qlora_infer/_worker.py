@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_infer import kernels
 from qlora_infer._short_turns import ShortTurns
-from qlora_infer.kernels import bitsandbytes_cpu
+from qlora_infer.kernels import bitsandbytes_cpu, logits
 from qlora_infer.kernels.lora_model import PinnedLoRAModel, merge
 from qlora_infer.kernels.slots import move_at_once
 
@@ -53,6 +53,7 @@ class WorkerExtension:
         manager = self.model_runner.lora_manager._adapter_manager
         # It is asked once, when the engine has started: from now on adapters come.
         kernels.watch(manager)
+        logits.follow(self.model_runner)
         moved = move_at_once(manager)
         if self.device.type == "cuda":
             self.model_runner.lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(moved)
