@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_infer import _lora_layers, _start_fault, kernels
 from qlora_infer._short_turns import ShortTurns
-from qlora_infer.kernels import bitsandbytes_cpu
+from qlora_infer.kernels import bitsandbytes_cpu, logits
 from qlora_infer.kernels.lora_model import NamedLoRAModel, PinnedLoRAModel, merge
 from qlora_infer.kernels.slots import move_at_once
 
@@ -53,6 +53,7 @@ class WorkerExtension:
         lora_manager = self.model_runner.lora_manager
         manager = lora_manager._adapter_manager
         computed_by_vllm = kernels.watch(manager)
+        logits.follow(self.model_runner)
         moved = move_at_once(manager)
         if self.device.type == "cuda":
             lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(moved)

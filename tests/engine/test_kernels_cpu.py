@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+import logits_rows  # noqa: E402
 import numpy as np  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -199,8 +200,33 @@ def test_sums_are_rounded_as_torch_rounds_them(y, b, dtype):
     torch.testing.assert_close(target, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_row_of_logits_has_its_own_adapter(dtype):
+    """Rows of sampled tokens, of prompts, of pieces of them and of drafted tokens: float64's, base rows to the bit."""
+    wrapper = GroupedPunicaWrapper(max_num_batched_tokens=logits_rows.MOST_TOKENS, max_batches=16, device="cpu")
+    head, rows = logits_rows.check(wrapper, "cpu", dtype)
+    logits_rows.check_lengths(head, rows)
+
+
+def test_vllms_own_kernels_are_given_the_rows_of_prompts():
+    """They find the slots of the rows where they look for them, and afterwards those of the step."""
+    wrapper = PunicaWrapperCPU(logits_rows.MOST_TOKENS, 16, "cpu")
+    kernels = logits_rows.VllmsKernels(wrapper)
+    mapping = LoRAMapping((101, 101, 103), (101, 103), is_prefill=True)
+    wrapper.update_metadata(mapping, logits_rows.IDS, 4, 512)
+    for slots in ([0, 0, 2, 2, 0], [2], [0, 2, 0]):
+        kernels.use_logits_rows(np.asarray(slots, np.int32))
+        assert wrapper.sampler_indices.tolist() == slots
+    kernels.use_logits_rows(None)
+    assert wrapper.sampler_indices.tolist() == [0, 2]
+    kernels.use_logits_rows(None)
+    assert wrapper.sampler_indices.tolist() == [0, 2]
+
+
+@pytest.mark.usefixtures("way")
 def test_tensors_too_short_for_the_batch_are_refused():
-    """Compiled code checks no bounds; so what would read beyond them does not reach it."""
+    """Compiled code checks no bounds, and slices end where tensors do; so what would go beyond reaches neither."""
     weights = torch.ones(SLOTS, 1, 2, 4), torch.ones(SLOTS, 1, 4, 2)
     with pytest.raises(ValueError, match="3 rows have a slot, but there are 2 inputs"):
         wrapper_for([0, 1, 2], False).add_lora_linear(

@@ -470,3 +470,70 @@ def test_a_class_of_models_tells_whether_it_has_lora():
     assert "does not support LoRA yet." in source
     assert parameters(ModelRegistry.resolve_model_cls) == ["architectures", "model_config"]
     assert callable(ModelRegistry.models["LlamaForCausalLM"].load_model_cls)
+
+
+def test_logits_of_prompts_are_computed_where_their_rows_are_given():
+    """The first runner computes a prompt's logits of a view of the step's hidden states, which has the tokens' order."""
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert parameters(GPUModelRunner._get_prompt_logprobs_dict) == ["self", "hidden_states", "num_scheduled_tokens"]
+    reads = inspect.getsource(GPUModelRunner._get_prompt_logprobs_dict)
+    assert "num_prompt_logprobs_dict = self.num_prompt_logprobs" in reads
+    assert "offset = self.query_start_loc.np[req_idx].item()" in reads
+    assert "prompt_hidden_states = hidden_states[offset : offset + num_logits]" in reads
+    assert (
+        reads.count("self.model.compute_logits(") == reads.count("self.model.compute_logits(prompt_hidden_states)") == 1
+    )
+    # Here the rows of drafted tokens are right.
+    maps = inspect.getsource(InputBatch.make_lora_inputs)
+    assert "req_lora_mapping = self.request_lora_mapping[: self.num_reqs]" in maps
+    assert "req_lora_mapping.repeat(num_sampled_tokens)" in maps
+    assert "req_lora_mapping.repeat(num_scheduled_tokens)" in maps
+    assert "num_sampled_tokens = num_draft_tokens + 1" in inspect.getsource(GPUModelRunner._prepare_inputs)
+    assert "sampler_indices_len = self.indices_len[1]" in inspect.getsource(PunicaWrapperBase.sampler_indices.fget)
+    assert "self.punica_wrapper.add_lora_logits(" in inspect.getsource(LogitsProcessorWithLoRA._get_logits)
+
+
+@pytest.mark.skipif(vllm_release() < (0, 32), reason="read in 0.32")
+def test_the_runner_of_gpus_computes_logits_where_their_rows_are_given():
+    """The second runner hands its compute_logits to two methods, and makes LoRA's mapping after the rows are known."""
+    from vllm.config import VllmConfig
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.sample import prompt_logprob
+
+    worker = prompt_logprob.PromptLogprobsWorker
+    for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+        assert parameters(getattr(worker, name))[:4] == ["self", "logits_fn", "hidden_states", "input_batch"]
+    reads = inspect.getsource(prompt_logprob)
+    assert "hidden_states[: input_batch.num_tokens]," in reads
+    assert "logits_fn(prompt_hidden_states[start_idx:end_idx])" in reads
+    assert "logits_fn(hidden_states[base + a : base + b])" in reads
+    assert reads.count("logits_fn(") == 2
+    samples = inspect.getsource(GPUModelRunner.sample_tokens)
+    assert samples.count("self.model.compute_logits,\n") == 2
+    assert "self.model.compute_logits(" not in samples
+    assert not hasattr(GPUModelRunner, "_get_prompt_logprobs_dict")
+
+    # A request's rows of logits are as many as cu_num_logits_np says; vLLM names its adapter once.
+    runs = inspect.getsource(GPUModelRunner.execute_model)
+    assert runs.count("self.prepare_inputs(") == runs.count("self.lora_state.make_lora_inputs(") == 1
+    assert runs.index("self.prepare_inputs(") < runs.index("self.lora_state.make_lora_inputs(")
+    assert parameters(LoraState.make_lora_inputs) == ["self", "req_ids", "idx_mapping", "num_scheduled_tokens"]
+    assert "prompt_lora_mapping = tuple(lora_ids)\n" in inspect.getsource(LoraState.make_lora_inputs)
+    assert "cu_num_logits_np=cu_num_logits_np," in inspect.getsource(GPUModelRunner.prepare_inputs)
+    assert "hidden_states[input_batch.logits_indices]" in inspect.getsource(GPUModelRunner.sample)
+
+    # Two ways to sample for which the rows could not be known: the first is off unless it is asked for, and ends the
+    # start; vLLM refuses the second.
+    assert "if skip_gather:\n            raise NotImplementedError(" in inspect.getsource(
+        LogitsProcessorWithLoRA._get_logits
+    )
+    off = "self.parallel_config.enable_batch_sharded_sampling = False"
+    assert off in inspect.getsource(VllmConfig._validate_batch_sharded_sampling)
+    refuses = inspect.getsource(VllmConfig._validate_adaptive_verification)
+    assert "Adaptive verification is not currently compatible with LoRA" in refuses

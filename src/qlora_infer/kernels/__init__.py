@@ -124,7 +124,7 @@ def ours_can_replace(theirs: type[Any]) -> bool:
 def differences_between(theirs: type[Any], ours: type[Any]) -> list[str]:
     """What vLLM's class has that ours was not written for: other parameters, other names."""
     differences = [f"new: {name}" for name in sorted(_public(theirs) - KNOWN_NAMES)]
-    for name in sorted(_public(ours) - {"update_metadata", "watch"}):  # the first takes whatever there is
+    for name in sorted(_public(ours) - {"update_metadata", "use_logits_rows", "watch"}):  # the first takes all
         if not callable(getattr(ours, name)) or name not in vars(ours):
             continue
         if name not in _public(theirs):

@@ -168,6 +168,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._tokens = Batch()
         self._sampled = Batch()
+        self._logits = self._sampled
         self._weights: dict[int, StackedWeights] = {}
         self._rows: Rows | None = None
         self._used_embeddings: tuple[tuple[int, int], list[bool]] = ((0, 0), [])
@@ -178,7 +179,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         """Learn which slot each row of the coming step uses."""
         super().update_metadata(*args, **kwargs)
         self._tokens = Batch.of(self.token_lora_indices)
-        self._sampled = Batch.of(self.sampler_indices)
+        self._sampled = self._logits = Batch.of(self.sampler_indices)
+
+    def use_logits_rows(self, slots: npt.NDArray[np.int32] | None) -> None:
+        """Use one slot for each row of the next logits, -1 for none; ``None`` brings the step's own rows back."""
+        self._logits = self._sampled if slots is None else Batch.of(torch.from_numpy(slots).long())
 
     def add_shrink(
         self,
@@ -255,9 +260,15 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        """``y += x @ A.T @ B.T * scale``, in place, on one row for each sampled token; ``buffer`` is not needed."""
+        """``y += x @ A.T @ B.T * scale``, in place; ``buffer`` is not needed.
+
+        Raises:
+            ValueError: There are more rows than slots, or fewer, so that nobody can say whose they are.
+        """
+        if self._logits.num_rows and len(self._logits.slots) != len(x):
+            raise ValueError(f"{len(self._logits.slots)} rows of logits have a slot, but there are {len(x)}")
         size = min(y.size(-1), lora_b_stacked.size(-2))  # the model and the adapter pad the vocabulary differently
-        self._add_lora(y, x, (lora_a_stacked,), (lora_b_stacked,), scale, (size,), self._sampled)
+        self._add_lora(y, x, (lora_a_stacked,), (lora_b_stacked,), scale, (size,), self._logits)
 
     def _add_lora(
         self,
@@ -279,13 +290,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             return
         if x.dim() > 2 or y.dim() > 2:
             x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        num_rows = len(batch.slots)
+        if num_rows > y.shape[0] or num_rows > x.shape[0]:
+            raise ValueError(f"{num_rows} rows have a slot, but there are {len(x)} inputs and {len(y)} outputs")
         work, layer = weights.work * batch.num_rows, weights.layer
         if layer is not None and work <= ROWS_UP_TO * len(weights.sizes) * batch.num_slots:
             rows = self._rows_for(weights.a[0].dtype)
             if rows.can_add(y, x):
-                num_rows = len(batch.slots)
-                if num_rows > y.shape[0] or num_rows > x.shape[0]:
-                    raise ValueError(f"{num_rows} rows have a slot, but there are {len(x)} inputs and {len(y)} outputs")
                 rows.add(y, x, layer, batch.tiles, scale, work)
                 return
         _add_by_group(y, x, weights, scale, batch)

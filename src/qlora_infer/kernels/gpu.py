@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from qlora_infer.kernels.fused import Batch, Module, Scratch, add_lora, warm_up
+from qlora_infer.kernels.logits import Slots, put_sampler_indices, slots_of
 from qlora_infer.kernels.slots import spread
 
 #: Slices of the modules that our kernel takes, a Mamba's five among them; vLLM's own take modules of more.
@@ -38,6 +38,9 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         self._max_rows = max_num_batched_tokens
         self._tokens = Batch(max_num_batched_tokens, self.max_loras, device)
         self._prompts = Batch(max_num_batched_tokens, self.max_loras, device)
+        self._own_prompts: Slots = np.zeros(0, np.int32)
+        self._logits = self._own_prompts
+        self._slot_heads: dict[int, tuple[int, int]] = {}
         self._modules: dict[int, Module | None] = {}
         self._first_bits: dict[tuple[int, ...], int] = {}
         self._heads: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
@@ -84,6 +87,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     def _prepare_vllms_metadata(self) -> None:
         with gpu_sync_allowed():
             self._token_mapping_meta.prepare_tensors(self.token_lora_indices)
+            put_sampler_indices(self, torch.from_numpy(self._logits))
             self._prompt_mapping_meta.prepare_tensors(self.sampler_indices)
 
     def update_metadata(
@@ -92,10 +96,15 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         """Take over which adapter each row of the next steps has."""
         self.is_prefill = mapping.is_prefill
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
-        slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
-        heads = self._heads_of(lora_index_to_id)
-        self._tokens.update(_slots(mapping.index_mapping, slot_of), heads)
-        self._prompts.update(_slots(mapping.prompt_mapping, slot_of), heads)
+        self._slot_heads = self._heads_of(lora_index_to_id)
+        self._tokens.update(slots_of(mapping.index_mapping, lora_index_to_id), self._slot_heads)
+        self._own_prompts = slots_of(mapping.prompt_mapping, lora_index_to_id)
+        self.use_logits_rows(None)
+
+    def use_logits_rows(self, slots: Slots | None) -> None:
+        """Use one slot for each row of the next logits, -1 for none; ``None`` brings the step's own rows back."""
+        self._logits = self._own_prompts if slots is None else slots
+        self._prompts.update(self._logits, self._slot_heads)
         if self._uses_vllms_metadata:
             self._prepare_vllms_metadata()
 
@@ -143,7 +152,13 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add to logits what the rows' adapters add."""
+        """Add to logits what the rows' adapters add.
+
+        Raises:
+            ValueError: There are more rows than slots, or fewer, so that nobody can say whose they are.
+        """
+        if self._prompts.num_rows and len(self._logits) != len(x):
+            raise ValueError(f"{len(self._logits)} rows of logits have a slot, but there are {len(x)}")
         a, b = (lora_a_stacked,), (lora_b_stacked,)
         if scale != 1.0 or not _is_for_us(y, x, a, b):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs)
@@ -234,10 +249,6 @@ def modules_of_vllms(manager: Any) -> list[str]:
         if not _is_matrices(layer.lora_b_stacked)
         or (isinstance(layer.lora_b_stacked, tuple) and len(layer.lora_b_stacked) > MOST_SLICES)
     ]
-
-
-def _slots(ids: Sequence[int], slot_of: dict[int, int]) -> npt.NDArray[np.int32]:
-    return np.fromiter((slot_of[lora_id] if lora_id > 0 else -1 for lora_id in ids), np.int32, len(ids))
 
 
 def _is_for_us(y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
