@@ -159,7 +159,7 @@ def test_any_traffic_leaves_the_books_right(seed, folders):
         versions = {version for held in cache._held.values() for version in held}
         assert not any(version.num_uses for version in versions)
         assert (len(queue), queue.num_running, engine._driver._running, backend.num_unfinished) == (0, 0, {}, 0)
-        assert (dict(cache._loading), copies._fetches, residency._num_running) == ({}, {}, {})
+        assert (len(cache._loading), copies._fetches, residency._num_running) == (0, {}, {})
         assert {path.name for path in copies._store.iterdir()} == {str(version.int_id) for version in copies._sizes}
         assert copies.num_bytes == sum(copies._sizes.values())
         assert set(residency._resident) | set(copies._sizes) <= versions

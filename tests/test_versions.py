@@ -18,6 +18,7 @@ from qlora_infer import (
     AdapterNotLoadedError,
     AdapterSource,
     CorruptAdapterError,
+    EngineDeadError,
     IncompatibleAdapterError,
 )
 from qlora_infer.adapters.effect import Scores, effect
@@ -529,8 +530,26 @@ def test_names_that_are_gone_leave_no_locks(engine, tmp_path):
         engine.unload_adapter(f"good-{number}")
         with pytest.raises(AdapterNotFoundError):
             engine.load_adapter(f"bad-{number}", tmp_path / "nothing")
-    gc.collect()
     assert len(engine._cache._loading) == 0
+
+
+def with_a_death(engine, backend, folder):
+    """Prepare that the engine is found dead as ``rollback`` has an adapter read."""
+    for seed in range(2):
+        engine.load_adapter("a", write_adapter(folder / str(seed), seed=seed))
+    engine.generate("x")  # the version before has left memory
+    backend.die()
+
+
+def test_who_keeps_an_error_keeps_no_lock(tmp_path, backend):
+    """The lock of a name is gone when the call ends, though the error is kept, and frames with its traceback."""
+    with fake_engine(backend=backend, restart="on-failure") as engine:
+        with_a_death(engine, backend, tmp_path)
+        with pytest.raises(EngineDeadError) as raised:
+            engine.rollback("a")
+        assert "rollback" in {entry.name for entry in raised.traceback}
+        assert len(engine._cache._loading) == 0
+        assert engine.rollback("a").version == 1
 
 
 # Copies that have made room for others -----------------------------------------------------------------------------

@@ -170,8 +170,8 @@ class AdapterLoader:
 
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""
-        loading = self._cache.loading(checked_name(name))
-        with loading, self._cache.in_use(self._cache.before(name)) as before:  # should the name be unloaded meanwhile
+        # The version is in use meanwhile, because another thread may unload the name.
+        with self._cache.loading(checked_name(name)), self._cache.in_use(self._cache.before(name)) as before:
             self._read_ahead(before)
             self._driving.call(self._residency.load, before)
             version = self._cache.rollback(name)
