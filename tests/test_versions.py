@@ -552,6 +552,36 @@ def test_who_keeps_an_error_keeps_no_lock(tmp_path, backend):
         assert engine.rollback("a").version == 1
 
 
+def test_a_log_keeps_no_frames(tmp_path, backend, caplog):
+    """A log handler that keeps its records keeps no error, whose traceback has the frames of those who called."""
+    with fake_engine(backend=backend, restart="on-failure") as engine:
+        with_a_death(engine, backend, tmp_path)
+        with pytest.raises(EngineDeadError):
+            engine.rollback("a")
+        engine.generate("x")
+    assert ("it was killed",) in [record.args for record in caplog.records]
+
+
+@pytest.mark.parametrize("kind", ["bad source", "death"])
+def test_an_error_is_gone_with_the_last_who_holds_it(tmp_path, backend, kind):
+    """It and the frames of its traceback are freed at once, and wait for no garbage collection."""
+    with fake_engine(backend=backend, restart="on-failure") as engine:
+        with_a_death(engine, backend, tmp_path)
+        if kind == "bad source":
+            engine.generate("x")  # it is alive again
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(EngineDeadError if kind == "death" else AdapterNotFoundError) as raised:
+                engine.rollback("a") if kind == "death" else engine.load_adapter("a", tmp_path / "nothing")
+            error = weakref.ref(raised.value)
+            del raised
+            engine.generate("x")  # the driving thread has gone on
+            assert error() is None
+        finally:
+            gc.enable()
+
+
 # Copies that have made room for others -----------------------------------------------------------------------------
 
 
