@@ -12,6 +12,8 @@ from test_versions import CONFIG, tensors_of
 from qlora_infer import EngineClosedError, QLoRAInferError
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
+pytest.importorskip("torch")  # for blends
+
 NAMES = "abcde"
 NUM_FOLDERS, NUM_THREADS, NUM_CALLS = 5, 6, 150
 WRITING = threading.Lock()

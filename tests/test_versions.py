@@ -172,6 +172,7 @@ def test_an_adapter_comes_straight_from_memory(engine, tmp_path):
 
 def test_a_blend_serves_like_any_adapter(engine, tmp_path):
     """load_blend makes an adapter of loaded ones, of exact versions too, which later versions do not change."""
+    pytest.importorskip("torch")
     engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1, rank=4, alpha=4))
     engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2, rank=4, alpha=4))
     engine.load_adapter("b", write_adapter(tmp_path / "3", seed=3, rank=8))
@@ -186,6 +187,7 @@ def test_a_blend_serves_like_any_adapter(engine, tmp_path):
 
 def test_what_is_in_memory_loads_while_a_source_waits_for_its_turn(tmp_path):
     """A blend, and tensors, are loaded also while two contents of another name are loaded one after the other."""
+    pytest.importorskip("torch")
     with fake_engine(backend=FakeEngine(load_seconds=0.3)) as engine:
         engine.load_adapter("a", write_adapter(tmp_path / "a"))
         folders = [write_adapter(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
@@ -215,6 +217,7 @@ def test_what_is_in_memory_loads_while_a_source_waits_for_its_turn(tmp_path):
 )
 def test_a_blend_that_cannot_be_changes_nothing(adapters, arguments, error, message, tmp_path):
     """Each mistake is told; what is loaded stays as it was, and no file is left behind."""
+    pytest.importorskip("torch")
     with fake_engine(max_lora_rank=64) as engine:
         for name, rank in (("a", 4), ("b", 8), ("c", 64)):
             engine.load_adapter(name, write_adapter(tmp_path / name, rank=rank))
@@ -638,6 +641,7 @@ def test_a_source_that_is_gone_does_not_keep_the_engine_from_running_again(tmp_p
 
 def test_blends_are_made_of_adapters_whose_copies_are_gone(tmp_path):
     """They are fetched again."""
+    pytest.importorskip("torch")
     engine, _ = with_few_copies(tmp_path, FakeEngine(), names="abcde", copies=4, max_cpu_loras=8)
     with engine:
         assert engine.load_blend("both", {"a": 0.5, "b": 0.5}).rank > 0
