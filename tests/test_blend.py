@@ -27,6 +27,8 @@ from qlora_infer.adapters.ties import keep_largest, keep_random, mean_of_majorit
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.testing import write_adapter
 
+pytest.importorskip("torch")
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = ["linear", "ties", "dare_ties"]
 VOCABULARY = 48
@@ -132,6 +134,7 @@ plans = st.builds(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 def test_linear_is_the_weighted_sum_of_what_the_adapters_add(plans, tmp_path_factory):
     """Whatever their ranks, alphas, patterns, number types and modules are, the sum is right to float32's rounding."""
+    pytest.importorskip("vllm")
     from vllm.lora.peft_helper import PEFTHelper
 
     home = tmp_path_factory.mktemp("sum")
@@ -159,6 +162,8 @@ def test_linear_is_the_weighted_sum_of_what_the_adapters_add(plans, tmp_path_fac
 
 def tiny_llama() -> Any:
     import torch
+
+    pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -172,6 +177,8 @@ def tiny_llama() -> Any:
 
 def tiny_gpt2() -> Any:
     import torch
+
+    pytest.importorskip("transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -188,7 +195,7 @@ def no_warnings():
 
 def train(folder: Path, model: Any = tiny_llama, **config: Any) -> Path:
     """An adapter as PEFT saves one, with random numbers in both factors."""
-    import peft
+    peft = pytest.importorskip("peft")
     import torch
 
     base = model()
@@ -201,7 +208,7 @@ def train(folder: Path, model: Any = tiny_llama, **config: Any) -> Path:
 
 
 def load(folders: Sequence[Path], model: Any = tiny_llama) -> Any:
-    import peft
+    peft = pytest.importorskip("peft")
 
     adapted = peft.PeftModel.from_pretrained(model(), folders[0], adapter_name=folders[0].name)
     for folder in folders[1:]:
@@ -218,7 +225,7 @@ def logits(adapted: Any, name: str) -> Any:
 
 
 def factors_of(adapted: Any, name: str) -> dict[str, Any]:
-    import peft
+    peft = pytest.importorskip("peft")
 
     return peft.get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
 
@@ -314,6 +321,8 @@ def test_ties_and_dare_ties_are_pefts(method, density, weights, tmp_path):
 def test_numbers_that_cancel_or_are_equal_are_elected_as_peft_elects_them(numbers, weights, density, seed):
     """Ties in size and sums of zero go the way that they go in PEFT's merge_utils, bit for bit."""
     import torch
+
+    pytest.importorskip("peft")
     from peft.utils import merge_utils
 
     tensors = [torch.tensor(row, dtype=torch.float32).reshape(3, 4) for row in numbers]
@@ -392,6 +401,8 @@ def test_peft_adapts_the_modules_of_the_blend_and_no_others(tmp_path):
 def test_vllm_reads_ranks_and_factors_as_they_were_written(tmp_path):
     """vLLM's loader finds scaling 1 and the right rank in every module, also where adapters lack it."""
     import torch
+
+    pytest.importorskip("vllm")
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 

@@ -131,7 +131,10 @@ USER = CONVERSATIONS["user"]
 
 def tiny_tokenizer(*added: str, **properties: Any) -> Any:
     """A real fast tokenizer of transformers with a vocabulary of five words."""
+    pytest.importorskip("tokenizers")
     from tokenizers import Tokenizer, models
+
+    pytest.importorskip("transformers")
     from transformers import PreTrainedTokenizerFast
 
     words = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", "hello", "world"])}
@@ -165,6 +168,7 @@ def test_an_adapter_without_further_files_carries_nothing(tmp_path: Path) -> Non
 
 def test_what_transformers_writes_is_read_back(tmp_path: Path) -> None:
     """The folder of a fine-tuning run, with the tokenizer and generation config that transformers saved into it."""
+    pytest.importorskip("transformers")
     from transformers import AutoTokenizer, GenerationConfig
 
     tiny_tokenizer("<|im_start|>", "<|im_end|>", chat_template=CHATML, pad_token="</s>").save_pretrained(tmp_path)
@@ -199,6 +203,7 @@ def test_the_default_template_is_read_from_each_place_that_transformers_has_used
 
 def test_the_jinja_file_goes_before_the_field(tmp_path: Path) -> None:
     """As in transformers, which reads the file with Python's line ends."""
+    pytest.importorskip("transformers")
     from transformers import AutoTokenizer
 
     tiny_tokenizer(chat_template="old").save_pretrained(tmp_path, save_jinja_files=False)
@@ -232,7 +237,10 @@ def test_a_field_that_is_null_says_nothing(tmp_path: Path) -> None:
 )
 def test_the_sampling_defaults_are_those_that_vllm_takes_from_a_model(tmp_path: Path, config: dict[str, Any]) -> None:
     """The same file beside a model or an adapter means the same; do_sample counts for neither."""
+    pytest.importorskip("transformers")
     from transformers import GenerationConfig
+
+    pytest.importorskip("vllm")
     from vllm import SamplingParams
     from vllm.config.model import ModelConfig
 
@@ -370,6 +378,7 @@ def test_a_value_that_may_not_be_is_a_corrupt_adapter_and_the_message_says_what_
 
 def test_the_ends_of_the_ranges_are_those_of_vllm() -> None:
     """What is refused here would be refused by vLLM at each request, with words about a caller who did nothing."""
+    pytest.importorskip("vllm")
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 

@@ -155,7 +155,8 @@ def test_the_end_token_of_its_tokenizer_ends_its_answers(engine, backend, tmp_pa
 
 def test_what_stands_beside_a_pickle_is_kept(engine, tmp_path):
     """An adapter that is converted from a pickle keeps its template."""
-    import torch
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("safetensors.torch")
     from safetensors.torch import load_file
 
     folder = carrying(tmp_path / "old", template=LOUD)

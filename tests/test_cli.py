@@ -56,6 +56,7 @@ def test_the_library_does_not_load_what_only_the_program_needs():
 
 def test_an_error_is_one_message(tmp_path):
     """Without a traceback and with 1; --debug shows where it came from."""
+    pytest.importorskip("vllm")
     arguments = (sys.executable, "-m", "qlora_infer")
     command = ("generate", str(tmp_path / "none"), "--prompt", "hello")
     plain = subprocess.run([*arguments, *command], capture_output=True, text=True)

@@ -90,6 +90,7 @@ def test_a_source_that_has_changed_is_told(folders, size):
 
 def test_what_cannot_be_made_again_stays(folders, size):
     """Blends and adapters from memory are never let go; without room for another, loading says so and changes nothing."""
+    pytest.importorskip("torch")
     with engine_for(2 * size + size // 2) as engine:
         engine.load_adapter("a", folders[0])
         engine.load_blend("mix", {"a": 1.0})
@@ -116,7 +117,7 @@ def test_what_has_requests_is_not_let_go(folders, size):
 
 def test_a_download_is_kept_longer_than_a_folder(folders, size):
     """What costs more to make again goes later than its last use alone would say; but it goes."""
-    import fsspec
+    fsspec = pytest.importorskip("fsspec")
 
     memory = fsspec.filesystem("memory")
     memory.put(str(folders[0]), "/remote", recursive=True)

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from IPython.core.formatters import DisplayFormatter
 
 from qlora_infer import (
     AdapterResidency,
@@ -393,7 +392,7 @@ def test_dollars_are_no_formulas(kind):
 
 def test_ipython_shows_tables_in_notebooks_and_terminals():
     """IPython takes the HTML for a notebook, and the aligned text, not the repr, for a terminal."""
-    formatter = DisplayFormatter()
+    formatter = pytest.importorskip("IPython.core.formatters").DisplayFormatter()
     for shown in SHOWN.values():
         bundle, _ = formatter.format(shown)
         assert bundle == {"text/plain": str(shown), "text/html": shown._repr_html_()}

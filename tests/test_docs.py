@@ -40,6 +40,14 @@ NOT_EXECUTED: dict[tuple[str, str], str] = {
     },
 }
 
+#: The package that examples need beside the library's own requirements, by module or page.
+NEEDED = {
+    "qlora_infer.engine": "torch",
+    "qlora_infer.ray.server": "ray.serve",
+    "qlora_infer.ray.stage": "ray.data",
+    "docs/adapters.md": "torch",
+}
+
 LANGUAGES = {"python", "console", "text", "json", "yaml", "toml"}
 PYTHON_PAGES = [page for page in pages() if any(block.language == "python" for block in blocks(page))]
 
@@ -47,6 +55,8 @@ PYTHON_PAGES = [page for page in pages() if any(block.language == "python" for b
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch):
     """Every >>> of a module's docstrings gives what it says."""
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     monkeypatch.chdir(tmp_path)
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.attempted > 0
@@ -56,6 +66,8 @@ def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PYTHON_PAGES if not needs_demo_model(page)])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """Every Python block of a page runs, one after the other, with the fake engine in vLLM's place, and prints what is shown."""
+    if page in NEEDED:
+        pytest.importorskip(NEEDED[page])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qlora_infer.engine._vllm_backend", FakeEngine)
     write_adapter("me/pirate-lora")

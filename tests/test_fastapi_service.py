@@ -14,9 +14,15 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+
 import httpx
 import openai
-import pytest
 
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

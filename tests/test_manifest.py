@@ -30,6 +30,7 @@ ATTENTION = ["q_proj", "v_proj"]
 
 
 def tiny_llama(tie: bool = False) -> Any:
+    pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -42,7 +43,7 @@ def tiny_llama(tie: bool = False) -> Any:
 
 def save_with_peft(folder: Path, *, kind: str = "LoraConfig", tie: bool = False, **config: Any) -> Path:
     """What PEFT's own save_pretrained writes for a tiny random Llama."""
-    import peft
+    peft = pytest.importorskip("peft")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,7 +56,8 @@ def save_with_peft(folder: Path, *, kind: str = "LoraConfig", tie: bool = False,
 
 def load_with_vllm(folder: Path) -> Any:
     """What vLLM's worker does with an adapter's files, on the model above; no engine is started."""
-    import torch
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("vllm")
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -118,6 +120,7 @@ def test_what_peft_saves_is_read_as_vllm_reads_it(case, tmp_path):
 
 def test_the_size_is_that_of_all_tensors(tmp_path):
     """num_bytes counts what stands in the file, the copies of base weights included."""
+    pytest.importorskip("safetensors")
     from safetensors import safe_open
 
     folder = save_with_peft(tmp_path / "adapter", **SOUND["embeddings"])
@@ -135,6 +138,7 @@ def test_the_largest_rank_is_that_of_the_pattern(tmp_path):
 
 
 def peft_config(name: str, **fields: Any) -> Any:
+    pytest.importorskip("peft")
     from peft.tuners.lora import config
 
     return getattr(config, name)(**fields)
@@ -192,8 +196,8 @@ def test_what_vllm_cannot_run_is_named_in_what_peft_saves(words, tmp_path):
 
 def test_an_adapter_that_is_converted_as_the_message_says_is_taken(tmp_path):
     """PEFT turns a CorDA adapter into plain LoRA for the unchanged model, and leaves corda_config in its file."""
-    import peft
-    import torch
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
     from peft.tuners.lora.corda import preprocess_corda
 
     config = peft.LoraConfig(
@@ -223,8 +227,8 @@ def test_an_adapter_that_is_converted_as_the_message_says_is_taken(tmp_path):
 
 def test_factors_of_3d_parameters_are_those_of_each_expert(tmp_path):
     """Adapters of experts' 3D parameters, as PEFT saves them, have the rank of one expert, and a number of experts."""
-    import peft
-    import torch
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
 
     class Experts(torch.nn.Module):
         def __init__(self):
@@ -268,7 +272,7 @@ def test_write_adapter_writes_the_config_that_peft_writes(tmp_path):
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 def test_write_adapter_is_read_by_vllm_in_every_dtype(dtype, tmp_path):
     """What it writes is sound in each number type, for vLLM and for PEFT."""
-    import peft
+    peft = pytest.importorskip("peft")
 
     folder = write_adapter(tmp_path / "adapter", dtype=dtype)
     assert shapes_read(folder) == shapes_in_vllm(folder)

@@ -3,6 +3,10 @@
 import re
 
 import pytest
+
+pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
 from notebook_run import read_notebook, run_notebook
 
 #: Puts the fake in vLLM's place, with the modules of the demo model, and answers such as its adapters give.

@@ -3,6 +3,9 @@
 import json
 
 import pytest
+
+pytest.importorskip("safetensors.torch")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

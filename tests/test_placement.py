@@ -123,8 +123,8 @@ def mixture(*, one_by_one):
 
 def save_experts(folder, parameters):
     """What PEFT saves for experts' 3D parameters, and what it adds to each of them."""
-    import peft
-    import torch
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
 
     class Experts(torch.nn.Module):
         def __init__(self):

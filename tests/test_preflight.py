@@ -51,6 +51,7 @@ def test_an_adapter_that_fits_says_how_many_modules_it_changes():
 
 def test_the_allowed_ranks_are_those_of_vllm():
     """max_lora_rank may be what vLLM's own LoRAConfig takes, nothing else."""
+    pytest.importorskip("vllm")
     from vllm.config.lora import MaxLoRARanks
 
     assert get_args(MaxLoRARanks) == ALLOWED_RANKS

@@ -1,10 +1,14 @@
 """The files beside the code that others rely on: the license and the changelog."""
 
 import hashlib
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from doc_blocks import ROOT
 
 import qlora_infer
@@ -40,7 +44,24 @@ def test_who_contributes_finds_how():
         {name for line in re.findall(r"^nox -s ([\w ]+)", script, re.M) for name in line.split()}
         for script in ((ROOT / ".ci" / "run").read_text(encoding="utf-8"), text)
     )
-    assert {"lint", "types", "docs", "package", "tests"} == in_ci <= named
+    assert {"lint", "types", "light", "docs", "package", "tests"} == in_ci <= named
+
+
+@pytest.mark.parametrize(("required", "ends"), [("", "2 skipped"), ("1", "1 failed, 1 error")])
+def test_a_missing_package_skips_tests_and_fails_them_in_ci(required, ends, tmp_path):
+    """``nox -s tests`` sets a variable with which neither a test nor a file of tests is skipped for want of a package."""
+    missing = 'import pytest\n{}pytest.importorskip("no_such_package")\n'
+    (tmp_path / "test_file.py").write_text(missing.format(""))
+    (tmp_path / "test_function.py").write_text(missing.format("def test_it():\n    "))
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "conftest", "--continue-on-collection-errors", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "QLORA_INFER_REQUIRE_PACKAGES": required},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ends in ran.stdout, ran.stdout
 
 
 def test_the_version_stands_in_one_place():

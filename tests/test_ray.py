@@ -4,9 +4,14 @@ import json
 import os
 import time
 
+import pytest
+
+pytest.importorskip("httpx")
+pytest.importorskip("ray.data")
+pytest.importorskip("ray.serve")
+
 import httpx
 import pyarrow as pa
-import pytest
 import ray
 from doc_blocks import run_python
 from ray import serve

@@ -53,6 +53,8 @@ def fetches(html):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, as ``nox -s docs`` builds it."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

@@ -2,6 +2,10 @@
 
 from types import SimpleNamespace
 
+import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,6 +110,7 @@ def test_what_one_move_collected_and_did_not_write_is_not_in_the_next():
 
 def test_vllms_modules_are_moved_at_once():
     """Layers that copy their weights: packed, single, fused in the checkpoint, and of fewer parts than slices; not those split over GPUs."""
+    pytest.importorskip("vllm")
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.layers.column_parallel_linear import (
         MergedColumnParallelLinearVariableSliceWithLoRA,

@@ -13,8 +13,6 @@ from qlora_infer import AdapterSource
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.testing import fake_engine, write_adapter
 
-torch = pytest.importorskip("torch")
-
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)
 
 
@@ -248,8 +246,7 @@ def test_a_folder_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch
 
 
 def to_pickle(folder: Path) -> Path:
-    from safetensors.torch import load_file
-
+    torch, load_file = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch").load_file
     weights = folder / "adapter_model.safetensors"
     torch.save(load_file(weights), folder / "adapter_model.bin")
     weights.unlink()
@@ -269,6 +266,7 @@ def test_a_pickled_adapter_is_converted_where_the_user_allows_it(tmp_path):
 
 def test_a_pickle_that_calls_something_is_refused_even_where_pickles_are_allowed(tmp_path):
     """A pickle that names a function is an error, and the function is not called."""
+    pytest.importorskip("torch")
     witness = tmp_path / "called"
 
     class Evil:
@@ -283,12 +281,12 @@ def test_a_pickle_that_calls_something_is_refused_even_where_pickles_are_allowed
     assert not witness.exists()
 
 
-def stretched():
+def stretched(torch):
     """A matrix of 4 MiB whose storage has one number."""
     return {"a": torch.zeros(1).expand(1024, 1024)}
 
 
-def repeated():
+def repeated(torch):
     """One matrix under many names."""
     matrix = torch.zeros(64, 64)
     return {f"a{number}": matrix for number in range(100)}
@@ -299,21 +297,23 @@ def repeated():
     [
         (stretched, "'a' has 4194304 bytes, of which the file holds 4: save the adapter again"),
         (repeated, "its tensors have 1638400 bytes, and the whole file .*: save the adapter again"),
-        (lambda: {"a": [1.0]}, "'a' is no tensor of numbers: save the adapter again"),
-        (lambda: {"a": torch.zeros(2, 2).to_sparse()}, "'a' is no tensor of numbers"),
-        (lambda: [torch.zeros(1)], "it holds a list: save the adapter again"),
+        (lambda _: {"a": [1.0]}, "'a' is no tensor of numbers: save the adapter again"),
+        (lambda torch: {"a": torch.zeros(2, 2).to_sparse()}, "'a' is no tensor of numbers"),
+        (lambda torch: [torch.zeros(1)], "it holds a list: save the adapter again"),
     ],
 )
 def test_a_pickle_never_takes_more_memory_than_its_file(tensors, match, tmp_path):
     """Tensors that a small file makes large, and what is no tensor, are refused before anything is copied."""
     folder = to_pickle(write_adapter(tmp_path / "large"))
-    torch.save(tensors(), folder / "adapter_model.bin")
+    torch = pytest.importorskip("torch")
+    torch.save(tensors(torch), folder / "adapter_model.bin")
     with fake_engine() as engine, pytest.raises(CorruptAdapterError, match=f"not a pickle of tensors by name: {match}"):
         engine.load_adapter("x", folder, allow_pickle=True)
 
 
 def test_a_compressed_pickle_is_not_unpacked(tmp_path):
     """torch never compresses what it saves, and a thousand times the file's size could come out."""
+    torch = pytest.importorskip("torch")
     folder = to_pickle(write_adapter(tmp_path / "packed"))
     path = folder / "adapter_model.bin"
     torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "plain.bin")

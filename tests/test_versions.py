@@ -18,6 +18,7 @@ from qlora_infer import (
     AdapterNotLoadedError,
     AdapterSource,
     CorruptAdapterError,
+    EngineDeadError,
     IncompatibleAdapterError,
 )
 from qlora_infer.adapters.effect import Scores, effect
@@ -171,6 +172,7 @@ def test_an_adapter_comes_straight_from_memory(engine, tmp_path):
 
 def test_a_blend_serves_like_any_adapter(engine, tmp_path):
     """load_blend makes an adapter of loaded ones, of exact versions too, which later versions do not change."""
+    pytest.importorskip("torch")
     engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1, rank=4, alpha=4))
     engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2, rank=4, alpha=4))
     engine.load_adapter("b", write_adapter(tmp_path / "3", seed=3, rank=8))
@@ -185,6 +187,7 @@ def test_a_blend_serves_like_any_adapter(engine, tmp_path):
 
 def test_what_is_in_memory_loads_while_a_source_waits_for_its_turn(tmp_path):
     """A blend, and tensors, are loaded also while two contents of another name are loaded one after the other."""
+    pytest.importorskip("torch")
     with fake_engine(backend=FakeEngine(load_seconds=0.3)) as engine:
         engine.load_adapter("a", write_adapter(tmp_path / "a"))
         folders = [write_adapter(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
@@ -214,6 +217,7 @@ def test_what_is_in_memory_loads_while_a_source_waits_for_its_turn(tmp_path):
 )
 def test_a_blend_that_cannot_be_changes_nothing(adapters, arguments, error, message, tmp_path):
     """Each mistake is told; what is loaded stays as it was, and no file is left behind."""
+    pytest.importorskip("torch")
     with fake_engine(max_lora_rank=64) as engine:
         for name, rank in (("a", 4), ("b", 8), ("c", 64)):
             engine.load_adapter(name, write_adapter(tmp_path / name, rank=rank))
@@ -529,8 +533,56 @@ def test_names_that_are_gone_leave_no_locks(engine, tmp_path):
         engine.unload_adapter(f"good-{number}")
         with pytest.raises(AdapterNotFoundError):
             engine.load_adapter(f"bad-{number}", tmp_path / "nothing")
-    gc.collect()
     assert len(engine._cache._loading) == 0
+
+
+def with_a_death(engine, backend, folder):
+    """Prepare that the engine is found dead as ``rollback`` has an adapter read."""
+    for seed in range(2):
+        engine.load_adapter("a", write_adapter(folder / str(seed), seed=seed))
+    engine.generate("x")  # the version before has left memory
+    backend.die()
+
+
+def test_who_keeps_an_error_keeps_no_lock(tmp_path, backend):
+    """The lock of a name is gone when the call ends, though the error is kept, and frames with its traceback."""
+    with fake_engine(backend=backend, restart="on-failure") as engine:
+        with_a_death(engine, backend, tmp_path)
+        with pytest.raises(EngineDeadError) as raised:
+            engine.rollback("a")
+        assert "rollback" in {entry.name for entry in raised.traceback}
+        assert len(engine._cache._loading) == 0
+        assert engine.rollback("a").version == 1
+
+
+def test_a_log_keeps_no_frames(tmp_path, backend, caplog):
+    """A log handler that keeps its records keeps no error, whose traceback has the frames of those who called."""
+    with fake_engine(backend=backend, restart="on-failure") as engine:
+        with_a_death(engine, backend, tmp_path)
+        with pytest.raises(EngineDeadError):
+            engine.rollback("a")
+        engine.generate("x")
+    assert ("it was killed",) in [record.args for record in caplog.records]
+
+
+@pytest.mark.parametrize("kind", ["bad source", "death"])
+def test_an_error_is_gone_with_the_last_who_holds_it(tmp_path, backend, kind):
+    """It and the frames of its traceback are freed at once, and wait for no garbage collection."""
+    with fake_engine(backend=backend, restart="on-failure") as engine:
+        with_a_death(engine, backend, tmp_path)
+        if kind == "bad source":
+            engine.generate("x")  # it is alive again
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(EngineDeadError if kind == "death" else AdapterNotFoundError) as raised:
+                engine.rollback("a") if kind == "death" else engine.load_adapter("a", tmp_path / "nothing")
+            error = weakref.ref(raised.value)
+            del raised
+            engine.generate("x")  # the driving thread has gone on
+            assert error() is None
+        finally:
+            gc.enable()
 
 
 # Copies that have made room for others -----------------------------------------------------------------------------
@@ -589,6 +641,7 @@ def test_a_source_that_is_gone_does_not_keep_the_engine_from_running_again(tmp_p
 
 def test_blends_are_made_of_adapters_whose_copies_are_gone(tmp_path):
     """They are fetched again."""
+    pytest.importorskip("torch")
     engine, _ = with_few_copies(tmp_path, FakeEngine(), names="abcde", copies=4, max_cpu_loras=8)
     with engine:
         assert engine.load_blend("both", {"a": 0.5, "b": 0.5}).rank > 0

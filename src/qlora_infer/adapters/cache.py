@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from weakref import WeakValueDictionary
+from contextlib import AbstractContextManager, contextmanager
 
 from qlora_infer.adapters.copies import Copies
+from qlora_infer.adapters.name_locks import NameLocks
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
 from qlora_infer.adapters.version_numbers import VersionNumbers
@@ -44,7 +44,7 @@ class AdapterCache:
         self._on_idle = on_idle
         self._on_gone = on_gone
         self._lock = threading.Lock()
-        self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        self._loading = NameLocks()
         self._held: dict[str, list[AdapterVersion]] = {}  # the last one is what the name stands for
         self._numbers = VersionNumbers()
         self._num_alive: dict[str, int] = {}  # versions that are held, or have requests
@@ -91,10 +91,9 @@ class AdapterCache:
         """
         self._copies.serve(version)
 
-    def loading(self, name: str) -> threading.Lock:
+    def loading(self, name: str) -> AbstractContextManager[None]:
         """The lock under which one adapter at a time is loaded under a name, in the order of the calls."""
-        with self._lock:
-            return self._loading.setdefault(name, threading.Lock())
+        return self._loading.hold(name)
 
     def current(self, name: str) -> AdapterVersion | None:
         """The version that the name stands for now."""

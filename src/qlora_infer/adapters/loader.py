@@ -101,16 +101,19 @@ class AdapterLoader:
         call = (name, source, weight, allow_pickle)
         mine: Future[LoadedAdapter] = Future()
         first = self._waiting.setdefault(call, mine)
-        if first is not mine:
-            return first.result()
         try:
-            mine.set_result(load(call))
-        except BaseException as error:
-            self._waiting.pop(call, None)
-            interrupted = AdapterLoadError(name, f"the call that loaded adapter {name!r} was interrupted: try again")
-            mine.set_exception(error if isinstance(error, Exception) else interrupted)
-            raise
-        return mine.result()
+            if first is not mine:
+                return first.result()
+            try:
+                mine.set_result(load(call))
+            except BaseException as error:
+                self._waiting.pop(call, None)
+                why = f"the call that loaded adapter {name!r} was interrupted: try again"
+                mine.set_exception(error if isinstance(error, Exception) else AdapterLoadError(name, why))
+                raise
+            return mine.result()
+        finally:
+            del mine, first  # else a cycle: an error has this frame in its traceback, and the future has the error
 
     def publish(
         self, version: AdapterVersion, *, weight: float = 1.0, expect: str | int | None = None
@@ -170,8 +173,8 @@ class AdapterLoader:
 
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""
-        loading = self._cache.loading(checked_name(name))
-        with loading, self._cache.in_use(self._cache.before(name)) as before:  # should the name be unloaded meanwhile
+        # The version is in use meanwhile, because another thread may unload the name.
+        with self._cache.loading(checked_name(name)), self._cache.in_use(self._cache.before(name)) as before:
             self._read_ahead(before)
             self._driving.call(self._residency.load, before)
             version = self._cache.rollback(name)

@@ -231,7 +231,7 @@ class Driver:
             self._end(lambda: EngineClosedError("the engine was closed: make a new QuantizedLoRAEngine"))
         except BaseException as error:
             cause = error
-            logger.error("the engine died: %s", cause)
+            logger.error("the engine died: %s", str(cause))  # a record that is kept must keep no frames
             self._end(lambda: _dead(cause))
         finally:
             self._backend.close()
@@ -292,6 +292,8 @@ class Driver:
                 raise
             except BaseException as error:
                 future.set_exception(error)
+            finally:
+                del future  # else a cycle: an error has this frame in its traceback, and the future has the error
 
     def _drop_ended(self) -> None:
         while self._ended_early:
@@ -429,7 +431,8 @@ class Driver:
 
     def _restart(self, death: EngineDeadError) -> None:
         """Start a new engine, with the same adapters; run again what had not produced anything, and fail the rest."""
-        logger.warning("the engine core died (%s): starting another", death)
+        # A record that is kept must keep no frames: the death's traceback has those of a caller whose call met it.
+        logger.warning("the engine core died (%s): starting another", str(death))
         with self._lock:
             lost = list(self._running.values())
         self._reading.clear()
