@@ -52,7 +52,7 @@ def adapters_for(model: Path, number: int, *, rank: int = 8) -> Iterator[dict[st
 
 
 def llama_modules(model: Path) -> dict[str, tuple[int, int]]:
-    """The linear modules of a Llama's layers, name to (in_features, out_features)."""
+    """Return the linear modules of a Llama's or a Phi-3's layers, name to (in_features, out_features)."""
     import json
 
     return modules_of(json.loads((model / "config.json").read_text()))
@@ -77,6 +77,13 @@ def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (hidden, inner),
         "mlp.down_proj": (inner, hidden),
     }
+    if config.get("model_type") == "phi3":
+        shapes = {
+            "self_attn.qkv_proj": (hidden, heads * head + 2 * kv),
+            "self_attn.o_proj": (heads * head, hidden),
+            "mlp.gate_up_proj": (hidden, 2 * inner),
+            "mlp.down_proj": (inner, hidden),
+        }
     layers = range(config["num_hidden_layers"])
     return {f"model.layers.{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
 

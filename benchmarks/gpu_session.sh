@@ -7,6 +7,8 @@
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
 #   8b-awq, 8b-awq-128, 8b-bnb, 8b-bnb-128
 #             the same in AWQ and bitsandbytes, one pair; and 128 adapters: at most 10 minutes each
+#   phi3      modules fused in the checkpoint: Phi-3's modules against Llama's at the sizes of 8B: 8 minutes
+#   models    tiny models of today's architectures with experts' adapters, and adapters of output layers: 10 minutes
 #   one       1.1 billion parameters in AWQ and GPTQ, one adapter and the base model, 512 requests, 8 pairs: 4 minutes each
 #   awq, gptq, bnb
 #             1.1 billion parameters in AWQ, GPTQ, bitsandbytes, up to 128 adapters: 8 minutes each
@@ -76,6 +78,17 @@ for name in ${@:-tests 8b}; do
     8b-awq-128) bench 8b-awq-128 570 --shape 8B --quantization awq --adapters 128 --repeats 1 --minutes 8.5 ;;
     8b-bnb) bench 8b-bnb 570 --shape 8B --quantization bitsandbytes --adapters 32 0 1 8 --repeats 1 --minutes 8.5 ;;
     8b-bnb-128) bench 8b-bnb-128 570 --shape 8B --quantization bitsandbytes --adapters 128 --repeats 1 --minutes 8.5 ;;
+    phi3)
+      # Fused modules against Llama's of the same sizes: what eight adapters leave of the base model's speed.
+      for shape in 8B-phi3 8B; do
+        bench "fused-$shape" 290 --shape $shape --quantization gptq --adapters 0 8 --requests 64 --repeats 4 --minutes 4.5
+      done
+      ;;
+    models)
+      part models 580 python3 -m pytest tests/gpu/test_models.py tests/gpu/test_lm_head.py -m 'not two_gpus' -v --tb=short --show-capture=no --timeout 240 \
+        -p no:cacheprovider --junitxml "$OUT/models.xml"
+      grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$' "$OUT/models.log" | cut -c1-220
+      ;;
     one)
       for quantization in awq gptq; do
         bench "one-$quantization" 400 --shape 1.1B --quantization $quantization --adapters 1 0 --requests 512 --repeats 8 --minutes 6

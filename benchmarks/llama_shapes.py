@@ -1,4 +1,4 @@
-"""Models with the shape of a Llama and random weights, on whose values speed does not depend; and adapters for them."""
+"""Models with the shape of a Llama or a Phi-3 and random weights, on whose values speed does not depend; and adapters for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,19 @@ import common
 
 from qlora_infer.testing import write_adapter
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
+    # The same sizes with Phi-3's modules: q, k and v are one in the checkpoint, and so are gate and up.
+    "8B-phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "original_max_position_embeddings": 8192,
+        "pad_token_id": 0,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
     "8B": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -38,6 +50,17 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
     },
     # For trying a benchmark out.
+    "tiny-phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "original_max_position_embeddings": 8192,
+        "pad_token_id": 0,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,

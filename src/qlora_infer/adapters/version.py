@@ -154,7 +154,7 @@ class AdapterVersion:
             source=self.source,
             digest=self.snapshot.digest,
             rank=self.manifest.rank,
-            num_modules=len(self.manifest.modules),
+            num_modules=self.fit.num_modules,
             num_model_modules=self.fit.num_model_modules,
             num_bytes=self.manifest.num_bytes,
             base_model=self.manifest.base_model,
