@@ -1,0 +1,78 @@
+"""Adapters that PEFT itself makes and saves, with random factors that change the answers."""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+#: Of the entries of both factors, so that an adapter changes a log-probability by some tenths of a nat.
+STANDARD_DEVIATION = 0.08
+
+
+@frozen
+class Recipe:
+    """How an adapter is made.
+
+    Attributes:
+        name: Its name in the matrix.
+        targets: PEFT's ``target_modules``.
+        parameters: PEFT's ``target_parameters``: experts that are one tensor of three dimensions.
+        options: Other fields of PEFT's ``LoraConfig``.
+        rename: Rewrites the names of the saved tensors, as another trainer would have written them.
+        made_as: The recipe whose factors these are, under other names.
+    """
+
+    name: str
+    targets: str | tuple[str, ...] | None = "all-linear"
+    parameters: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(factory=dict)
+    rename: Callable[[str], str] | None = None
+    made_as: str | None = None
+
+
+def make(recipe: Recipe, network: Any, folder: Path) -> None:
+    """Train nothing: give every factor random entries, and save what PEFT saves.
+
+    ``network`` is left as it was.
+    """
+    import peft
+    import torch
+
+    targets = list(recipe.targets) if isinstance(recipe.targets, tuple) else recipe.targets
+    config = peft.LoraConfig(
+        **{
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": targets,
+            "target_parameters": list(recipe.parameters) or None,
+            "task_type": "CAUSAL_LM",
+            **recipe.options,
+        }
+    )
+    model = peft.get_peft_model(network, config)
+    generator = torch.Generator().manual_seed(zlib.crc32((recipe.made_as or recipe.name).encode()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
+    model.save_pretrained(folder)
+    model.unload()
+    if recipe.rename is not None:
+        rename_tensors(folder, recipe.rename)
+
+
+def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
+    """Rewrite the names of an adapter's tensors; the configuration stays."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    tensors = {rename(name): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return ``adapter_config.json``."""
+    return dict(json.loads((folder / "adapter_config.json").read_text()))
