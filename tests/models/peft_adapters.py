@@ -21,7 +21,7 @@ class Recipe:
         targets: PEFT's ``target_modules``.
         parameters: PEFT's ``target_parameters``: experts that are one tensor of three dimensions.
         options: Other fields of PEFT's ``LoraConfig``.
-        rename: Rewrites the names of the saved tensors, as another trainer would have written them.
+        rename: Rewrites the names of its tensors for vLLM, as another trainer would have written them.
         made_as: The recipe whose factors these are, under other names.
     """
 
@@ -58,10 +58,8 @@ def make(recipe: Recipe, network: Any, folder: Path) -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     model.unload()
-    if recipe.rename is not None:
-        rename_tensors(folder, recipe.rename)
 
 
 def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:

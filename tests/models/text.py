@@ -57,6 +57,11 @@ def falcon() -> Any:
     )
 
 
+def internlm2() -> Any:
+    """Return a Llama's config with heads of 32, because vLLM computes InternLM2's from the hidden size."""
+    return transformers.LlamaConfig(**SIZES)
+
+
 def cohere2() -> Any:
     return transformers.Cohere2Config(
         **{**SIZES, **HEADS_OF_64, "tie_word_embeddings": True},

@@ -12,6 +12,8 @@ from typing import Any
 
 from attrs import field, frozen
 
+from models.peft_adapters import Recipe
+
 VOCABULARY = 512
 #: Tokens that processors look for by name; they stand before the words, and no prompt of the matrix holds them.
 SPECIAL_TOKENS = (
@@ -53,9 +55,11 @@ class TinyModel:
         config: Returns the class's config.
         quantization: The form that is served: ``"none"``, ``"awq"``, ``"gptq"`` or ``"bitsandbytes"``.
         adapters: The adapters that must answer as PEFT says, by their recipes' names.
+        refused: Adapters that vLLM cannot serve on this architecture; without ``adapters``, it serves none at all.
         refused_on_cpu: Adapters that only a GPU serves.
         save_processor: Writes the processor of a multimodal model into its folder.
         rewrite: Writes the checkpoint that vLLM reads, from that of ``architecture``; ``None`` where it is the same.
+        rewrite_adapter: Does the same for an adapter.
         engine_args: Further arguments of vLLM.
     """
 
@@ -63,10 +67,12 @@ class TinyModel:
     architecture: str
     config: Callable[[], Any]
     quantization: str = "none"
-    adapters: tuple[Any, ...] = ()
-    refused_on_cpu: tuple[Any, ...] = ()
+    adapters: tuple[Recipe, ...] = ()
+    refused: tuple[Recipe, ...] = ()
+    refused_on_cpu: tuple[Recipe, ...] = ()
     save_processor: Callable[[Path, Any], None] | None = None
     rewrite: Callable[[Path, Path], None] | None = None
+    rewrite_adapter: Callable[[Path, Path], None] | None = None
     engine_args: Mapping[str, Any] = field(factory=dict)
 
 
