@@ -2,13 +2,14 @@
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from attrs import frozen
 
 from models import reference
 from models.checkpoints import Checkpoint
+from models.peft_adapters import Recipe
 from models.tiny import FIRST_WORD, VOCABULARY
 
 _LENGTHS = (3, 7, 12, 24)
@@ -45,8 +46,8 @@ class Distance:
     """How far answers are from the reference.
 
     Attributes:
-        effect: The median change of a log-probability that the adapter makes, as PEFT computes it, in nats; 0 for
-            the base model.
+        effect: The median change of a log-probability that the adapter makes, as PEFT computes it, in nats; for the
+            base model, that of the adapter that changes least.
         error: The 95th percentile of the differences between the engine's log-probabilities and the reference's.
         largest: The largest of them.
     """
@@ -60,25 +61,33 @@ class Distance:
 
 
 class Reference:
-    """transformers + PEFT with all adapters of a checkpoint."""
+    """transformers + PEFT with the adapters of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipes: Sequence[Recipe] | None = None) -> None:
+        self._names = [recipe.name for recipe in (checkpoint.model.adapters if recipes is None else recipes)]
         network = reference.load(checkpoint.model.architecture, checkpoint.reference)
-        recipes = checkpoint.model.adapters
-        folders = {recipe.name: checkpoint.reference_adapters[recipe.name] for recipe in recipes}
+        folders = {name: checkpoint.reference_adapters[name] for name in self._names}
         self._model = reference.with_adapters(network, folders) if folders else network
 
     def distance(self, answers: Sequence[Answer], adapter: str | None) -> Distance:
         """Return how far these answers of one adapter, or of the base model, are from what PEFT computes."""
-        errors: list[float] = []
-        effects: list[float] = []
-        for answer in answers:
-            base = reference.logprobs(self._model, None, answer.token_ids)
-            expected = base if adapter is None else reference.logprobs(self._model, adapter, answer.token_ids)
-            errors += [abs(ours - theirs) for ours, theirs in zip(answer.logprobs, expected, strict=True)]
-            effects += [abs(one - other) for one, other in zip(expected, base, strict=True)]
-        errors.sort()
-        return Distance(statistics.median(effects), errors[int(0.95 * len(errors))], errors[-1])
+        expected = [reference.logprobs(self._model, adapter, answer.token_ids) for answer in answers]
+        errors = sorted(
+            abs(ours - theirs)
+            for answer, row in zip(answers, expected, strict=True)
+            for ours, theirs in zip(answer.logprobs, row, strict=True)
+        )
+        named = self._names if adapter is None else [adapter]
+        effect = min((self._effect(answers, name) for name in named), default=0.0)
+        return Distance(effect, errors[int(0.95 * len(errors))], errors[-1])
 
-
-Ask = Callable[[Sequence[Sequence[int]], Sequence[str | None]], list[Answer]]
+    def _effect(self, answers: Sequence[Answer], adapter: str) -> float:
+        return statistics.median(
+            abs(adapted - base)
+            for answer in answers
+            for adapted, base in zip(
+                reference.logprobs(self._model, adapter, answer.token_ids),
+                reference.logprobs(self._model, None, answer.token_ids),
+                strict=True,
+            )
+        )

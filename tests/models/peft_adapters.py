@@ -34,7 +34,7 @@ class Recipe:
 
 
 def make(recipe: Recipe, network: Any, folder: Path) -> None:
-    """Train nothing: give every factor random entries, and save what PEFT saves.
+    """Train nothing: give every factor random entries, which bfloat16 can represent, and save what PEFT saves.
 
     ``network`` is left as it was.
     """
@@ -58,6 +58,7 @@ def make(recipe: Recipe, network: Any, folder: Path) -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
+                parameter.copy_(parameter.bfloat16())
     model.save_pretrained(folder, save_embedding_layers=False)
     model.unload()
 

@@ -52,8 +52,9 @@ def gpt_neox() -> Any:
 
 
 def falcon() -> Any:
+    """Return a config with the feed-forward size that vLLM assumes."""
     return transformers.FalconConfig(
-        **{**SIZES, "num_kv_heads": 2, "ffn_hidden_size": 192}, new_decoder_architecture=True, bias=False
+        **{**SIZES, "num_kv_heads": 2, "ffn_hidden_size": 512}, new_decoder_architecture=True, bias=False
     )
 
 
@@ -89,6 +90,8 @@ def lfm2() -> Any:
     return transformers.Lfm2Config(
         **{**SIZES, "tie_word_embeddings": True},
         block_auto_adjust_ff_dim=False,
+        conv_dim=128,  # vLLM reads these two, which checkpoints have and transformers' config has no default for
+        conv_dim_out=128,
         layer_types=["conv", "full_attention"],
     )
 
@@ -155,7 +158,10 @@ def gpt_oss() -> Any:
         num_experts_per_tok=2,
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention"],
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={
+            **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
     )
 
 

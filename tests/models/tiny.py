@@ -54,6 +54,7 @@ class TinyModel:
         architecture: transformers' class.
         config: Returns the class's config.
         quantization: The form that is served: ``"none"``, ``"awq"``, ``"gptq"`` or ``"bitsandbytes"``.
+        dtype: The one that it is served in, and that its weights can be represented in. The reference is in float32.
         adapters: The adapters that must answer as PEFT says, by their recipes' names.
         refused: Adapters that vLLM cannot serve on this architecture; without ``adapters``, it serves none at all.
         refused_on_cpu: Adapters that only a GPU serves.
@@ -67,6 +68,7 @@ class TinyModel:
     architecture: str
     config: Callable[[], Any]
     quantization: str = "none"
+    dtype: str = field()
     adapters: tuple[Recipe, ...] = ()
     refused: tuple[Recipe, ...] = ()
     refused_on_cpu: tuple[Recipe, ...] = ()
@@ -74,6 +76,11 @@ class TinyModel:
     rewrite: Callable[[Path, Path], None] | None = None
     rewrite_adapter: Callable[[Path, Path], None] | None = None
     engine_args: Mapping[str, Any] = field(factory=dict)
+
+    @dtype.default
+    def _dtype(self) -> str:
+        """vLLM's 4-bit kernels compute in 16 bits."""
+        return "float32" if self.quantization == "none" else "bfloat16"
 
 
 def build(model: TinyModel, folder: Path) -> None:
@@ -84,6 +91,7 @@ def build(model: TinyModel, folder: Path) -> None:
     torch.manual_seed(zlib.crc32(model.name.encode()))
     network = getattr(transformers, model.architecture)(model.config()).float().eval()
     _vary_vectors(network)
+    network.to(getattr(torch, model.dtype)).float()
     network.generation_config = transformers.GenerationConfig()
     network.save_pretrained(folder)
     made = tokenizer()

@@ -1,0 +1,132 @@
+"""Models of many architectures, served by the real vLLM and held against transformers + PEFT in float32.
+
+An answer's error is measured by what its adapter changes: an adapter that is loaded and does nothing, or goes to the
+wrong modules, is off by as much as its effect. ``nox -s models`` runs the models that are not in ``IN_CI``.
+"""
+
+import pytest
+from attrs import frozen
+from models import catalog, checkpoints
+from models.catalog import BY_NAME
+from models.checkpoints import Checkpoint
+from models.comparison import PARAMS, PROMPTS, Answer, Reference
+
+from qlora_infer import IncompatibleAdapterError, QLoRAInferError, QuantizedLoRAEngine
+
+MODELS = catalog.IN_CI
+
+#: An effect below this, in nats, would not show that an adapter is applied.
+SMALLEST_EFFECT = 0.1
+#: The error that is allowed, in parts of the effect, by the dtype that the model is served in.
+TOLERANCE = {"float32": 0.005, "bfloat16": 0.15}
+ENGINE_ARGS = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
+
+
+@frozen
+class Served:
+    """A model that runs, and what it is held against."""
+
+    checkpoint: Checkpoint
+    engine: QuantizedLoRAEngine
+    reference: Reference
+
+    def answers(self, adapters, prompts=PROMPTS):
+        """Return what each adapter answers to each prompt, of all in one batch; adapter by adapter."""
+        jobs = [(prompt, adapter) for adapter in adapters for prompt in prompts]
+        outputs = self.engine.generate(
+            [prompt for prompt, _ in jobs], PARAMS, adapter=[adapter for _, adapter in jobs], use_tqdm=False
+        )
+        answers = [
+            Answer.of(prompt, output.token_ids, output.prompt_logprobs, output.logprobs)
+            for (prompt, _), output in zip(jobs, outputs, strict=True)
+        ]
+        return {
+            adapter: answers[place * len(prompts) : (place + 1) * len(prompts)]
+            for place, adapter in enumerate(adapters)
+        }
+
+    def assert_right(self, answers, adapter):
+        """Assert that these answers are what PEFT computes, and are not the base model's."""
+        distance = self.reference.distance(answers, adapter)
+        assert distance.effect > SMALLEST_EFFECT, f"{adapter}: {distance}"
+        assert distance.error < TOLERANCE[self.checkpoint.model.dtype] * distance.effect, f"{adapter}: {distance}"
+        return distance
+
+
+def start(checkpoint, **engine_args):
+    """Start an engine with a tiny model."""
+    model = checkpoint.model
+    return QuantizedLoRAEngine(
+        checkpoint.served,
+        quantization=model.quantization,
+        max_lora_rank=32,
+        max_loras=4,
+        max_model_len=64,
+        engine_args={"dtype": model.dtype, **ENGINE_ARGS, **model.engine_args, **engine_args},
+    )
+
+
+@pytest.fixture(scope="module")
+def served(request, tmp_path_factory, engines):
+    """The engine of one model, with its adapters; none other runs beside it."""
+    engines.close()
+    checkpoint = checkpoints.write(BY_NAME[request.param], tmp_path_factory.mktemp("model"))
+    with start(checkpoint) as engine:
+        for name in [recipe.name for recipe in checkpoint.model.adapters]:
+            engine.load_adapter(name, checkpoint.served_adapters[name])
+        yield Served(checkpoint, engine, Reference(checkpoint))
+
+
+def pytest_generate_tests(metafunc):
+    """One test for each model of the module's ``MODELS``, and for each of its adapters where a test takes one."""
+    models = [BY_NAME[name] for name in metafunc.module.MODELS]
+    served, refused = [model for model in models if model.adapters], [model for model in models if not model.adapters]
+    if "adapter" in metafunc.fixturenames:
+        cells = [(model.name, adapter) for model in served for adapter in metafunc.function.adapters(model)]
+        ids = [f"{model}-{adapter}" for model, adapter in cells]
+        metafunc.parametrize(("served", "adapter"), cells, indirect=["served"], scope="module", ids=ids)
+    elif "served" in metafunc.fixturenames:
+        metafunc.parametrize("served", [model.name for model in served], indirect=True, scope="module")
+    elif "refused" in metafunc.fixturenames:
+        metafunc.parametrize("refused", [model.name for model in refused])
+
+
+def named(recipes):
+    """Return a function that names some of a model's adapters."""
+
+    def decorate(test):
+        test.adapters = lambda model: [recipe.name for recipe in recipes(model)]
+        return test
+
+    return decorate
+
+
+@named(lambda model: model.adapters)
+def test_an_adapter_answers_as_peft_computes(served, adapter, record_property):
+    """The log-probabilities of prompts and answers with one adapter are PEFT's."""
+    distance = served.assert_right(served.answers([adapter])[adapter], adapter)
+    record_property("distance", str(distance))
+
+
+def test_base_and_adapters_in_one_batch_are_right(served, record_property):
+    """A batch of base requests and requests of all adapters: each has the answer that PEFT computes for it."""
+    adapters = [None, *(recipe.name for recipe in served.checkpoint.model.adapters)]
+    for adapter, answers in served.answers(adapters).items():
+        record_property(str(adapter), str(served.assert_right(answers, adapter)))
+
+
+@named(lambda model: (*model.refused, *model.refused_on_cpu))
+def test_an_adapter_that_is_not_served_here_is_refused_in_words(served, adapter):
+    """Modules that vLLM does not adapt are an error of the adapter, with reasons; the engine goes on."""
+    with pytest.raises(IncompatibleAdapterError) as refusal:
+        served.engine.load_adapter(adapter, served.checkpoint.served_adapters[adapter])
+    assert refusal.value.reasons
+    assert "architecture" not in str(refusal.value)  # it was trained on this very one
+    served.assert_right(served.answers([None])[None], None)
+
+
+def test_a_model_that_vllm_has_without_lora_is_refused(refused, tmp_path, engines):
+    """The engine does not start, and the error has vLLM's own reason."""
+    engines.close()
+    with pytest.raises(QLoRAInferError, match="does not support LoRA"):
+        start(checkpoints.write(BY_NAME[refused], tmp_path))
