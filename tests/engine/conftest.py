@@ -94,6 +94,9 @@ def pytest_collection_modifyitems(items):
     mine = [item for item in items if str(item.path).startswith(here)]
 
     def place(item):
+        model = getattr(item, "callspec", None) and item.callspec.params.get("served")
+        if model:
+            return 100 + item.module.MODELS.index(model)
         for at, fixture in ((2, "engine"), (3, "doomed")):
             if fixture in getattr(item, "fixturenames", ()):
                 return QUANTIZATIONS.index(item.callspec.params[fixture]) * 2 + at

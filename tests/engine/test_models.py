@@ -66,42 +66,73 @@ def start(checkpoint, **engine_args):
     )
 
 
-@pytest.fixture(scope="module")
-def served(request, tmp_path_factory, engines):
-    """The engine of one model, with its adapters; none other runs beside it."""
+class ModelEngines:
+    """At most one running engine: asking for another model closes the one before."""
+
+    def __init__(self, new_folder):
+        self._new_folder = new_folder
+        self._served = None
+
+    def get(self, name):
+        if self._served is None or self._served.checkpoint.model.name != name:
+            self.close()
+            self._served = self._start(checkpoints.write(BY_NAME[name], self._new_folder("model")))
+        return self._served
+
+    def _start(self, checkpoint):
+        engine = start(checkpoint)
+        try:
+            for name in checkpoint.adapters:
+                engine.load_adapter(name, checkpoint.served_adapters[name])
+            return Served(checkpoint, engine, Reference(checkpoint))
+        except BaseException:
+            engine.close()
+            raise
+
+    def close(self):
+        if self._served is not None:
+            self._served.engine.close()
+        self._served = None
+
+
+@pytest.fixture(scope="session")
+def model_engines(engines, tmp_path_factory):
     engines.close()
-    checkpoint = checkpoints.write(BY_NAME[request.param], tmp_path_factory.mktemp("model"))
-    with start(checkpoint) as engine:
-        for name in [recipe.name for recipe in checkpoint.model.adapters]:
-            engine.load_adapter(name, checkpoint.served_adapters[name])
-        yield Served(checkpoint, engine, Reference(checkpoint))
+    model_engines = ModelEngines(tmp_path_factory.mktemp)
+    yield model_engines
+    model_engines.close()
+
+
+@pytest.fixture
+def served(request, model_engines):
+    """One model, with its adapters."""
+    return model_engines.get(request.param)
 
 
 def pytest_generate_tests(metafunc):
     """One test for each model of the module's ``MODELS``, and for each of its adapters where a test takes one."""
     models = [BY_NAME[name] for name in metafunc.module.MODELS]
-    served, refused = [model for model in models if model.adapters], [model for model in models if not model.adapters]
     if "adapter" in metafunc.fixturenames:
-        cells = [(model.name, adapter) for model in served for adapter in metafunc.function.adapters(model)]
+        cells = [(model.name, name) for model in models if model.adapters for name in metafunc.function.names(model)]
         ids = [f"{model}-{adapter}" for model, adapter in cells]
-        metafunc.parametrize(("served", "adapter"), cells, indirect=["served"], scope="module", ids=ids)
+        metafunc.parametrize(("served", "adapter"), cells, indirect=["served"], ids=ids)
     elif "served" in metafunc.fixturenames:
-        metafunc.parametrize("served", [model.name for model in served], indirect=True, scope="module")
+        metafunc.parametrize("served", [model.name for model in models if model.adapters], indirect=True)
     elif "refused" in metafunc.fixturenames:
-        metafunc.parametrize("refused", [model.name for model in refused])
+        metafunc.parametrize("refused", [model.name for model in models if not model.adapters])
 
 
-def named(recipes):
-    """Return a function that names some of a model's adapters."""
+def of_each(recipes):
+    """Run a test for these adapters of each model."""
 
     def decorate(test):
-        test.adapters = lambda model: [recipe.name for recipe in recipes(model)]
+        test.names = lambda model: [recipe.name for recipe in recipes(model)]
         return test
 
     return decorate
 
 
-@named(lambda model: model.adapters)
+@of_each(lambda model: model.adapters)
 def test_an_adapter_answers_as_peft_computes(served, adapter, record_property):
     """The log-probabilities of prompts and answers with one adapter are PEFT's."""
     distance = served.assert_right(served.answers([adapter])[adapter], adapter)
@@ -110,12 +141,11 @@ def test_an_adapter_answers_as_peft_computes(served, adapter, record_property):
 
 def test_base_and_adapters_in_one_batch_are_right(served, record_property):
     """A batch of base requests and requests of all adapters: each has the answer that PEFT computes for it."""
-    adapters = [None, *(recipe.name for recipe in served.checkpoint.model.adapters)]
-    for adapter, answers in served.answers(adapters).items():
+    for adapter, answers in served.answers([None, *served.checkpoint.adapters]).items():
         record_property(str(adapter), str(served.assert_right(answers, adapter)))
 
 
-@named(lambda model: (*model.refused, *model.refused_on_cpu))
+@of_each(lambda model: (*model.refused, *model.refused_on_cpu))
 def test_an_adapter_that_is_not_served_here_is_refused_in_words(served, adapter):
     """Modules that vLLM does not adapt are an error of the adapter, with reasons; the engine goes on."""
     with pytest.raises(IncompatibleAdapterError) as refusal:
@@ -125,8 +155,8 @@ def test_an_adapter_that_is_not_served_here_is_refused_in_words(served, adapter)
     served.assert_right(served.answers([None])[None], None)
 
 
-def test_a_model_that_vllm_has_without_lora_is_refused(refused, tmp_path, engines):
+def test_a_model_that_vllm_has_without_lora_is_refused(refused, tmp_path, model_engines):
     """The engine does not start, and the error has vLLM's own reason."""
-    engines.close()
+    model_engines.close()
     with pytest.raises(QLoRAInferError, match="does not support LoRA"):
         start(checkpoints.write(BY_NAME[refused], tmp_path))

@@ -35,7 +35,9 @@ DENSE = Recipe("dense", targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_p
 EXPERTS = Recipe(
     "experts", targets=("q_proj", "v_proj"), parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 )
-LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_qkv|in_proj_z|out_proj)"
+LANGUAGE = (
+    r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_qkv|in_proj_z|out_proj)"
+)
 
 
 def forms(targets: str = LANGUAGE, text_class: Any = of_the_text_class) -> tuple[Recipe, ...]:

@@ -28,6 +28,11 @@ class Checkpoint:
     served_adapters: dict[str, Path]
     reference_adapters: dict[str, Path]
 
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that it must serve."""
+        return [recipe.name for recipe in self.model.adapters]
+
 
 def write(model: TinyModel, root: Path) -> Checkpoint:
     """Write a model and its adapters below ``root``."""

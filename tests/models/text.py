@@ -180,6 +180,8 @@ def deepseek_v3() -> Any:
         qk_rope_head_dim=32,
         v_head_dim=32,
         num_nextn_predict_layers=0,
+        topk_method="noaux_tc",  # vLLM then reads the gate's correction, which transformers' class always has
+        scoring_func="sigmoid",
     )
 
 

@@ -18,7 +18,7 @@ VOCABULARY = 512
 #: Tokens that processors look for by name; they stand before the words, and no prompt of the matrix holds them.
 SPECIAL_TOKENS = (
     *("<pad>", "<s>", "</s>", "<unk>"),
-    *("<image_soft_token>", "<start_of_image>", "<end_of_image>"),  # Gemma 3
+    *("<image_soft_token>", "<start_of_image>", "<end_of_image>", "\n", "\n\n", "\n\n\n", "\n\n\n\n"),  # Gemma 3
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),  # Qwen
     *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),  # Pixtral
     *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),  # Llava, Idefics 3
@@ -130,7 +130,7 @@ def tokenizer() -> Any:
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
-        additional_special_tokens=list(SPECIAL_TOKENS[4:]),
+        additional_special_tokens=[name for name in SPECIAL_TOKENS[4:] if name.strip()],
         extra_special_tokens={
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
