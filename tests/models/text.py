@@ -159,8 +159,13 @@ def gpt_oss() -> Any:
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={
-            **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128},
-            **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
         },
     )
 
