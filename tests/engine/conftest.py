@@ -94,9 +94,8 @@ def pytest_collection_modifyitems(items):
     mine = [item for item in items if str(item.path).startswith(here)]
 
     def place(item):
-        model = getattr(item, "callspec", None) and item.callspec.params.get("served")
-        if model:
-            return 100 + item.module.MODELS.index(model)
+        if "served" in getattr(item, "fixturenames", ()):
+            return 100 + list(item.module.MODELS).index(item.callspec.params["served"])
         for at, fixture in ((2, "engine"), (3, "doomed")):
             if fixture in getattr(item, "fixturenames", ()):
                 return QUANTIZATIONS.index(item.callspec.params[fixture]) * 2 + at

@@ -12,7 +12,7 @@ from engine.test_models import (
     test_base_and_adapters_in_one_batch_are_right,
 )
 
-MODELS = [model.name for model in catalog.MODELS if model.name not in (*catalog.IN_CI, *catalog.NOT_ON_CPU)]
+MODELS = catalog.OUT_OF_CI
 
 __all__ = [
     "model_engines",

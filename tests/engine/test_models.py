@@ -1,16 +1,16 @@
 """Models of many architectures, served by the real vLLM and held against transformers + PEFT in float32.
 
 An answer's error is measured by what its adapter changes: an adapter that is loaded and does nothing, or goes to the
-wrong modules, is off by as much as its effect. ``nox -s models`` runs the models that are not in ``IN_CI``.
+wrong modules, is off by as much as its effect. ``nox -s models`` runs the models that are left out here, for time.
 """
 
 import pytest
 from attrs import frozen
 from models import catalog, checkpoints
-from models.catalog import BY_NAME
 from models.checkpoints import Checkpoint
 from models.comparison import PARAMS, PROMPTS, Answer, Reference
 
+from engine.conftest import ENGINE_ARGS as MACHINES
 from qlora_infer import IncompatibleAdapterError, QLoRAInferError, QuantizedLoRAEngine
 
 MODELS = catalog.IN_CI
@@ -62,7 +62,7 @@ def start(checkpoint, **engine_args):
         max_lora_rank=32,
         max_loras=4,
         max_model_len=64,
-        engine_args={"dtype": model.dtype, **ENGINE_ARGS, **model.engine_args, **engine_args},
+        engine_args={"dtype": model.dtype, **ENGINE_ARGS, **MACHINES, **model.engine_args, **engine_args},
     )
 
 
@@ -73,10 +73,10 @@ class ModelEngines:
         self._new_folder = new_folder
         self._served = None
 
-    def get(self, name):
-        if self._served is None or self._served.checkpoint.model.name != name:
+    def get(self, model):
+        if self._served is None or self._served.checkpoint.model is not model:
             self.close()
-            self._served = self._start(checkpoints.write(BY_NAME[name], self._new_folder("model")))
+            self._served = self._start(checkpoints.write(model, self._new_folder("model")))
         return self._served
 
     def _start(self, checkpoint):
@@ -106,12 +106,12 @@ def model_engines(engines, tmp_path_factory):
 @pytest.fixture
 def served(request, model_engines):
     """One model, with its adapters."""
-    return model_engines.get(request.param)
+    return model_engines.get(request.module.MODELS[request.param])
 
 
 def pytest_generate_tests(metafunc):
     """One test for each model of the module's ``MODELS``, and for each of its adapters where a test takes one."""
-    models = [BY_NAME[name] for name in metafunc.module.MODELS]
+    models = metafunc.module.MODELS.values()
     if "adapter" in metafunc.fixturenames:
         cells = [(model.name, name) for model in models if model.adapters for name in metafunc.function.names(model)]
         ids = [f"{model}-{adapter}" for model, adapter in cells]
@@ -155,8 +155,8 @@ def test_an_adapter_that_is_not_served_here_is_refused_in_words(served, adapter)
     served.assert_right(served.answers([None])[None], None)
 
 
-def test_a_model_that_vllm_has_without_lora_is_refused(refused, tmp_path, model_engines):
+def test_a_model_that_vllm_has_without_lora_is_refused(refused, request, tmp_path, model_engines):
     """The engine does not start, and the error has vLLM's own reason."""
     model_engines.close()
     with pytest.raises(QLoRAInferError, match="does not support LoRA"):
-        start(checkpoints.write(BY_NAME[refused], tmp_path))
+        start(checkpoints.write(request.module.MODELS[refused], tmp_path))

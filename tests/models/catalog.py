@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import attrs
+
 from models import internlm2, multimodal, text
 from models.multimodal import before_transformers_4_52, of_idefics3_text_class, of_the_text_class
 from models.peft_adapters import Recipe
@@ -35,6 +37,8 @@ DENSE = Recipe("dense", targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_p
 EXPERTS = Recipe(
     "experts", targets=("q_proj", "v_proj"), parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 )
+EXPERTS_BY_NAME = Recipe("experts-by-name", experts=("gate_proj", "up_proj", "down_proj"))
+MIXTRALS_EXPERTS_BY_NAME = Recipe("experts-by-name", experts=("w1", "w3", "w2"))
 LANGUAGE = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_qkv|in_proj_z|out_proj)"
 )
@@ -98,9 +102,19 @@ MODELS = [
     # "CPU GDN attention requires BF16."
     TinyModel("qwen3.5-text", "Qwen3_5ForCausalLM", text.qwen3_5_text, dtype="bfloat16", adapters=(ALL, ATTENTION)),
     TinyModel(
-        "qwen3-moe", "Qwen3MoeForCausalLM", text.qwen3_moe, adapters=(ATTENTION, HEADS), refused_on_cpu=(EXPERTS, ALL)
+        "qwen3-moe",
+        "Qwen3MoeForCausalLM",
+        text.qwen3_moe,
+        adapters=(ATTENTION, HEADS),
+        refused_on_cpu=(EXPERTS, EXPERTS_BY_NAME, ALL),
     ),
-    TinyModel("mixtral", "MixtralForCausalLM", text.mixtral, adapters=(ATTENTION,), refused_on_cpu=(EXPERTS,)),
+    TinyModel(
+        "mixtral",
+        "MixtralForCausalLM",
+        text.mixtral,
+        adapters=(ATTENTION,),
+        refused_on_cpu=(EXPERTS, MIXTRALS_EXPERTS_BY_NAME),
+    ),
     TinyModel("gpt-oss", "GptOssForCausalLM", text.gpt_oss, adapters=(ATTENTION,), refused_on_cpu=(EXPERTS,)),
     TinyModel(
         "deepseek-v3",
@@ -110,7 +124,7 @@ MODELS = [
             Recipe("attention", targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
             Recipe("dense", targets=("q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
         ),
-        refused_on_cpu=(EXPERTS,),
+        refused_on_cpu=(EXPERTS, EXPERTS_BY_NAME),
     ),
     TinyModel("llama4", "Llama4ForCausalLM", text.llama4_text, adapters=(DENSE, ATTENTION)),
     TinyModel(
@@ -119,6 +133,7 @@ MODELS = [
         multimodal.gemma3,
         adapters=MULTIMODAL,
         save_processor=multimodal.save_gemma3_processor,
+        rewrite=multimodal.rewrite_tower,
     ),
     TinyModel(
         "qwen2.5-vl",
@@ -155,6 +170,7 @@ MODELS = [
         multimodal.llava,
         adapters=MULTIMODAL,
         save_processor=multimodal.save_llava_processor,
+        rewrite=multimodal.rewrite_tower,
     ),
     TinyModel(
         "idefics3",
@@ -175,7 +191,19 @@ MODELS = [
 ]
 BY_NAME = {model.name: model for model in MODELS}
 
-#: One of each kind, within 12 minutes on two cores.
-IN_CI = ["llama-awq", "qwen3", "phi3", "falcon"]
 #: Those that vLLM's CPU build does not run, with its reason; tests/gpu runs them.
 NOT_ON_CPU: dict[str, str] = {}
+
+#: One of each kind, within 12 minutes on two cores.
+IN_CI = {name: BY_NAME[name] for name in ("llama-awq", "qwen2", "qwen3", "phi3", "falcon")}
+#: ``nox -s models``.
+OUT_OF_CI = {name: model for name, model in BY_NAME.items() if name not in IN_CI and name not in NOT_ON_CPU}
+
+
+def for_gpu(model: TinyModel) -> TinyModel:
+    """Return the model as a GPU serves it: with its experts' adapters, in 16 bits."""
+    return attrs.evolve(model, dtype="bfloat16", adapters=(*model.adapters, *model.refused_on_cpu), refused_on_cpu=())
+
+
+#: Those of which a GPU serves more than the CPU does.
+ON_GPU = {name: for_gpu(model) for name, model in BY_NAME.items() if model.refused_on_cpu or name in NOT_ON_CPU}

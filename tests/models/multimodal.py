@@ -3,6 +3,7 @@
 Their towers are tiny and never run: the matrix sends text.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,19 @@ def save_idefics3_processor(folder: Path, tokenizer: Any) -> None:
     edge = {"longest_edge": PIXELS}
     images = transformers.Idefics3ImageProcessor(size=edge, max_image_size=edge)
     transformers.Idefics3Processor(images, tokenizer, image_seq_len=4).save_pretrained(folder)
+
+
+def rewrite_tower(source: Path, target: Path) -> None:
+    """Write a checkpoint with the names that CLIP's and SigLIP's towers have in all that were published.
+
+    transformers 5.19 writes ``vision_tower.encoder``, which vLLM 0.32 does not read.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    made = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(made, target / "model.safetensors", metadata={"format": "pt"})
 
 
 # The three forms that the names of one adapter have, by which class and which transformers it was trained with. -----

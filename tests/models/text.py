@@ -171,6 +171,7 @@ def gpt_oss() -> Any:
 
 
 def deepseek_v3() -> Any:
+    """Return a config with the sizes of DeepSeek's own attention, the only ones that GPU kernels are written for."""
     return transformers.DeepseekV3Config(
         **{**SIZES, "num_key_value_heads": 4},
         moe_intermediate_size=64,
@@ -180,10 +181,10 @@ def deepseek_v3() -> Any:
         topk_group=1,
         first_k_dense_replace=1,
         q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
-        v_head_dim=32,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
         num_nextn_predict_layers=0,
         topk_method="noaux_tc",  # vLLM then reads the gate's correction, which transformers' class always has
         scoring_func="sigmoid",
