@@ -10,6 +10,7 @@ from engine.test_models import (
     test_an_adapter_answers_as_peft_computes,
     test_an_adapter_that_is_not_served_here_is_refused_in_words,
     test_base_and_adapters_in_one_batch_are_right,
+    test_inspect_adapter_and_the_engine_give_one_verdict,
 )
 
 MODELS = catalog.OUT_OF_CI
@@ -22,4 +23,5 @@ __all__ = [
     "test_an_adapter_answers_as_peft_computes",
     "test_an_adapter_that_is_not_served_here_is_refused_in_words",
     "test_base_and_adapters_in_one_batch_are_right",
+    "test_inspect_adapter_and_the_engine_give_one_verdict",
 ]

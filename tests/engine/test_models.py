@@ -9,9 +9,11 @@ from attrs import frozen
 from models import catalog, checkpoints
 from models.checkpoints import Checkpoint
 from models.comparison import PARAMS, PROMPTS, Answer, Reference
+from typer.testing import CliRunner
 
 from engine.conftest import ENGINE_ARGS as MACHINES
 from qlora_infer import IncompatibleAdapterError, QLoRAInferError, QuantizedLoRAEngine
+from qlora_infer.cli.app import app
 
 MODELS = catalog.IN_CI
 
@@ -153,6 +155,19 @@ def test_an_adapter_that_is_not_served_here_is_refused_in_words(served, adapter)
     assert refusal.value.reasons
     assert "architecture" not in str(refusal.value)  # it was trained on this very one
     served.assert_right(served.answers([None])[None], None)
+
+
+@of_each(lambda model: (*model.adapters, *model.refused, *model.refused_on_cpu))
+def test_inspect_adapter_and_the_engine_give_one_verdict(served, adapter):
+    """``qlora-infer inspect-adapter --base``, which reads files only, has reasons where the engine has, and only there.
+
+    It knows no device: an adapter that the CPU refuses may be one that a GPU serves.
+    """
+    checkpoint = served.checkpoint
+    command = ["inspect-adapter", str(checkpoint.served_adapters[adapter]), "--base", str(checkpoint.served), "--json"]
+    found = CliRunner().invoke(app, command)
+    fits = adapter not in [recipe.name for recipe in checkpoint.model.refused]
+    assert (found.exit_code == 0) == fits, found.output
 
 
 def test_a_model_that_vllm_has_without_lora_is_refused(refused, request, tmp_path, model_engines):
