@@ -94,6 +94,8 @@ def pytest_collection_modifyitems(items):
     mine = [item for item in items if str(item.path).startswith(here)]
 
     def place(item):
+        if "served" in getattr(item, "fixturenames", ()):
+            return 100 + list(item.module.MODELS).index(item.callspec.params["served"])
         for at, fixture in ((2, "engine"), (3, "doomed")):
             if fixture in getattr(item, "fixturenames", ()):
                 return QUANTIZATIONS.index(item.callspec.params[fixture]) * 2 + at

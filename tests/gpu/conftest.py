@@ -69,6 +69,8 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in mine if item not in chosen])
 
     def place(item):
+        if "served" in getattr(item, "fixturenames", ()):
+            return 100 + list(item.module.MODELS).index(item.callspec.params["served"])
         if "engine" in getattr(item, "fixturenames", ()):
             return QUANTIZATIONS.index(item.callspec.params["engine"]) * 2 + 2
         return 1 if "awq" in getattr(item, "fixturenames", ()) else 99
