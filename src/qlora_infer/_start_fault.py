@@ -48,7 +48,7 @@ class FaultFolder:
 @contextlib.contextmanager
 def fault_folder() -> Iterator[FaultFolder]:
     """Make a folder for a start's first error; processes that are started meanwhile inherit its name."""
-    with tempfile.TemporaryDirectory(prefix="qlora-infer-start-") as path:
+    with tempfile.TemporaryDirectory(prefix=f"qlora-infer-start-{os.getpid()}-") as path:
         os.environ[FOLDER] = path
         try:
             yield FaultFolder(Path(path))
