@@ -1,4 +1,4 @@
-"""Models with the shape of a Llama or a Phi-3, adapters for them, and random weights, on which speed does not depend."""
+"""Models with the shape of a Llama or a Phi-3 and random weights, on which speed does not depend; and their adapters."""
 
 from __future__ import annotations
 

@@ -1,9 +1,15 @@
 """The real vLLM, started once for each quantization and shared; the order of the tests keeps one engine at a time."""
 
+import atexit
+import functools
 import json
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
+from attrs import frozen
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
@@ -19,31 +25,67 @@ def vllm_release():
 
 
 QUANTIZATIONS = ("awq", "gptq", "bitsandbytes")
+#: The demo model in each quantization, and in AWQ as a Phi-3, whose modules are fused in the checkpoint.
+FORMS = (*QUANTIZATIONS, "phi3")
+
+
+@frozen
+class Demo:
+    """A form of the demo model.
+
+    Attributes:
+        served: The checkpoint that vLLM reads.
+        unquantized: The same model in 16 bits.
+        adapters: Its adapters' folders, by name.
+    """
+
+    served: Path
+    unquantized: Path
+    adapters: dict[str, Path]
+
+
+@functools.cache
+def demo(form):
+    """Return a form of the demo model, which is built where it is not there."""
+    from phi3_demo import phi3_adapters, phi3_model
+
+    from qlora_infer.demo import demo_adapters, demo_model
+
+    if form != "phi3":
+        return Demo(demo_model(form), demo_model("none"), demo_adapters())
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    plain, quantized = phi3_model(folder / "model")
+    return Demo(quantized, plain, phi3_adapters(folder / "adapters"))
 
 
 class Engines:
-    """At most one running engine: asking for another quantization closes the one before."""
+    """At most one running engine: asking for another form closes the one before."""
 
     def __init__(self):
         self._name = None
         self._engine = None
 
-    def get(self, quantization):
-        from qlora_infer import QuantizedLoRAEngine
-        from qlora_infer.demo import demo_adapters, demo_model
+    @property
+    def demo(self):
+        """What the running engine serves."""
+        return demo(self._name)
 
-        if self._name != quantization or self._engine is None:
+    def get(self, form):
+        from qlora_infer import QuantizedLoRAEngine
+
+        if self._name != form or self._engine is None:
             self.close()
             self._engine = QuantizedLoRAEngine(
-                demo_model(quantization),
-                adapters=demo_adapters(),
+                demo(form).served,
+                adapters=demo(form).adapters,
                 max_loras=4,
                 max_lora_rank=64,
                 max_cpu_loras=16,
                 max_model_len=512,
                 engine_args=ENGINE_ARGS,
             )
-            self._name = quantization
+            self._name = form
         return self._engine
 
     def close(self):
@@ -59,9 +101,9 @@ def engines():
     engines.close()
 
 
-@pytest.fixture(params=QUANTIZATIONS)
+@pytest.fixture(params=FORMS)
 def engine(request, engines):
-    """An engine of each quantization, with the demo's adapters."""
+    """An engine of each form, with the demo's adapters."""
     engine = engines.get(request.param)
     yield engine
     unload_others(engine)
@@ -98,7 +140,7 @@ def pytest_collection_modifyitems(items):
             return 100 + list(item.module.MODELS).index(item.callspec.params["served"])
         for at, fixture in ((2, "engine"), (3, "doomed")):
             if fixture in getattr(item, "fixturenames", ()):
-                return QUANTIZATIONS.index(item.callspec.params[fixture]) * 2 + at
+                return FORMS.index(item.callspec.params[fixture]) * 2 + at
         return 1 if "awq" in getattr(item, "fixturenames", ()) else 99
 
     for item in mine:

@@ -84,17 +84,15 @@ def test_answers_agree_with_transformers_and_peft(engine, engines):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    from qlora_infer.demo import demo_adapters, demo_model
     from qlora_infer.demo._build import dequantized_state_dict
 
-    quantization = engines._name
-    model = AutoModelForCausalLM.from_pretrained(demo_model("none"), dtype=torch.bfloat16)
-    if quantization == "bitsandbytes":
+    model = AutoModelForCausalLM.from_pretrained(engines.demo.unquantized, dtype=torch.bfloat16)
+    if engines.demo.served == engines.demo.unquantized:  # bitsandbytes quantizes as it loads
         weights = {name: nf4_round_trip(name, tensor) for name, tensor in model.state_dict().items()}
     else:
-        weights = dequantized_state_dict(demo_model(quantization))
+        weights = dequantized_state_dict(engines.demo.served)
     model.load_state_dict(weights, strict=False)
-    folders = demo_adapters()
+    folders = engines.demo.adapters
     model = peft.PeftModel.from_pretrained(model, folders["pirate"], adapter_name="pirate")
     for name in ("json", "spanish"):
         model.load_adapter(folders[name], adapter_name=name)

@@ -160,7 +160,9 @@ def test_an_adapter_does_here_what_it_does_in_peft(awq, tmp_path):
     assert found.share_changed > 0.2
     assert found.mean_shift > 0.3
     assert found.reference_shift < 2 * found.reference_base_shift
-    modules = {name: (shape.in_features, shape.out_features) for name, shape in awq._loader.model_modules.items()}
+    modules = {
+        name: (shape.in_features, shape.out_features) for name, shape in awq._loader.model_modules.shapes.items()
+    }
     modules = {name: shape for name, shape in modules.items() if ".layers.0." in name}
     folder = write_adapter(tmp_path / "untrained", modules=modules, rank=4, alpha=0)
     awq.load_adapter("untrained", folder)

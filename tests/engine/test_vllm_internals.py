@@ -230,7 +230,9 @@ def test_the_batch_sizes_are_those_of_vllm_s_own_class(awq):
 
 def test_the_workers_know_their_lora_modules(awq):
     """qlora_lora_modules finds every projection, the embedding and the head, with the sizes of SmolLM2-135M."""
-    modules = {name: (shape.in_features, shape.out_features) for name, shape in awq._loader.model_modules.items()}
+    modules = {
+        name: (shape.in_features, shape.out_features) for name, shape in awq._loader.model_modules.shapes.items()
+    }
     assert len(modules) == 30 * 7 + 2
     assert modules["model.layers.0.self_attn.q_proj"] == (576, 576)
     assert modules["model.layers.29.self_attn.v_proj"] == (576, 192)

@@ -10,7 +10,7 @@ import pytest
 # Read by engine.conftest. Few places, for each of them has a CUDA graph.
 os.environ.setdefault("QLORA_INFER_TEST_ENGINE_ARGS", json.dumps({"gpu_memory_utilization": 0.3, "max_num_seqs": 32}))
 
-from engine.conftest import QUANTIZATIONS, Engines, awq, engine  # noqa: F401  # fixtures
+from engine.conftest import FORMS, Engines, awq, engine  # noqa: F401  # fixtures
 
 #: MiB of the GPU that a closed engine may leave in use. An engine takes 24,000 here; some 500 are the CUDA context of
 #: this process, which PEFT and bitsandbytes make when they are imported.
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
         if "served" in getattr(item, "fixturenames", ()):
             return 100 + list(item.module.MODELS).index(item.callspec.params["served"])
         if "engine" in getattr(item, "fixturenames", ()):
-            return QUANTIZATIONS.index(item.callspec.params["engine"]) * 2 + 2
+            return FORMS.index(item.callspec.params["engine"]) * 2 + 2
         return 1 if "awq" in getattr(item, "fixturenames", ()) else 99
 
     for item in chosen:

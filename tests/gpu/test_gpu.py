@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from engine.conftest import QUANTIZATIONS
 from engine.test_adapters import test_adapters_tells_what_vllm_was_given, test_broken_adapters_disturb_nobody
 from engine.test_answers import (
     ADAPTERS,
@@ -26,7 +27,7 @@ from engine.test_versions import (
     test_an_adapter_from_memory_speaks_like_its_files,
 )
 
-from gpu.conftest import LEFT_OVER, QUANTIZATIONS
+from gpu.conftest import LEFT_OVER
 from gpu.twelve_heads import their_adapters, twelve_heads
 from qlora_infer import EngineDeadError
 from qlora_infer.demo import demo_adapters
@@ -121,9 +122,9 @@ def test_a_base_request_is_untouched_by_adapters_in_its_batch(engine, record_pro
     assert len({output.text for output in beside_adapters[:4]}) > 2
 
 
-def test_an_adapter_is_replaced_while_requests_stream(engine, tmp_path):
+def test_an_adapter_is_replaced_while_requests_stream(engine, engines, tmp_path):
     """Requests in flight finish on the old version, later ones run on the new; also with the prompt's KV in the cache."""
-    folders = demo_adapters()
+    folders = engines.demo.adapters
     folder = shutil.copytree(folders["pirate"], tmp_path / "habit")
     old = engine.load_adapter("habit", folder)
     as_pirate, as_spanish = ask(engine, "habit", ENDLESS), ask(engine, "spanish")

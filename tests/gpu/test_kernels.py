@@ -21,7 +21,6 @@ from test_fused import (
 )
 
 from gpu.test_gpu import GREEDY, TOLERANCE, distance
-from qlora_infer.demo import demo_adapters
 from qlora_infer.kernels import fused
 
 __all__ = [
@@ -78,14 +77,12 @@ def test_a_cuda_graph_follows_the_batch():
         assert torch.equal(result[:num_rows][slots < 0], y[:num_rows][slots < 0])
 
 
-def test_the_same_answers_as_with_vllms_kernels(engine, request, record_property):
+def test_the_same_answers_as_with_vllms_kernels(engine, engines, record_property):
     """A mixed batch gets the tokens that vLLM's own kernels give it, within TOLERANCE of a tie."""
     jobs = [(prompt, adapter) for prompt in PROMPTS for adapter in ADAPTERS]
     prompts, names = [prompt for prompt, _ in jobs], [adapter for _, adapter in jobs]
     ours = engine.generate(prompts, GREEDY, adapter=names)
-    with start(
-        quantization=request.node.callspec.params["engine"], adapters=demo_adapters(), lora_kernels="vllm"
-    ) as other:
+    with start(engines.demo.served, adapters=engines.demo.adapters, lora_kernels="vllm") as other:
         theirs = other.generate(prompts, GREEDY, adapter=names)
     distances = list(map(distance, theirs, ours))
     identical = sum(one.token_ids == two.token_ids for one, two in zip(theirs, ours))
