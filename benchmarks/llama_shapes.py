@@ -1,4 +1,4 @@
-"""Models with the shape of a Llama or a Phi-3 and random weights, on which speed does not depend; and their adapters."""
+"""Models with the shape of a Llama or a Phi-3, with random weights, and adapters for them."""
 
 from __future__ import annotations
 

@@ -16,33 +16,47 @@ from qlora_infer.demo import _build, demo_adapters, demo_model
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def phi3_model(folder):
-    """Write the unquantized model, and in AWQ; return both folders."""
+def phi3_model(folder, source=None):
+    """Write the unquantized model, and in AWQ; return both folders.
+
+    Args:
+        folder: Where to.
+        source: The unquantized Llama; the demo model by default.
+    """
+    source = source or demo_model("none")
     plain, quantized = folder / "plain", folder / "awq"
     if not quantized.exists():
         plain.mkdir(parents=True)
-        for path in demo_model("none").iterdir():
+        for path in source.iterdir():
             if path.suffix != ".safetensors":
                 shutil.copy(path, plain)
         config = json.loads((plain / "config.json").read_text())
         changes = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 2}
         changes["original_max_position_embeddings"] = config["max_position_embeddings"]
         (plain / "config.json").write_text(json.dumps(config | changes))
-        weights = load_file(demo_model("none") / "model.safetensors")
+        weights = load_file(source / "model.safetensors")
         save_file(fuse(weights), plain / "model.safetensors", metadata={"format": "pt"})
         _build._quantize(plain, quantized, "awq")
     return plain, quantized
 
 
-def phi3_adapters(folder):
-    """Write the demo's adapters for it; return their folders by name."""
+def phi3_adapters(folder, model=None, sources=None):
+    """Write adapters for it; return their folders by name.
+
+    Args:
+        folder: Where to.
+        model: The unquantized Llama; the demo model by default.
+        sources: Its adapters, by name; the demo's by default.
+    """
     adapters = {}
-    for name, source in demo_adapters().items():
+    weights = load_file((model or demo_model("none")) / "model.safetensors")
+    widths = {name.removesuffix(".weight"): len(weight) for name, weight in weights.items()}
+    for name, source in (sources or demo_adapters()).items():
         adapters[name] = folder / name
         if not adapters[name].exists():
             shutil.copytree(source, adapters[name])
             config = json.loads((source / "adapter_config.json").read_text())
-            tensors, rank = fuse_factors(load_file(source / "adapter_model.safetensors"), config["r"])
+            tensors, rank = fuse_factors(load_file(source / "adapter_model.safetensors"), config["r"], widths)
             scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
             config |= {"lora_alpha": scaling * rank, "r": rank, "use_rslora": False}
             config["target_modules"] = sorted({key.split(".")[-3] for key in tensors})
@@ -64,12 +78,14 @@ def fuse(weights):
     return fused
 
 
-def fuse_factors(tensors, rank):
-    """Put factors of parts into one pair: A's one above the other, B's in blocks. All modules get the same rank."""
-    widths = {}
-    model = load_file(demo_model("none") / "model.safetensors")
-    for name, weight in model.items():
-        widths[name.removesuffix(".weight")] = len(weight)
+def fuse_factors(tensors, rank, widths):
+    """Put factors of parts into one pair: A's one above the other, B's in blocks. All modules get the same rank.
+
+    Args:
+        tensors: The factors by name.
+        rank: The rank of each.
+        widths: The outputs of each of the model's modules.
+    """
     largest = rank * max(map(len, FUSED.values()))
     modules = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors}
     fused = {}

@@ -26,6 +26,7 @@ from engine.test_versions import (
     test_a_rollback_speaks_like_the_version_before,
     test_an_adapter_from_memory_speaks_like_its_files,
 )
+from phi3_demo import phi3_adapters, phi3_model
 
 from gpu.conftest import LEFT_OVER
 from gpu.twelve_heads import their_adapters, twelve_heads
@@ -229,6 +230,24 @@ def test_a_compiled_engine_answers_as_one_that_starts_fast(engines, quantization
         assert engine._backend._engine.vllm_config.compilation_config.mode == 3
         compiled = engine.generate([PROMPT] * 4, GREEDY, adapter=ADAPTERS)
     assert max(map(distance, fast, compiled)) < TOLERANCE
+
+
+@pytest.mark.two_gpus
+def test_two_gpus_serve_fused_modules_as_one_serves_their_parts(engines, tmp_path):
+    """As a Phi-3, whose q, k and v are one module, the model gives on two GPUs what the Llama gives on one."""
+    engines.close()
+    twelve_heads(tmp_path, "awq")
+    plain, adapters = tmp_path / "plain", their_adapters(tmp_path)
+    with start(model=tmp_path / "awq", quantization="awq", adapters=adapters) as engine:
+        llama = engine.generate([PROMPT] * 4, GREEDY, adapter=ADAPTERS)
+    _, model = phi3_model(tmp_path / "phi3", plain)
+    adapters = phi3_adapters(tmp_path / "adapters", plain, adapters)
+    with start(model=model, quantization="awq", adapters=adapters, engine_args=TWO) as engine:
+        phi3 = engine.generate([PROMPT] * 4, GREEDY, adapter=ADAPTERS)
+        distances = [distance(ask(engine, adapter), output) for adapter, output in zip(ADAPTERS, phi3)]
+    assert max(distances) < TOLERANCE
+    assert max(map(distance, llama, phi3)) < TOLERANCE
+    assert "hearties" in phi3[1].text
 
 
 @pytest.mark.two_gpus

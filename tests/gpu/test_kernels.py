@@ -82,7 +82,9 @@ def test_the_same_answers_as_with_vllms_kernels(engine, engines, record_property
     jobs = [(prompt, adapter) for prompt in PROMPTS for adapter in ADAPTERS]
     prompts, names = [prompt for prompt, _ in jobs], [adapter for _, adapter in jobs]
     ours = engine.generate(prompts, GREEDY, adapter=names)
-    with start(engines.demo.served, adapters=engines.demo.adapters, lora_kernels="vllm") as other:
+    with start(
+        model=engines.demo.served, quantization="auto", adapters=engines.demo.adapters, lora_kernels="vllm"
+    ) as other:
         theirs = other.generate(prompts, GREEDY, adapter=names)
     distances = list(map(distance, theirs, ours))
     identical = sum(one.token_ids == two.token_ids for one, two in zip(theirs, ours))
