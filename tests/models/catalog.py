@@ -116,10 +116,12 @@ MODELS = [
         refused_on_cpu=(EXPERTS, MIXTRALS_EXPERTS_BY_NAME),
     ),
     TinyModel("gpt-oss", "GptOssForCausalLM", text.gpt_oss, adapters=(ATTENTION,), refused_on_cpu=(EXPERTS,)),
+    # "expect weight to be bfloat16, float16, int8, fp8_e4m3 or uint8(mxfp4 or int4)."
     TinyModel(
         "deepseek-v3",
         "DeepseekV3ForCausalLM",
         text.deepseek_v3,
+        dtype="bfloat16",
         adapters=(
             Recipe("attention", targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
             Recipe("dense", targets=("q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),

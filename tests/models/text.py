@@ -90,8 +90,9 @@ def lfm2() -> Any:
     return transformers.Lfm2Config(
         **{**SIZES, "tie_word_embeddings": True},
         block_auto_adjust_ff_dim=False,
-        conv_dim=128,  # vLLM reads these two, which checkpoints have and transformers' config has no default for
+        conv_dim=128,  # vLLM reads these, which checkpoints have and transformers' config has no default for
         conv_dim_out=128,
+        block_dim=128,
         layer_types=["conv", "full_attention"],
     )
 
@@ -130,8 +131,8 @@ def nemotron_h() -> Any:
 def qwen3_5_text(**changes: Any) -> Any:
     return transformers.Qwen3_5TextConfig(
         **{**SIZES, **HEADS_OF_64, **changes},
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         layer_types=["linear_attention", "full_attention"],
