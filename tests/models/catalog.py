@@ -1,5 +1,6 @@
 """The models of the matrix, with the adapters that each must serve, and where it is run."""
 
+import functools
 from typing import Any
 
 import attrs
@@ -123,8 +124,10 @@ MODELS = [
         text.deepseek_v3,
         dtype="bfloat16",
         adapters=(
-            Recipe("attention", targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
-            Recipe("dense", targets=("q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+            Recipe("attention", targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")),
+            # By their whole names: PEFT takes "gate_proj" to mean the experts', too.
+            Recipe("dense", targets=r".*(layers\.0\.mlp|shared_experts)\.(gate|up|down)_proj|.*(q_b_proj|o_proj)"),
+            Recipe("kv-b", targets=("kv_b_proj",)),
         ),
         refused_on_cpu=(EXPERTS, EXPERTS_BY_NAME),
     ),
@@ -204,7 +207,10 @@ OUT_OF_CI = {name: model for name, model in BY_NAME.items() if name not in IN_CI
 
 def for_gpu(model: TinyModel) -> TinyModel:
     """Return the model as a GPU serves it: with its experts' adapters, in 16 bits."""
-    return attrs.evolve(model, dtype="bfloat16", adapters=(*model.adapters, *model.refused_on_cpu), refused_on_cpu=())
+    config = functools.partial(model.config, num_experts_per_tok=4) if model.refused_on_cpu else model.config
+    return attrs.evolve(
+        model, config=config, dtype="bfloat16", adapters=(*model.adapters, *model.refused_on_cpu), refused_on_cpu=()
+    )
 
 
 #: Those of which a GPU serves more than the CPU does.

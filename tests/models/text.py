@@ -48,7 +48,8 @@ def glm4() -> Any:
 
 
 def gpt_neox() -> Any:
-    return transformers.GPTNeoXConfig(**SIZES)
+    """Return a config without grouped keys, which this class has not, and which vLLM would take over from the config."""
+    return transformers.GPTNeoXConfig(**{name: size for name, size in SIZES.items() if name != "num_key_value_heads"})
 
 
 def falcon() -> Any:
@@ -139,24 +140,25 @@ def qwen3_5_text(**changes: Any) -> Any:
     )
 
 
-def qwen3_moe() -> Any:
+def qwen3_moe(**changes: Any) -> Any:
     return transformers.Qwen3MoeConfig(
-        **SIZES, **HEADS_OF_64, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
+        **{**SIZES, **HEADS_OF_64, "num_experts_per_tok": 2, **changes},
+        moe_intermediate_size=64,
+        num_experts=4,
+        norm_topk_prob=True,
     )
 
 
-def mixtral() -> Any:
+def mixtral(**changes: Any) -> Any:
     return transformers.MixtralConfig(
-        **SIZES, **HEADS_OF_64, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+        **{**SIZES, **HEADS_OF_64, "num_experts_per_tok": 2, **changes}, num_local_experts=4, sliding_window=None
     )
 
 
-def gpt_oss() -> Any:
+def gpt_oss(**changes: Any) -> Any:
     return transformers.GptOssConfig(
-        **SIZES,
-        **HEADS_OF_64,
+        **{**SIZES, **HEADS_OF_64, "num_experts_per_tok": 2, **changes},
         num_local_experts=4,
-        num_experts_per_tok=2,
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={
@@ -171,13 +173,12 @@ def gpt_oss() -> Any:
     )
 
 
-def deepseek_v3() -> Any:
+def deepseek_v3(**changes: Any) -> Any:
     """Return a config with the sizes of DeepSeek's own attention, the only ones that GPU kernels are written for."""
     return transformers.DeepseekV3Config(
-        **{**SIZES, "num_key_value_heads": 4},
+        **{**SIZES, "num_key_value_heads": 4, "num_experts_per_tok": 4, **changes},
         moe_intermediate_size=64,
         n_routed_experts=4,
-        num_experts_per_tok=2,
         n_group=1,
         topk_group=1,
         first_k_dense_replace=1,
