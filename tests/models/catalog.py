@@ -62,7 +62,7 @@ MODELS = [
     TinyModel("llama", "LlamaForCausalLM", text.llama, adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("llama-awq", "LlamaForCausalLM", text.llama, "awq", adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("qwen2", "Qwen2ForCausalLM", text.qwen2, adapters=(ALL, ATTENTION), refused=(HEADS,)),
-    TinyModel("qwen2-gptq", "Qwen2ForCausalLM", text.qwen2, "gptq", adapters=(ALL, ATTENTION)),
+    TinyModel("qwen2-gptq", "Qwen2ForCausalLM", text.qwen2, "gptq", adapters=(ALL, ATTENTION), refused=(HEADS,)),
     TinyModel("qwen3", "Qwen3ForCausalLM", text.qwen3, adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("qwen3-bitsandbytes", "Qwen3ForCausalLM", text.qwen3, "bitsandbytes", adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("mistral", "MistralForCausalLM", text.mistral, adapters=(ALL, ATTENTION), refused=(HEADS,)),
@@ -200,7 +200,23 @@ BY_NAME = {model.name: model for model in MODELS}
 NOT_ON_CPU: dict[str, str] = {}
 
 #: One of each kind, within 12 minutes on two cores.
-IN_CI = {name: BY_NAME[name] for name in ("llama-awq", "qwen2", "qwen3", "phi3", "falcon")}
+IN_CI = {
+    name: BY_NAME[name]
+    for name in (
+        *(
+            "llama-awq",
+            "qwen2-gptq",
+            "qwen3",
+            "gemma2-bitsandbytes",
+            "phi3-awq",
+            "glm4",
+            "gpt-neox",
+            "internlm2",
+            "lfm2",
+        ),
+        *("qwen3.5", "qwen3-moe", "llama4", "gemma3", "qwen3-vl", "falcon"),
+    )
+}
 #: ``nox -s models``.
 OUT_OF_CI = {name: model for name, model in BY_NAME.items() if name not in IN_CI and name not in NOT_ON_CPU}
 
