@@ -34,6 +34,8 @@ class Served:
 
     def answers(self, adapters, prompts=PROMPTS):
         """Return what each adapter answers to each prompt, of all in one batch; adapter by adapter."""
+        for adapter in set(adapters) - {None, *self.engine.adapters}:
+            self.engine.load_adapter(adapter, self.checkpoint.served_adapters[adapter])
         jobs = [(prompt, adapter) for adapter in adapters for prompt in prompts]
         outputs = self.engine.generate(
             [prompt for prompt, _ in jobs], PARAMS, adapter=[adapter for _, adapter in jobs], use_tqdm=False
@@ -73,28 +75,25 @@ class ModelEngines:
 
     def __init__(self, new_folder):
         self._new_folder = new_folder
-        self._served = None
+        self._model = self._served = self._error = None
 
     def get(self, model):
-        if self._served is None or self._served.checkpoint.model is not model:
+        if self._model is not model:
             self.close()
-            self._served = self._start(checkpoints.write(model, self._new_folder("model")))
+            self._model = model
+            try:
+                checkpoint = checkpoints.write(model, self._new_folder("model"))
+                self._served = Served(checkpoint, start(checkpoint), Reference(checkpoint))
+            except Exception as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error  # without a start for each of its tests
         return self._served
-
-    def _start(self, checkpoint):
-        engine = start(checkpoint)
-        try:
-            for name in checkpoint.adapters:
-                engine.load_adapter(name, checkpoint.served_adapters[name])
-            return Served(checkpoint, engine, Reference(checkpoint))
-        except BaseException:
-            engine.close()
-            raise
 
     def close(self):
         if self._served is not None:
             self._served.engine.close()
-        self._served = None
+        self._model = self._served = self._error = None
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +106,7 @@ def model_engines(engines, tmp_path_factory):
 
 @pytest.fixture
 def served(request, model_engines):
-    """One model, with its adapters."""
+    """One model."""
     return model_engines.get(request.module.MODELS[request.param])
 
 
