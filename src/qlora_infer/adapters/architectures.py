@@ -47,6 +47,11 @@ class Architecture:
     reason: str = ""
     unlisted: Mapping[str, str] = field(factory=dict)
 
+    @property
+    def kinds(self) -> set[str]:
+        """All kinds of modules that were found."""
+        return {*self.adapted, *self.unadapted}
+
 
 def find(name: str) -> Architecture | None:
     """Return what is known of an architecture, or ``None``."""

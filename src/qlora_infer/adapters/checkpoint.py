@@ -34,6 +34,7 @@ _OF_CONFIG = {
 _HEADS = frozenset({"lm_head", "output", "embed_out"})
 _EMBEDDING = re.compile(r"embed|wte$")
 _EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?:(?P<expert>\d+)\.)?(?P<projection>[^.]+)")
+_STACKED = re.compile(r"\.experts\.[^.\d]+$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 #: Layers for predicting several tokens, which vLLM loads into another model.
 _DRAFT = re.compile(r"(^|\.)mtp\.")
@@ -102,7 +103,7 @@ def modules_of_tensors(tensors: Mapping[str, Shape], config: Mapping[str, Any], 
     experts: dict[str, dict[str, Shape]] = {}
     for name, shape in _matrices(tensors, config):
         module = _running_name(name, architecture)
-        if module.startswith(tuple(architecture.left_out)) or _is_not_loaded(module, config):
+        if module.startswith(tuple(architecture.left_out)) or _is_not_loaded(module, architecture, config):
             continue
         expert = _EXPERT.fullmatch(module)
         if expert and architecture.experts:
@@ -142,7 +143,7 @@ def _matrices(tensors: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterat
     for name, shape in packed.unpack(tensors, config):
         module = name.removesuffix(".weight")
         known = shape if shape is not None else _shape_of_config(kind_of(module), config)
-        if known is None or len(known) not in (2, 3):
+        if known is None or len(known) != (3 if _STACKED.search(name) else 2):
             continue
         last = module.rpartition(".")[2]
         has_head = has_head or last in _HEADS
@@ -154,12 +155,19 @@ def _matrices(tensors: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterat
 
 
 def _running_name(tensor: str, architecture: Architecture) -> str:
-    renamed = architecture.renames.of_tensor(tensor)
-    return renamed.removesuffix(".weight")
+    renamed = architecture.renames.of_tensor(tensor).removesuffix(".weight")
+    is_head = renamed in _HEADS and renamed not in architecture.kinds and "lm_head" in architecture.kinds
+    return "lm_head" if is_head else renamed
 
 
-def _is_not_loaded(module: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a module belongs to a draft model: behind the layers, or under a name of its own."""
+def _is_not_loaded(module: str, architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Return whether the model has no such module.
+
+    It has none of a draft model's, behind its layers or under a name of their own, and may have no output layer of its
+    own where that is tied to the embeddings.
+    """
+    if kind_of(module) == "lm_head" and architecture.adapted:
+        return "lm_head" not in architecture.kinds
     layer = _LAYER.search(module)
     num_layers = _text(config).get("num_hidden_layers")
     is_behind = layer is not None and isinstance(num_layers, int) and int(layer[1]) >= num_layers
@@ -169,7 +177,7 @@ def _is_not_loaded(module: str, config: Mapping[str, Any]) -> bool:
 def _is_adapted(module: str, architecture: Architecture) -> bool:
     """Return whether vLLM adapts a module: what the survey saw, and all other linear layers."""
     kind = kind_of(module)
-    if kind in architecture.adapted or kind in architecture.unadapted:
+    if kind in architecture.kinds:
         return kind in architecture.adapted
     last = kind.rpartition(".")[2]
     if last in _HEADS or _EMBEDDING.search(last):

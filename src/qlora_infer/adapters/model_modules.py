@@ -31,8 +31,8 @@ _TOWERS = frozenset(
 #: What stands behind a module's name in an adapter's file.
 _FACTOR = ".lora_A.weight"
 
-#: Other names for a language model's output layer; the first is Tinker's.
-_ALIASES = {"unembed_tokens": "lm_head"}
+#: Other names for a language model's output layer; the first is Tinker's, the second GPT-NeoX's.
+_ALIASES = {"unembed_tokens": "lm_head", "embed_out": "lm_head"}
 
 
 @frozen
