@@ -147,6 +147,11 @@ def record_of(described: Mapping[str, Any]) -> dict[str, Any]:
         "adapted": sorted(adapted),
         "unadapted": {kind: rest[kind] for kind in sorted(rest) if kind not in adapted},
     }
+    record["fused"] = {
+        kind_of(name): [part.rpartition(".")[2] for part in parts]
+        for name, parts in sorted(described["fused"].items())
+        if not name.startswith(left_out or ("\0",))
+    }
     one_expert = [found[2] for found in map(_EXPERT.fullmatch, sizes) if found and found[1] == "0"]
     if one_expert:
         record["experts"] = list(dict.fromkeys(one_expert))  # in vLLM's order: gate, down, up

@@ -32,6 +32,7 @@ def describe(manager: Any) -> dict[str, Any]:
         "sizes": sizes,
         "unlisted": unlisted,
         "unadapted": {name: kind for name, kind in _unadapted(manager.model, layers) if name not in unlisted},
+        "fused": {name: manager.packed_modules[name] for name in layers if _is_fused(manager.packed_modules.get(name))},
         "left_out": left_out_prefixes(manager),
         "renames": rename_rules(getattr(manager.model, "hf_to_vllm_mapper", None)),
         "model": type(manager.model).__name__,
@@ -133,6 +134,11 @@ def _unadapted(model: Any, layers: Mapping[str, Any]) -> Iterator[tuple[str, str
         is_layer = isinstance(module, LinearBase | VocabParallelEmbedding | MoERunner)
         if (is_layer or _has_matrix(module)) and id(module) not in adapted and name not in layers:
             yield name.removesuffix(".base_layer"), type(module).__name__
+
+
+def _is_fused(parts: Sequence[str] | None) -> bool:
+    """Return whether vLLM holds modules of a checkpoint in one, beside one another; experts are another matter."""
+    return parts is not None and not any(".experts." in part for part in parts)
 
 
 def _is_convolution(layer: Any) -> bool:

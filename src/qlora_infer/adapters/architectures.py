@@ -32,6 +32,7 @@ class Architecture:
         unadapted: Kinds that are not, and their layers' classes.
         experts: ``"stacked"`` where vLLM holds a layer's experts as PEFT names 3D parameters; the names of the
             projections of one expert, in vLLM's order, where it holds them one by one; empty without experts.
+        fused: Kinds that vLLM holds in one, by the one's kind, where an adapter may have either.
         reason: Why the class was not built; empty where it was.
         unlisted: Kinds whose LoRA layers do not tell their sizes, and why.
     """
@@ -44,6 +45,7 @@ class Architecture:
     adapted: Sequence[str] = ()
     unadapted: Mapping[str, str] = field(factory=dict)
     experts: str | Sequence[str] = ()
+    fused: Mapping[str, Sequence[str]] = field(factory=dict)
     reason: str = ""
     unlisted: Mapping[str, str] = field(factory=dict)
 

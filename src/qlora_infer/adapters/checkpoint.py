@@ -34,7 +34,6 @@ _OF_CONFIG = {
 _HEADS = frozenset({"lm_head", "output", "embed_out"})
 _EMBEDDING = re.compile(r"embed|wte$")
 _EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?:(?P<expert>\d+)\.)?(?P<projection>[^.]+)")
-_STACKED = re.compile(r"\.experts\.[^.\d]+$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 #: Layers for predicting several tokens, which vLLM loads into another model.
 _DRAFT = re.compile(r"(^|\.)mtp\.")
@@ -100,6 +99,7 @@ def modules_of_tensors(tensors: Mapping[str, Shape], config: Mapping[str, Any], 
     architecture = architectures.find(architecture_name(config)) or UNKNOWN
     shapes: dict[str, ModuleShape] = {}
     unadapted: dict[str, str] = {}
+    fused: dict[str, list[str]] = {}
     experts: dict[str, dict[str, Shape]] = {}
     for name, shape in _matrices(tensors, config):
         module = _running_name(name, architecture)
@@ -108,6 +108,10 @@ def modules_of_tensors(tensors: Mapping[str, Shape], config: Mapping[str, Any], 
         expert = _EXPERT.fullmatch(module)
         if expert and architecture.experts:
             experts.setdefault(expert["layer"], {})[f"{expert['expert']}.{expert['projection']}"] = shape
+        elif len(shape) == 3:  # a convolution
+            unadapted[module] = architecture.unadapted.get(kind_of(module), "")
+        elif kind_of(module) in architecture.fused and kind_of(module) not in architecture.adapted:
+            shapes.update(_parts(module, shape, architecture, config))
         elif _is_adapted(module, architecture):
             shapes[module] = _shape_of(module, shape)
         else:
@@ -117,10 +121,17 @@ def modules_of_tensors(tensors: Mapping[str, Shape], config: Mapping[str, Any], 
             unadapted[layer] = "MoERunner"
         else:
             shapes.update(_experts(layer, projections, architecture, config))
+    for kind, parts in architecture.fused.items():
+        for first in [module for module in shapes if kind_of(module) == _beside(kind, parts[0])]:
+            layer = first.rpartition(".")[0]
+            names = [f"{layer}.{part}" for part in parts]
+            if all(name in shapes for name in names):
+                fused[f"{layer}.{kind.rpartition('.')[2]}"] = names
     return ModelModules(
         shapes=shapes,
         renames=architecture.renames,
         unadapted=unadapted,
+        fused=fused,
         left_out=tuple(architecture.left_out),
         model=architecture.model,
         device=device,
@@ -143,7 +154,7 @@ def _matrices(tensors: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterat
     for name, shape in packed.unpack(tensors, config):
         module = name.removesuffix(".weight")
         known = shape if shape is not None else _shape_of_config(kind_of(module), config)
-        if known is None or len(known) != (3 if _STACKED.search(name) else 2):
+        if known is None or len(known) not in (2, 3):
             continue
         last = module.rpartition(".")[2]
         has_head = has_head or last in _HEADS
@@ -191,6 +202,23 @@ def _shape_of(module: str, shape: Shape) -> ModuleShape:
     if _EMBEDDING.search(last) and last not in _HEADS:
         return ModuleShape(*shape)
     return ModuleShape(shape[1], shape[0])
+
+
+def _beside(kind: str, name: str) -> str:
+    """Return the kind of a module that stands where another does."""
+    place = kind.rpartition(".")[0]
+    return f"{place}.{name}" if place else name
+
+
+def _parts(module: str, shape: Shape, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, ModuleShape]:
+    """Return the modules that vLLM takes for one that is fused in the checkpoint, equal ones where config is silent."""
+    kind, layer = kind_of(module), module.rpartition(".")[0]
+    parts = architecture.fused[kind]
+    known = [_shape_of_config(_beside(kind, part), config) for part in parts]
+    outputs = [found[0] for found in known if found is not None]
+    if len(outputs) != len(parts) or sum(outputs) != shape[0]:
+        outputs = [shape[0] // len(parts)] * len(parts)
+    return {f"{layer}.{part}": ModuleShape(shape[1], size) for part, size in zip(parts, outputs, strict=True)}
 
 
 def _experts(
