@@ -191,13 +191,21 @@ def test_a_split_checkpoint_is_read_whole(tmp_path):
     assert "from its config.json alone" in partly.checked
 
 
-def test_packed_4_bit_weights_of_bitsandbytes_are_read_from_the_config(tmp_path):
-    """Their headers do not tell shapes, and nobody guesses them."""
-    shapes = {"model.layers.0.mlp.up_proj.weight": (4096, 1)}
-    shapes["model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"] = (80,)
-    found = read_checkpoint(str(write_model(tmp_path / "model", quantized("bitsandbytes"), shapes)))
+def packed_by_bitsandbytes(names):
+    """Return the shapes of 4-bit weights as transformers saves them: one column, and a tensor of numbers."""
+    return {f"{name}.weight": (4096, 1) for name in names} | {
+        f"{name}.weight.quant_state.bitsandbytes__nf4": (80,) for name in names
+    }
+
+
+def test_packed_4_bit_weights_of_bitsandbytes_have_the_shapes_of_the_config(tmp_path):
+    """Their headers tell names, and no shapes, and nobody guesses those that config.json does not tell either."""
+    shapes = {"model.embed_tokens.weight": (1000, 64)} | packed_by_bitsandbytes(TINY_MODEL)
+    found = read_checkpoint(str(write_model(tmp_path / "one", quantized("bitsandbytes"), shapes)))
     assert sizes(found.modules.shapes) == {**TINY_MODEL, **EMBEDDINGS}
-    assert "from its config.json alone" in found.checked
+    shapes |= packed_by_bitsandbytes(["model.layers.0.self_attn.qkv_proj"])
+    with pytest.raises(ModelNotFoundError, match=r"the shape of model\.layers\.0\.self_attn\.qkv_proj"):
+        read_checkpoint(str(write_model(tmp_path / "two", quantized("bitsandbytes"), shapes)))
 
 
 def test_another_architecture_is_checked_by_its_headers_or_not_at_all(tmp_path):

@@ -31,7 +31,10 @@ def describe(manager: Any) -> dict[str, Any]:
     return {
         "sizes": sizes,
         "unlisted": unlisted,
-        "unadapted": {name: kind for name, kind in _unadapted(manager.model, layers) if name not in unlisted},
+        "unadapted": {
+            **dict(_unadapted(manager.model, layers)),
+            **{name: type(layers[name]).__name__ for name in unlisted},
+        },
         "fused": {name: manager.packed_modules[name] for name in layers if _is_fused(manager.packed_modules.get(name))},
         "left_out": left_out_prefixes(manager),
         "renames": rename_rules(getattr(manager.model, "hf_to_vllm_mapper", None)),
@@ -115,6 +118,9 @@ def _sizes_of_experts(name: str, parts: Sequence[str], layer: Any) -> dict[str, 
     if isinstance(layer, FusedMoE3DWithLoRA):
         num_experts = layer.global_num_experts
         return {f"{name}.base_layer": (hidden, 2 * inner, num_experts), name: (inner, hidden, num_experts)}
+    if len(parts) > 3 * layer.global_num_experts:
+        # vLLM's "transformers" backend lists two names for each projection, and pack_moe then takes them for experts.
+        raise ValueError("vLLM has more than one name for each projection of an expert")
     return {part: (inner, hidden, 0) if part.rpartition(".")[2] in _DOWN else (hidden, inner, 0) for part in parts}
 
 

@@ -76,6 +76,12 @@ def read_checkpoint(
     if not architecture.lora:
         refusal = f"vLLM has no LoRA for this model: {architecture.model} does not support LoRA yet."
         return Checkpoint(ModelModules({}, model=architecture.model), f"the architecture, {name}", refusal)
+    untold = _untold(tensors, config, architecture)
+    if untold:
+        raise ModelNotFoundError(
+            f"{model} cannot be checked without loading it: neither its headers nor its config.json tells the shape of "
+            f"{untold}, whose weights are packed by bitsandbytes"
+        )
     modules, origin = modules_of_tensors(tensors, config, device), "the headers of its safetensors files"
     if not modules.shapes:
         modules, origin = modules_of_tensors(_tensors_of_config(config), config, device), "its config.json alone"
@@ -163,6 +169,20 @@ def _matrices(tensors: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterat
         yield name, known
     if embeddings is not None and not has_head:
         yield "lm_head.weight", embeddings[1]
+
+
+def _untold(tensors: Mapping[str, Shape], config: Mapping[str, Any], architecture: Architecture) -> str:
+    """Return a module of the language model whose shape nothing tells; empty where there is none."""
+    for name, shape in packed.unpack(tensors, config):
+        module = _running_name(name, architecture)
+        is_left_out = module.startswith(tuple(architecture.left_out))
+        if (
+            shape is None
+            and not is_left_out
+            and _shape_of_config(kind_of(name.removesuffix(".weight")), config) is None
+        ):
+            return module
+    return ""
 
 
 def _running_name(tensor: str, architecture: Architecture) -> str:
