@@ -264,12 +264,13 @@ def write_data(found: Mapping[str, Mapping[str, Any]]) -> None:
     import transformers
     import vllm
 
-    lines = [f" {json.dumps(name)}: {json.dumps(_brief(record))}" for name, record in sorted(found.items())]
+    lines = [f" {json.dumps(name)}: {json.dumps(brief(record))}" for name, record in sorted(found.items())]
     head = json.dumps({"vllm": vllm.__version__.partition("+")[0], "transformers": transformers.__version__})
     DATA.write_text(f'{head[:-1]}, "architectures": {{\n' + ",\n".join(lines) + "\n}}\n")
 
 
-def _brief(record: Mapping[str, Any]) -> dict[str, Any]:
+def brief(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record without what is empty."""
     return {key: value for key, value in record.items() if value not in ({}, [], None)}
 
 
