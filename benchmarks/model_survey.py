@@ -19,8 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -283,8 +282,83 @@ def write_table(data: Mapping[str, Any]) -> None:
 
 
 def table(data: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of the page's tables."""
-    yield json.dumps(Counter(kind for record in data["architectures"].values() for kind in record.get("adapted", ())))
+    """Yield the lines of the page's tables, architectures of which the same is true in one row."""
+    records = data["architectures"]
+    built = {name: record for name, record in records.items() if record.get("adapted")}
+    failed = {name: record for name, record in records.items() if record.get("reason")}
+    without = [name for name, record in records.items() if record.get("lora") is False]
+    yield f"vLLM {data['vllm']} has {len(records)} architectures that generate text. {len(built)} of them were built."
+    yield ""
+    yield "| adapted | not adapted | experts | towers | architectures |"
+    yield "| --- | --- | --- | --- | --- |"
+    for (beside, unadapted, experts, towers), names in sorted(_grouped(built, _facts).items(), key=_by_size):
+        yield f"| linear layers{beside} | {unadapted} | {experts} | {towers} | {_joined(names)} |"
+    yield ""
+    yield f"{len(failed)} were not built, so that only what their classes say of LoRA is known:"
+    yield ""
+    yield "| reason | architectures |"
+    yield "| --- | --- |"
+    for (reason,), names in sorted(_grouped(failed, _reason).items(), key=_by_size):
+        yield f"| {reason} | {_joined(names)} |"
+    yield ""
+    yield f"vLLM has no LoRA for {len(without)}: {_joined(without)}."
+
+
+def _facts(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return an architecture's cells: what is adapted beside linear layers, and what is not."""
+    ends = {kind.rpartition(".")[2] for kind in record["adapted"]} & set(_EMBEDDINGS)
+    unadapted = {
+        _EMBEDDINGS.get(kind.rpartition(".")[2], f"`{kind.rpartition('.')[2]}`") for kind in record.get("unadapted", {})
+    }
+    experts = record.get("experts", "")
+    experts = "" if not experts else "as 3D parameters" if experts == "stacked" else "one by one"
+    if any(kind.endswith("experts") for kind in record.get("unlisted", {})):
+        experts = "not served"
+    return (
+        "".join(f", {_EMBEDDINGS[end]}" for end in sorted(ends)),
+        ", ".join(sorted(unadapted)),
+        experts,
+        "left out" if record.get("left_out") else "",
+    )
+
+
+def _reason(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return why an architecture was not built, in a few words."""
+    reason = record["reason"]
+    if reason.startswith("LookupError"):
+        return ("its config is code of the checkpoint",)
+    if "CPU" in reason or "CUDA" in reason or "triton" in reason or "fa_utils" in reason or "backend" in reason:
+        return ("it needs a GPU",)
+    if reason.startswith(("OSError", "ModuleNotFoundError", "ImportError")):
+        return ("a package or a file of the checkpoint is missing",)
+    return ("vLLM does not start with its class's default config",)
+
+
+#: What modules are called that are no linear layers.
+_EMBEDDINGS = {
+    **dict.fromkeys(("lm_head", "output", "output_layer", "embed_out", "proj_out"), "output layer"),
+    **dict.fromkeys(
+        ("embed_tokens", "embedding", "embed_in", "tok_embeddings", "wte", "word_embeddings"), "embeddings"
+    ),
+    **dict.fromkeys(("conv1d", "conv", "conv1", "conv2"), "convolution"),
+    **dict.fromkeys(("embed_positions", "wpe", "position_embedding"), "positions"),
+    "embed_tokens_per_layer": "embeddings",
+}
+
+
+def _grouped(records: Mapping[str, Any], key: Callable[[Any], tuple[str, ...]]) -> dict[tuple[str, ...], list[str]]:
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, record in sorted(records.items()):
+        groups.setdefault(key(record), []).append(name)
+    return groups
+
+
+def _by_size(group: tuple[tuple[str, ...], list[str]]) -> tuple[int, tuple[str, ...]]:
+    return -len(group[1]), group[0]
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 if __name__ == "__main__":
