@@ -6,7 +6,7 @@ Runs in vLLM's workers and touches vLLM's internals, read in vLLM 0.32.0: ``vllm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 #: A module's input and output sizes, and how many experts its factors hold one behind the other (0 for none).
@@ -21,7 +21,8 @@ def describe(manager: Any) -> dict[str, Any]:
     """
     sizes: dict[str, Sizes] = {}
     unlisted: dict[str, str] = {}
-    for name, layer in manager.modules.items():
+    layers = {name: layer for name, layer in manager.modules.items() if not _is_convolution(layer)}
+    for name, layer in layers.items():
         parts = manager.packed_modules.get(name, [name])
         try:
             sizes.update(sizes_of(name, parts, layer))
@@ -30,7 +31,11 @@ def describe(manager: Any) -> dict[str, Any]:
     return {
         "sizes": sizes,
         "unlisted": unlisted,
-        "unadapted": {name: kind for name, kind in _unadapted(manager) if name not in unlisted},
+        "unadapted": {
+            **dict(_unadapted(manager.model, layers)),
+            **{name: type(layers[name]).__name__ for name in unlisted},
+        },
+        "fused": {name: manager.packed_modules[name] for name in layers if _is_fused(manager.packed_modules.get(name))},
         "left_out": left_out_prefixes(manager),
         "renames": rename_rules(getattr(manager.model, "hf_to_vllm_mapper", None)),
         "model": type(manager.model).__name__,
@@ -113,6 +118,9 @@ def _sizes_of_experts(name: str, parts: Sequence[str], layer: Any) -> dict[str, 
     if isinstance(layer, FusedMoE3DWithLoRA):
         num_experts = layer.global_num_experts
         return {f"{name}.base_layer": (hidden, 2 * inner, num_experts), name: (inner, hidden, num_experts)}
+    if len(parts) > 3 * layer.global_num_experts:
+        # vLLM's "transformers" backend lists two names for each projection, and pack_moe then takes them for experts.
+        raise ValueError("vLLM has more than one name for each projection of an expert")
     return {part: (inner, hidden, 0) if part.rpartition(".")[2] in _DOWN else (hidden, inner, 0) for part in parts}
 
 
@@ -120,18 +128,38 @@ def _sizes_of_experts(name: str, parts: Sequence[str], layer: Any) -> dict[str, 
 _DOWN = frozenset({"down_proj", "w2", "w2_weight", "fc2", "output_linear"})
 
 
-def _unadapted(manager: Any) -> Iterator[tuple[str, str]]:
+def _unadapted(model: Any, layers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Name the layers with weights that the model has and vLLM does not adapt, and their classes."""
     from vllm.model_executor.layers.fused_moe import MoERunner
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    adapted = {id(layer) for layer in manager.modules.values()}
-    adapted |= {id(layer.base_layer) for layer in manager.modules.values() if hasattr(layer, "base_layer")}
-    for name, module in manager.model.named_modules(remove_duplicate=False):
+    adapted = {id(layer) for layer in layers.values()}
+    adapted |= {id(layer.base_layer) for layer in layers.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
         is_layer = isinstance(module, LinearBase | VocabParallelEmbedding | MoERunner)
-        if is_layer and id(module) not in adapted and name not in manager.modules:
+        if (is_layer or _has_matrix(module)) and id(module) not in adapted and name not in layers:
             yield name.removesuffix(".base_layer"), type(module).__name__
+
+
+def _is_fused(parts: Sequence[str] | None) -> bool:
+    """Return whether vLLM holds modules of a checkpoint in one, beside one another; experts are another matter."""
+    return parts is not None and not any(".experts." in part for part in parts)
+
+
+def _is_convolution(layer: Any) -> bool:
+    """Return whether a linear layer stands for a convolution: models read its weight, and no LoRA is applied to it.
+
+    ``conv1d`` of Mamba's mixers and of linear attention, whose weight they give a third dimension.
+    """
+    weight = getattr(layer.base_layer, "weight", None)
+    return weight is not None and weight.dim() > 2
+
+
+def _has_matrix(module: Any) -> bool:
+    """Return whether a module, such as torch's own linear layer, has a weight that PEFT may train factors for."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() > 1
 
 
 def left_out_prefixes(manager: Any) -> list[str]:

@@ -4,7 +4,10 @@ An answer's error is measured by what its adapter changes: an adapter that is lo
 wrong modules, is off by as much as its effect. ``nox -s models`` runs the models that are left out here, for time.
 """
 
+import json
+
 import pytest
+import verdicts
 from attrs import frozen
 from models import catalog, checkpoints
 from models.checkpoints import Checkpoint
@@ -156,17 +159,20 @@ def test_an_adapter_that_is_not_served_here_is_refused_in_words(served, adapter)
     served.assert_right(served.answers([None])[None], None)
 
 
+def test_the_files_of_a_checkpoint_tell_the_modules_of_the_running_model(served):
+    """What ``inspect-adapter --base`` reads of the base is what the engine lists: names, sizes, and what is not adapted."""
+    assert verdicts.differences(served.engine._loader.model_modules, served.checkpoint.served) == []
+
+
 @of_each(lambda model: (*model.adapters, *model.refused, *model.refused_on_cpu))
 def test_inspect_adapter_and_the_engine_give_one_verdict(served, adapter):
-    """``qlora-infer inspect-adapter --base``, which reads files only, has reasons where the engine has, and only there.
-
-    It knows no device: an adapter that the CPU refuses may be one that a GPU serves.
-    """
-    checkpoint = served.checkpoint
-    command = ["inspect-adapter", str(checkpoint.served_adapters[adapter]), "--base", str(checkpoint.served), "--json"]
-    found = CliRunner().invoke(app, command)
-    fits = adapter not in [recipe.name for recipe in checkpoint.model.refused]
-    assert (found.exit_code == 0) == fits, found.output
+    """``qlora-infer inspect-adapter --base``, which reads files only, says what the engine says, reason by reason."""
+    running, folder = served.engine._loader.model_modules, served.checkpoint.served_adapters[adapter]
+    options = ["--base", str(served.checkpoint.served), "--device", running.device, "--max-lora-rank", "32", "--json"]
+    found = CliRunner().invoke(app, ["inspect-adapter", str(folder), *options])
+    said = json.loads(found.output)
+    assert (said["fit"] or tuple(said["reasons"])) == verdicts.verdict(folder, running, max_lora_rank=32)
+    assert (found.exit_code == 0) == (adapter in served.checkpoint.adapters)
 
 
 def test_a_model_that_vllm_has_without_lora_is_refused(refused, request, tmp_path, model_engines):

@@ -31,8 +31,8 @@ _TOWERS = frozenset(
 #: What stands behind a module's name in an adapter's file.
 _FACTOR = ".lora_A.weight"
 
-#: Other names for a language model's output layer; the first is Tinker's.
-_ALIASES = {"unembed_tokens": "lm_head"}
+#: Other names for a language model's output layer; the first is Tinker's, the second GPT-NeoX's.
+_ALIASES = {"unembed_tokens": "lm_head", "embed_out": "lm_head"}
 
 
 @frozen
@@ -97,6 +97,7 @@ class ModelModules:
         shapes: Those that an adapter may change, by the running model's names.
         renames: From a checkpoint's names to the running model's.
         unadapted: Layers that the model has and vLLM does not adapt: their names, and their kinds.
+        fused: Modules that vLLM holds in one, by the one's name: an adapter may have either.
         left_out: Beginnings of names, in the running model, of parts whose factors are not applied.
         model: The name of the model's class; empty where it is not known.
         device: vLLM's device type; empty where it is not known.
@@ -105,6 +106,7 @@ class ModelModules:
     shapes: Mapping[str, ModuleShape]
     renames: Renames = field(factory=Renames)
     unadapted: Mapping[str, str] = field(factory=dict)
+    fused: Mapping[str, Sequence[str]] = field(factory=dict)
     left_out: Sequence[str] = ()
     model: str = ""
     device: str = ""
@@ -123,6 +125,7 @@ class ModelModules:
                 for name, kind in described["unadapted"].items()
                 if name not in shapes
             },
+            fused={name: parts for described in descriptions for name, parts in described["fused"].items()},
             left_out=tuple(first["left_out"]),
             model=first["model"],
             device=first["device"],
@@ -141,6 +144,21 @@ class ModelModules:
             if candidate in self.shapes:
                 return candidate
         return self._by_tail.get(_tail(renamed)) or self._by_tail.get(_tail(name))
+
+    def locate_parts(self, name: str) -> Sequence[str]:
+        """Return the modules that the running model has for one of an adapter's, in order; empty where it has none.
+
+        GLM-4's checkpoints have ``gate_up_proj``, and vLLM takes adapters of ``gate_proj`` and ``up_proj``.
+        """
+        for candidate in (self.renames(name), name):
+            fused = candidate if candidate in self.fused else self._fused_by_tail.get(_tail(candidate))
+            if fused is not None:
+                return self.fused[fused]
+        return ()
+
+    @cached_property
+    def _fused_by_tail(self) -> Mapping[str, str]:
+        return {_tail(name): name for name in self.fused}
 
     def is_left_out(self, name: str) -> bool:
         """Return whether a module that the model does not list belongs to a part that text alone does not pass."""

@@ -89,6 +89,20 @@ def _pieces(name: str, module: LoRAModule, model: ModelModules) -> Iterator[tupl
     target = model.locate(name)
     if target is not None:
         yield target, Piece(name, module)
+        return
+    yield from _parts(name, module, model)
+
+
+def _parts(name: str, module: LoRAModule, model: ModelModules) -> Iterator[tuple[str, Piece]]:
+    """Cut a module's outputs into the parts that the model takes one by one; each gets the whole factor A."""
+    first = 0
+    parts = model.locate_parts(name)
+    for part in parts:
+        is_last = part == parts[-1]
+        # Where the sizes do not add up, the last part has another shape than the model's, and is refused for it.
+        outputs = module.out_features - first if is_last else model.shapes[part].out_features
+        yield part, Piece(name, evolve(module, out_features=outputs), first_output=first)
+        first += outputs
 
 
 def _expert_pieces(name: str, module: LoRAModule, model: ModelModules) -> Iterator[tuple[str, Piece]]:

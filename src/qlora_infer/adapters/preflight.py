@@ -102,7 +102,7 @@ def _absence_reasons(placement: Placement, modules: Mapping[str, LoRAModule], mo
         yield "It has no modules."
         return
     unadapted = [name for name in placement.absent if model.why_unadapted(name)]
-    experts = [name for name in unadapted if _EXPERTS.search(name)]
+    experts = [name for name in unadapted if _EXPERTS.search(name) and model.device in ("", "cpu")]
     others = [name for name in unadapted if name not in experts]
     unknown = [name for name in placement.absent if name not in unadapted]
     if experts:

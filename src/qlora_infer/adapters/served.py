@@ -76,7 +76,7 @@ def _cut(a: np.ndarray, b: np.ndarray, piece: Piece) -> tuple[np.ndarray, np.nda
     (``ParamWrapper.get_delta_weight`` in PEFT 0.21).
     """
     if piece.expert is None:
-        return a, b
+        return a, b[piece.first_output : piece.first_output + piece.module.out_features]
     rank = piece.module.rank
     of_expert = b.reshape(len(b), rank, -1)[:, :, piece.expert]
     outputs = of_expert[piece.first_output : piece.first_output + piece.module.out_features]

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,14 @@ from qlora_infer.adapters.snapshot import CONFIG_NAME
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
+
+
+class BaseDevice(StrEnum):
+    """Where a base is served."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
 
 DOES_NOT_FIT = 1
 UNREADABLE = 2
@@ -45,6 +54,7 @@ class Inspection:
         base: The model that it was held against.
         lineage: How that compares with ``base_model``.
         checked: What was checked of that model.
+        fit: How much of that model it changes, and what of it is left out.
         reasons: Why it cannot be served (on ``base``, where one is given); empty where nothing stands against it.
     """
 
@@ -60,6 +70,7 @@ class Inspection:
     base: str | None = None
     lineage: str | None = None
     checked: str | None = None
+    fit: str | None = None
     reasons: tuple[str, ...] = ()
 
 
@@ -68,6 +79,9 @@ def inspect_adapter(
     source: Annotated[str, typer.Argument(help="A Hub id, a folder or a URL, as load_adapter takes it.")],
     base: Annotated[str | None, typer.Option(help="A base model to hold it against: a Hub id or a folder.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base model's branch, tag or commit.")] = None,
+    device: Annotated[
+        BaseDevice, typer.Option(help="Where the base is served: vLLM adapts experts on GPUs only.")
+    ] = BaseDevice.CUDA,
     max_lora_rank: Annotated[
         int, typer.Option(help="The largest rank that the engine would have room for.")
     ] = ALLOWED_RANKS[-1],
@@ -80,7 +94,14 @@ def inspect_adapter(
     the adapter, with 1 when it cannot be served (on this base), with 2 when it or the base cannot be read.
     """
     try:
-        found = _inspect(source, base, base_revision, max_lora_rank=max_lora_rank, allow_pickle=allow_pickle)
+        found = _inspect(
+            source,
+            base,
+            base_revision,
+            device=device.value,
+            max_lora_rank=max_lora_rank,
+            allow_pickle=allow_pickle,
+        )
     except (QLoRAInferError, ValueError) as error:
         if ctx.find_root().params["debug"]:
             raise
@@ -91,20 +112,20 @@ def inspect_adapter(
 
 
 def _inspect(
-    source: str, base: str | None, base_revision: str | None, *, max_lora_rank: int, allow_pickle: bool
+    source: str, base: str | None, base_revision: str | None, *, device: str, max_lora_rank: int, allow_pickle: bool
 ) -> Inspection:
     found, manifest = _read(AdapterSource.parse(source), allow_pickle=allow_pickle)
     if base is None:
         return evolve(found, reasons=manifest.unsupported)
-    checkpoint = read_checkpoint(base, revision=base_revision)
+    checkpoint = read_checkpoint(base, revision=base_revision, device=device)
+    found = evolve(found, base=base, lineage=lineage(manifest.base_model, base), checked=checkpoint.checked)
+    if checkpoint.refusal:
+        return evolve(found, reasons=(checkpoint.refusal,))
     try:
-        preflight.check(str(source), manifest, checkpoint.modules, max_lora_rank=max_lora_rank)
-        reasons: tuple[str, ...] = ()
+        fit = preflight.check(str(source), manifest, checkpoint.modules, max_lora_rank=max_lora_rank)
     except IncompatibleAdapterError as error:
-        reasons = error.reasons
-    return evolve(
-        found, base=base, lineage=lineage(manifest.base_model, base), checked=checkpoint.checked, reasons=reasons
-    )
+        return evolve(found, reasons=error.reasons)
+    return evolve(found, fit=str(fit))
 
 
 def _read(source: AdapterSource, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
@@ -161,7 +182,7 @@ def _lines(found: Inspection) -> Iterator[str]:
     if found.base:
         yield f"base        {found.base} (lineage: {found.lineage})"
         yield f"checked     {found.checked}"
-        yield f"fits        {'no' if found.reasons else 'yes'}"
+        yield f"fits        {f'yes: {found.fit}' if found.fit else 'no'}"
     elif found.reasons:
         yield "served      no, on any base"
     yield from (f"  - {reason}" for reason in found.reasons)
