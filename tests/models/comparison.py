@@ -64,14 +64,13 @@ class Reference:
     """transformers + PEFT with the adapters of a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, recipes: Sequence[Recipe] | None = None) -> None:
+        self._checkpoint = checkpoint
         self._names = [recipe.name for recipe in (checkpoint.model.adapters if recipes is None else recipes)]
-        network = reference.load(checkpoint.model.architecture, checkpoint.reference)
-        folders = {name: checkpoint.reference_adapters[name] for name in self._names}
-        self._model = reference.with_adapters(network, folders) if folders else network
+        self._models: dict[str | None, Any] = {}
 
     def distance(self, answers: Sequence[Answer], adapter: str | None) -> Distance:
         """Return how far these answers of one adapter, or of the base model, are from what PEFT computes."""
-        expected = [reference.logprobs(self._model, adapter, answer.token_ids) for answer in answers]
+        expected = [self._logprobs(adapter, answer) for answer in answers]
         errors = sorted(
             abs(ours - theirs)
             for answer, row in zip(answers, expected, strict=True)
@@ -85,9 +84,13 @@ class Reference:
         return statistics.median(
             abs(adapted - base)
             for answer in answers
-            for adapted, base in zip(
-                reference.logprobs(self._model, adapter, answer.token_ids),
-                reference.logprobs(self._model, None, answer.token_ids),
-                strict=True,
-            )
+            for adapted, base in zip(self._logprobs(adapter, answer), self._logprobs(None, answer), strict=True)
         )
+
+    def _logprobs(self, adapter: str | None, answer: Answer) -> list[float]:
+        if adapter not in self._models:
+            network = reference.load(self._checkpoint.model.architecture, self._checkpoint.reference)
+            if adapter is not None:
+                network = reference.with_adapter(network, self._checkpoint.reference_adapters[adapter])
+            self._models[adapter] = network
+        return reference.logprobs(self._models[adapter], answer.token_ids)
