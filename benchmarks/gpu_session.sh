@@ -85,7 +85,7 @@ for name in ${@:-tests 8b}; do
       done
       ;;
     models)
-      part models 580 python3 -m pytest tests/gpu/test_models.py tests/gpu/test_lm_head.py -m 'not two_gpus' -v --tb=short --show-capture=no --timeout 240 \
+      part models 580 python3 -m pytest tests/gpu/test_models.py tests/gpu/test_lm_head.py -v --tb=short --show-capture=no --timeout 240 \
         -p no:cacheprovider --junitxml "$OUT/models.xml"
       grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$' "$OUT/models.log" | cut -c1-220
       ;;
