@@ -7,7 +7,7 @@
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
 #   8b-awq, 8b-awq-128, 8b-bnb, 8b-bnb-128
 #             the same in AWQ and bitsandbytes, one pair; and 128 adapters: at most 10 minutes each
-#   phi3      modules fused in the checkpoint: Phi-3's modules against Llama's at the sizes of 8B: 8 minutes
+#   phi3      modules fused in the checkpoint: Phi-3's modules against Llama's at the sizes of 8B: 7 minutes
 #   models    tiny models of today's architectures with experts' adapters, and adapters of output layers: 10 minutes
 #   one       1.1 billion parameters in AWQ and GPTQ, one adapter and the base model, 512 requests, 8 pairs: 4 minutes each
 #   awq, gptq, bnb
@@ -81,7 +81,7 @@ for name in ${@:-tests 8b}; do
     phi3)
       # Fused modules against Llama's of the same sizes: what eight adapters leave of the base model's speed.
       for shape in 8B-phi3 8B; do
-        bench "fused-$shape" 290 --shape $shape --quantization gptq --adapters 0 8 --requests 64 --repeats 4 --minutes 4.5
+        bench "fused-$shape" 240 --shape $shape --quantization gptq --adapters 0 8 --requests 64 --repeats 4 --minutes 3.8
       done
       ;;
     models)
