@@ -1,5 +1,8 @@
 """4-bit weights on a CPU without AVX-512: the arithmetic of kernels/int4_cpu.py, on any CPU; no engine is started."""
 
+import subprocess
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -97,6 +100,20 @@ def test_vllm_still_chooses_as_we_know_it(monkeypatch):
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", CPUWNA16LinearKernel.__name__)
         with pytest.raises(ValueError, match="CPUWNA16LinearKernel disabled by environment variable"):
             choose_mp_linear_kernel(config)
+
+
+def test_a_worker_may_use_amx_before_anything_else_has():
+    """The first instruction of a process may be one of a 4-bit kernel: ``kernels.install`` has requested AMX by then."""
+    program = (
+        "import ctypes, torch\n"
+        "from qlora_infer import kernels\n"
+        "kernels.install()\n"
+        "granted = ctypes.c_ulong()\n"
+        "ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(granted))\n"  # arch_prctl(ARCH_GET_XCOMP_PERM)
+        "assert granted.value >> 18 & 1 or not torch.cpu._is_amx_tile_supported()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_reordered_inputs_are_refused():

@@ -38,6 +38,7 @@ def install() -> None:
     name = None
     if current_platform.is_cpu():
         _complete_4_bit_weights()
+        _request_amx()
         leave_out_experts()
         name = _for_a_cpu()
     elif current_platform.is_cuda():
@@ -64,6 +65,18 @@ def _complete_4_bit_weights() -> None:
         from qlora_infer.kernels import int4_cpu
 
         int4_cpu.install()
+
+
+def _request_amx() -> None:
+    """Request Linux's permission to use AMX, without which its instructions end the process.
+
+    vLLM's kernels for 4-bit weights use them and do not request it (``cpu_gemm_wna16`` in vLLM 0.32.0). oneDNN does, in
+    its first matrix product, which a small model may not have before.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def _for_a_cpu() -> str | None:
