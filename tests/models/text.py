@@ -143,7 +143,7 @@ def qwen3_5_text(**changes: Any) -> Any:
 def qwen3_moe(**changes: Any) -> Any:
     return transformers.Qwen3MoeConfig(
         **{**SIZES, **HEADS_OF_64, "num_experts_per_tok": 2, **changes},
-        moe_intermediate_size=64,
+        moe_intermediate_size=192,
         num_experts=4,
         norm_topk_prob=True,
     )
@@ -177,7 +177,7 @@ def deepseek_v3(**changes: Any) -> Any:
     """Return a config with the sizes of DeepSeek's own attention, the only ones that GPU kernels are written for."""
     return transformers.DeepseekV3Config(
         **{**SIZES, "num_key_value_heads": 4, "num_experts_per_tok": 4, **changes},
-        moe_intermediate_size=64,
+        moe_intermediate_size=192,
         n_routed_experts=4,
         n_group=1,
         topk_group=1,
