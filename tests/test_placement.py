@@ -231,3 +231,38 @@ def test_tensors_are_written_as_they_were_read(tmp_path):
         after = map_tensors("a", tmp_path / "copy.safetensors")
         assert {name: tensor.dtype for name, tensor in before.items()} == {name: t.dtype for name, t in after.items()}
         assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+#: GLM-4: its checkpoint has gate_up_proj, and vLLM takes adapters of the two halves.
+IN_PARTS = ModelModules(
+    {
+        "model.layers.0.mlp.gate_proj": ModuleShape(8, 12),
+        "model.layers.0.mlp.up_proj": ModuleShape(8, 12),
+    },
+    fused={"model.layers.0.mlp.gate_up_proj": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]},
+)
+
+
+def test_a_module_that_vllm_takes_in_parts_is_cut(tmp_path):
+    """Each part gets the whole of A and its own rows of B, bit for bit, so that the sum is the adapter's."""
+    name = "model.layers.0.mlp.gate_up_proj"
+    folder = write_adapter(tmp_path / "a", modules={name: (8, 24)}, rank=4)
+    fit = check("fused", read_manifest("fused", folder), IN_PARTS, max_lora_rank=8)
+    assert fit.num_modules == 1
+    assert not fit.placement.is_vllms_own(IN_PARTS)
+    given = map_tensors("fused", folder / "adapter_model.safetensors")
+    served = map_tensors("fused", write_served("fused", folder, fit.placement) / "adapter_model.safetensors")
+    a, b = (given[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    for part, rows in (("gate_proj", b[:12]), ("up_proj", b[12:])):
+        prefix = f"base_model.model.model.layers.0.mlp.{part}"
+        assert np.array_equal(served[f"{prefix}.lora_A.weight"], a)
+        assert np.array_equal(served[f"{prefix}.lora_B.weight"], rows)
+
+
+def test_a_module_of_another_size_than_its_parts_is_refused(tmp_path):
+    """What the parts do not take is a shape that differs, and no module that is cut short."""
+    folder = write_adapter(tmp_path / "a", modules={"model.layers.0.mlp.gate_up_proj": (8, 26)})
+    with pytest.raises(
+        IncompatibleAdapterError, match="up_proj has 8 inputs and 14 outputs in it, 8 and 12 in the model"
+    ):
+        check("fused", read_manifest("fused", folder), IN_PARTS, max_lora_rank=8)

@@ -11,6 +11,7 @@ from engine.test_models import (
     test_an_adapter_that_is_not_served_here_is_refused_in_words,
     test_base_and_adapters_in_one_batch_are_right,
     test_inspect_adapter_and_the_engine_give_one_verdict,
+    test_the_files_of_a_checkpoint_tell_the_modules_of_the_running_model,
 )
 
 MODELS = catalog.OUT_OF_CI
@@ -24,4 +25,5 @@ __all__ = [
     "test_an_adapter_that_is_not_served_here_is_refused_in_words",
     "test_base_and_adapters_in_one_batch_are_right",
     "test_inspect_adapter_and_the_engine_give_one_verdict",
+    "test_the_files_of_a_checkpoint_tell_the_modules_of_the_running_model",
 ]
