@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qlora_infer.adapters.model_modules import DOWN
+
 #: A module's input and output sizes, and how many experts its factors hold one behind the other (0 for none).
 Sizes = tuple[int, int, int]
 
@@ -21,7 +23,12 @@ def describe(manager: Any) -> dict[str, Any]:
     """
     sizes: dict[str, Sizes] = {}
     unlisted: dict[str, str] = {}
-    layers = {name: layer for name, layer in manager.modules.items() if not _is_convolution(layer)}
+    absorbed = _absorbed_layers(manager.model)
+    layers = {
+        name: layer
+        for name, layer in manager.modules.items()
+        if not (_is_convolution(layer) or id(layer) in absorbed or id(layer.base_layer) in absorbed)
+    }
     for name, layer in layers.items():
         parts = manager.packed_modules.get(name, [name])
         try:
@@ -37,6 +44,7 @@ def describe(manager: Any) -> dict[str, Any]:
         },
         "fused": {name: manager.packed_modules[name] for name in layers if _is_fused(manager.packed_modules.get(name))},
         "left_out": left_out_prefixes(manager),
+        "row_orders": row_orders(manager.model, sizes),
         "renames": rename_rules(getattr(manager.model, "hf_to_vllm_mapper", None)),
         "model": type(manager.model).__name__,
         "device": str(getattr(manager.device, "type", manager.device)),
@@ -121,11 +129,7 @@ def _sizes_of_experts(name: str, parts: Sequence[str], layer: Any) -> dict[str, 
     if len(parts) > 3 * layer.global_num_experts:
         # vLLM's "transformers" backend lists two names for each projection, and pack_moe then takes them for experts.
         raise ValueError("vLLM has more than one name for each projection of an expert")
-    return {part: (inner, hidden, 0) if part.rpartition(".")[2] in _DOWN else (hidden, inner, 0) for part in parts}
-
-
-#: How checkpoints call the projection that leads out of an expert.
-_DOWN = frozenset({"down_proj", "w2", "w2_weight", "fc2", "output_linear"})
+    return {part: (inner, hidden, 0) if part.rpartition(".")[2] in DOWN else (hidden, inner, 0) for part in parts}
 
 
 def _unadapted(model: Any, layers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -154,6 +158,37 @@ def _is_convolution(layer: Any) -> bool:
     """
     weight = getattr(layer.base_layer, "weight", None)
     return weight is not None and weight.dim() > 2
+
+
+def _absorbed_layers(model: Any) -> set[int]:
+    """Return the ids of the layers whose weights attention multiplies itself, without the LoRA beside them.
+
+    Multi-head latent attention takes ``kv_b_proj`` apart when the model is loaded, and decodes with the two halves
+    (``MLAAttention.process_weights_after_loading`` in ``vllm/model_executor/layers/attention/mla_attention.py``).
+    """
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+    return {id(module.kv_b_proj) for module in model.modules() if isinstance(module, MLAAttention)}
+
+
+def row_orders(model: Any, sizes: Mapping[str, Sizes]) -> dict[str, list[int]]:
+    """Return the order in which vLLM puts the outputs of modules, by the last part of their names.
+
+    Llama 4's queries and keys are put in another order when they are loaded, for vLLM's rotary embedding; an adapter's
+    factors are not (``permute_qk_weight_for_rotary`` in ``vllm/model_executor/models/llama4.py``, which is asked here).
+    """
+    import torch
+
+    orders: dict[str, list[int]] = {}
+    for module in model.modules():
+        if not hasattr(module, "permute_qk_weight_for_rotary"):
+            continue
+        for name in ("q_proj", "k_proj"):
+            outputs = next((out for layer, (_, out, _) in sizes.items() if layer.endswith(f".{name}")), 0)
+            if outputs:
+                _, permuted = module.permute_qk_weight_for_rotary(f"{name}.weight", torch.arange(outputs)[:, None])
+                orders[name] = permuted.flatten().tolist()
+    return orders
 
 
 def _has_matrix(module: Any) -> bool:

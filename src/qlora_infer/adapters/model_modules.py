@@ -31,6 +31,9 @@ _TOWERS = frozenset(
 #: What stands behind a module's name in an adapter's file.
 _FACTOR = ".lora_A.weight"
 
+#: How checkpoints call the projection that leads out of an expert.
+DOWN = frozenset({"down_proj", "w2", "w2_weight", "fc2", "output_linear"})
+
 #: Other names for a language model's output layer; the first is Tinker's, the second GPT-NeoX's.
 _ALIASES = {"unembed_tokens": "lm_head", "embed_out": "lm_head"}
 
@@ -97,6 +100,8 @@ class ModelModules:
         shapes: Those that an adapter may change, by the running model's names.
         renames: From a checkpoint's names to the running model's.
         unadapted: Layers that the model has and vLLM does not adapt: their names, and their kinds.
+        row_orders: The order in which vLLM puts the outputs of modules when it loads them, by the last part of their
+            names; for those that it puts in another order than the checkpoint.
         fused: Modules that vLLM holds in one, by the one's name: an adapter may have either.
         left_out: Beginnings of names, in the running model, of parts whose factors are not applied.
         model: The name of the model's class; empty where it is not known.
@@ -108,6 +113,7 @@ class ModelModules:
     unadapted: Mapping[str, str] = field(factory=dict)
     fused: Mapping[str, Sequence[str]] = field(factory=dict)
     left_out: Sequence[str] = ()
+    row_orders: Mapping[str, Sequence[int]] = field(factory=dict)
     model: str = ""
     device: str = ""
 
@@ -127,6 +133,7 @@ class ModelModules:
             },
             fused={name: parts for described in descriptions for name, parts in described["fused"].items()},
             left_out=tuple(first["left_out"]),
+            row_orders=first["row_orders"],
             model=first["model"],
             device=first["device"],
         )
@@ -144,6 +151,11 @@ class ModelModules:
             if candidate in self.shapes:
                 return candidate
         return self._by_tail.get(_tail(renamed)) or self._by_tail.get(_tail(name))
+
+    def row_order(self, name: str) -> Sequence[int] | None:
+        """Return the order of a module's outputs in the running model, or ``None`` for that of the checkpoint."""
+        order = self.row_orders.get(name.rpartition(".")[2])
+        return order if order is not None and len(order) == self.shapes[name].out_features else None
 
     def locate_parts(self, name: str) -> Sequence[str]:
         """Return the modules that the running model has for one of an adapter's, in order; empty where it has none.
@@ -189,10 +201,13 @@ class ModelModules:
     def _experts(self) -> Mapping[str, Mapping[int, Sequence[str]]]:
         """The modules of experts that the model has one by one, by the tail of their layer's name."""
         layers: dict[str, dict[int, list[str]]] = {}
-        for name in self.shapes:
+        for name in sorted(self.shapes):
             match = _EXPERT.fullmatch(name)
             if match:
-                layers.setdefault(_tail(match["layer"]), {}).setdefault(int(match["expert"]), []).append(name)
+                names = layers.setdefault(_tail(match["layer"]), {}).setdefault(int(match["expert"]), [])
+                names.insert(1 if name.rpartition(".")[2] in DOWN else len(names), name)
+                if len(names) == 2 and names[0].rpartition(".")[2] in DOWN:
+                    names.reverse()
         return layers
 
     @cached_property
@@ -213,8 +228,13 @@ class ModelModules:
 
 
 def _tail(name: str) -> str:
-    """Return a name without the wrappers around a language model."""
+    """Return a name without the wrappers around a language model, and without what a layer calls the home of experts.
+
+    transformers 5 calls Mixtral's ``mlp.experts``, vLLM ``block_sparse_moe.experts``.
+    """
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts.pop(0)
+    if "experts" in parts[1:]:
+        parts[parts.index("experts") - 1] = "*"
     return _ALIASES.get(parts[0], ".".join(parts)) if len(parts) == 1 else ".".join(parts)

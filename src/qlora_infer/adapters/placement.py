@@ -19,12 +19,14 @@ class Piece:
         module: The shape of what it gets.
         expert: Which expert's factors it gets, of a module that holds those of all experts.
         first_output: Where its outputs begin among those of B.
+        order: The order of its outputs in the running model, where that is not the checkpoint's.
     """
 
     source: str | None
     module: LoRAModule
     expert: int | None = None
     first_output: int = 0
+    order: Sequence[int] | None = None
 
 
 @frozen
@@ -54,7 +56,10 @@ class Placement:
             not self.left_out
             and model.renames.is_complete
             and all(
-                piece.source is not None and piece.expert is None and model.renames(piece.source) == name
+                piece.source is not None
+                and piece.expert is None
+                and piece.order is None
+                and model.renames(piece.source) == name
                 for name, piece in self.pieces.items()
             )
         )
@@ -88,7 +93,7 @@ def _pieces(name: str, module: LoRAModule, model: ModelModules) -> Iterator[tupl
         return
     target = model.locate(name)
     if target is not None:
-        yield target, Piece(name, module)
+        yield target, Piece(name, module, order=model.row_order(target))
         return
     yield from _parts(name, module, model)
 

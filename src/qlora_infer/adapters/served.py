@@ -76,6 +76,7 @@ def _cut(a: np.ndarray, b: np.ndarray, piece: Piece) -> tuple[np.ndarray, np.nda
     (``ParamWrapper.get_delta_weight`` in PEFT 0.21).
     """
     if piece.expert is None:
+        b = b if piece.order is None else b[piece.order]
         return a, b[piece.first_output : piece.first_output + piece.module.out_features]
     rank = piece.module.rank
     of_expert = b.reshape(len(b), rank, -1)[:, :, piece.expert]

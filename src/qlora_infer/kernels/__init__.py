@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from qlora_infer.kernels.experts_cpu import leave_out_experts
+from qlora_infer.kernels.rotary_cpu import flatten_heads
 from qlora_infer.startup import KERNELS_KEY
 
 logger = logging.getLogger("qlora_infer")
@@ -40,6 +41,7 @@ def install() -> None:
         _complete_4_bit_weights()
         _request_amx()
         leave_out_experts()
+        flatten_heads()
         name = _for_a_cpu()
     elif current_platform.is_cuda():
         name = _for_a_gpu(current_platform)

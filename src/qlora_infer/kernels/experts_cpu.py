@@ -56,17 +56,20 @@ def targets_without_experts(model: Any, lora_config: Any) -> list[str] | None:
         if not isinstance(module, MoERunner)
         and is_supported_lora_module(name, module, supported)
         and is_in_target_modules(name, wanted, packed)
-        and _can_be_wrapped(module, packed.get(name.rpartition(".")[2], []), lora_config, model.config)
+        and _can_be_wrapped(name, module, packed, lora_config, model.config)
     ]
 
 
-def _can_be_wrapped(module: Any, packed: list[str], lora_config: Any, config: Any) -> bool:
+def _can_be_wrapped(name: str, module: Any, packed: Any, lora_config: Any, config: Any) -> bool:
     """Return whether vLLM has a LoRA layer for a module: with a list of targets, one without ends the start."""
     from vllm.lora.utils import _all_lora_classes
 
+    if "lm_head" in name:
+        return True  # vLLM wraps the logits processor beside it
+    parts = packed.get(name.rpartition(".")[2], [])
     return any(
         layer.can_replace_layer(
-            source_layer=module, lora_config=lora_config, packed_modules_list=packed, model_config=config
+            source_layer=module, lora_config=lora_config, packed_modules_list=parts, model_config=config
         )
         for layer in _all_lora_classes
     )

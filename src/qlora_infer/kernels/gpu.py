@@ -246,8 +246,8 @@ def modules_of_vllms(manager: Any) -> list[str]:
     return [
         name
         for name, layer in manager.modules.items()
-        if not _is_matrices(layer.lora_b_stacked)
-        or (isinstance(layer.lora_b_stacked, tuple) and len(layer.lora_b_stacked) > MOST_SLICES)
+        if not _is_matrices(stacked := getattr(layer, "lora_b_stacked", None))
+        or (isinstance(stacked, tuple) and len(stacked) > MOST_SLICES)
     ]
 
 
