@@ -266,3 +266,35 @@ def test_a_module_of_another_size_than_its_parts_is_refused(tmp_path):
         IncompatibleAdapterError, match="up_proj has 8 inputs and 14 outputs in it, 8 and 12 in the model"
     ):
         check("fused", read_manifest("fused", folder), IN_PARTS, max_lora_rank=8)
+
+
+def test_outputs_are_put_in_the_order_of_the_running_model(tmp_path):
+    """Where vLLM loads a module's outputs in another order, B's rows follow, and A stays."""
+    name, order = "model.layers.0.self_attn.q_proj", [*range(8, 16), *range(8)]
+    model = ModelModules({name: ModuleShape(8, 16)}, row_orders={"q_proj": order})
+    folder = write_adapter(tmp_path / "a", modules={name: (8, 16)}, rank=4)
+    placement = place(read_manifest("a", folder).modules, model)
+    assert not placement.is_vllms_own(model)
+    before = map_tensors("a", folder / "adapter_model.safetensors")
+    after = map_tensors("a", write_served("a", folder, placement) / "adapter_model.safetensors")
+    factors = [f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB"]
+    assert np.array_equal(after[factors[0]], before[factors[0]])
+    assert np.array_equal(after[factors[1]], before[factors[1]][order])
+
+
+def test_experts_are_found_by_their_layer_whatever_it_calls_their_home(tmp_path):
+    """transformers 5 says mlp.experts of a Mixtral, vLLM block_sparse_moe.experts with w1, w2 and w3."""
+    added = save_experts(tmp_path / "a", ("gate_up_proj", "down_proj"))
+    layer, shape = "model.layers.0.block_sparse_moe.experts", ModuleShape(HIDDEN, INNER)
+    shapes = {"w2": ModuleShape(INNER, HIDDEN), "w3": shape, "w1": shape}  # in any order
+    model = ModelModules({f"{layer}.{expert}.{name}": shapes[name] for expert in range(EXPERTS) for name in shapes})
+    placement = place(read_manifest("experts", tmp_path / "a").modules, model)
+    tensors = map_tensors("x", write_served("experts", tmp_path / "a", placement) / "adapter_model.safetensors")
+    assert not placement.absent
+    for expert in range(EXPERTS):
+        for name, expected in (
+            ("w1", added["gate_up_proj"][expert, :INNER]),
+            ("w3", added["gate_up_proj"][expert, INNER:]),
+        ):
+            a, b = (tensors[f"base_model.model.{layer}.{expert}.{name}.lora_{factor}.weight"] for factor in "AB")
+            assert np.allclose(b @ a * 6 / RANK, expected, atol=1e-5)

@@ -15,7 +15,8 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from qlora_infer._lora_layers import sizes_of
+from qlora_infer._lora_layers import row_orders, sizes_of
+from qlora_infer.kernels.rotary_cpu import flatten_heads
 
 INPUTS, HEAD, HEADS, KV_HEADS, VOCABULARY = 64, 16, 8, 2, 192
 QKV = [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD]
@@ -34,6 +35,13 @@ def world(request, monkeypatch, tmp_path):
         monkeypatch.setattr(group, "world_size", request.param)
         yield request.param
         parallel_state.cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def default_vllm_config():
+    """vLLM's layers are made within a configuration."""
+    with set_current_vllm_config(VllmConfig()):
+        yield
 
 
 def qkv():
@@ -184,3 +192,43 @@ def test_a_class_of_tomorrow_is_listed_by_its_slots(world):
             sizes_of("new", ["one", "two"], tomorrow)
     else:
         assert sizes_of("new", ["one", "two"], tomorrow) == {"one": (INPUTS, 96, 0), "two": (INPUTS, 32, 0)}
+
+
+def test_llama_4s_queries_and_keys_are_in_the_order_that_vllm_gives_them():
+    """The order of outputs is that in which vLLM's own loader puts the rows of a weight."""
+    from vllm.model_executor.models.llama4 import Llama4ForCausalLM
+
+    class Model(torch.nn.Module):
+        permute_qk_weight_for_rotary = Llama4ForCausalLM.permute_qk_weight_for_rotary
+        config = SimpleNamespace(num_attention_heads=HEADS, num_key_value_heads=KV_HEADS)
+
+    model = Model()
+    sizes = dict(zip(ATTENTION, ((INPUTS, outputs, 0) for outputs in QKV), strict=True))
+    orders = row_orders(torch.nn.ModuleList([model]), sizes)
+    assert set(orders) == {"q_proj", "k_proj"}
+    for name, outputs in zip(("q_proj", "k_proj"), QKV, strict=False):
+        weight = torch.randn(outputs, INPUTS)
+        _, loaded = model.permute_qk_weight_for_rotary(f"layers.0.self_attn.{name}.weight", weight)
+        assert torch.equal(loaded, weight[orders[name]])
+        assert not torch.equal(loaded, weight)
+    assert row_orders(torch.nn.Linear(2, 2), sizes) == {}
+
+
+def test_rotary_embeddings_turn_every_head_on_the_cpu(default_vllm_config):
+    """Queries and keys with a dimension of their own for heads get what torch computes, in place of the first head only."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    rotary = RotaryEmbedding(HEAD, HEAD, 64, 10000, True, torch.float32)
+    positions = torch.arange(5)
+    query, key = torch.randn(5, HEADS, HEAD), torch.randn(5, KV_HEADS, HEAD)
+    expected = rotary.forward_native(positions, query.clone(), key.clone())
+    theirs = RotaryEmbedding.forward_cpu
+    try:
+        flatten_heads()
+        turned = rotary.forward_cpu(positions, query.clone(), key.clone())
+        flat = rotary.forward_cpu(positions, query.flatten(-2).clone(), key.flatten(-2).clone())
+    finally:
+        RotaryEmbedding.forward_cpu = theirs
+    for ours, other, torchs in zip(turned, flat, expected, strict=True):
+        assert torch.allclose(ours, torchs, atol=1e-5)
+        assert torch.allclose(other, torchs.flatten(-2), atol=1e-5)
