@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_infer.adapters.model_modules import DOWN
+from qlora_infer.adapters.model_modules import DOWN, ROUTER
 
 #: A module's input and output sizes, and how many experts its factors hold one behind the other (0 for none).
 Sizes = tuple[int, int, int]
@@ -23,12 +23,13 @@ def describe(manager: Any) -> dict[str, Any]:
     """
     sizes: dict[str, Sizes] = {}
     unlisted: dict[str, str] = {}
-    absorbed = _absorbed_layers(manager.model)
+    bypassed = {id(layer) for layer in (*_absorbed_layers(manager.model), *_inner_routers(manager.model))}
     layers = {
         name: layer
         for name, layer in manager.modules.items()
-        if not (_is_convolution(layer) or id(layer) in absorbed or id(layer.base_layer) in absorbed)
+        if not (_is_convolution(name, layer) or id(layer) in bypassed or id(layer.base_layer) in bypassed)
     }
+    routers = {id(router) for router in _inner_routers(manager.model)}
     for name, layer in layers.items():
         parts = manager.packed_modules.get(name, [name])
         try:
@@ -41,6 +42,7 @@ def describe(manager: Any) -> dict[str, Any]:
         "unadapted": {
             **dict(_unadapted(manager.model, layers)),
             **{name: type(layers[name]).__name__ for name in unlisted},
+            **{name: ROUTER for name, layer in manager.modules.items() if id(layer.base_layer) in routers},
         },
         "fused": {name: manager.packed_modules[name] for name in layers if _is_fused(manager.packed_modules.get(name))},
         "left_out": left_out_prefixes(manager),
@@ -151,24 +153,38 @@ def _is_fused(parts: Sequence[str] | None) -> bool:
     return parts is not None and not any(".experts." in part for part in parts)
 
 
-def _is_convolution(layer: Any) -> bool:
+def _is_convolution(name: str, layer: Any) -> bool:
     """Return whether a linear layer stands for a convolution: models read its weight, and no LoRA is applied to it.
 
-    ``conv1d`` of Mamba's mixers and of linear attention, whose weight they give a third dimension.
+    ``conv1d`` of Mamba's mixers and of linear attention, whose weight has a third dimension until a CPU packs it.
     """
     weight = getattr(layer.base_layer, "weight", None)
-    return weight is not None and weight.dim() > 2
+    return name.endswith(".conv1d") or (weight is not None and weight.dim() > 2)
 
 
-def _absorbed_layers(model: Any) -> set[int]:
-    """Return the ids of the layers whose weights attention multiplies itself, without the LoRA beside them.
+def _inner_routers(model: Any) -> list[Any]:
+    """Return the routers that experts run themselves, without the LoRA beside them.
+
+    vLLM puts its LoRA layer for a router into the LoRA layer around the experts, and not into the experts, which go on
+    with the router that they have (``_create_lora_modules`` in ``vllm/lora/model_manager.py``, ``MoERunner.gate``). On
+    a CPU there is no LoRA layer around the experts, and the router's is in its place.
+    """
+    from vllm.lora.layers import BaseLayerWithLoRA
+    from vllm.model_executor.layers.fused_moe import MoERunner
+
+    routers = [getattr(module, "gate", None) for module in model.modules() if isinstance(module, MoERunner)]
+    return [router for router in routers if router is not None and not isinstance(router, BaseLayerWithLoRA)]
+
+
+def _absorbed_layers(model: Any) -> list[Any]:
+    """Return the layers whose weights attention multiplies itself, without the LoRA beside them.
 
     Multi-head latent attention takes ``kv_b_proj`` apart when the model is loaded, and decodes with the two halves
     (``MLAAttention.process_weights_after_loading`` in ``vllm/model_executor/layers/attention/mla_attention.py``).
     """
     from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
-    return {id(module.kv_b_proj) for module in model.modules() if isinstance(module, MLAAttention)}
+    return [module.kv_b_proj for module in model.modules() if isinstance(module, MLAAttention)]
 
 
 def row_orders(model: Any, sizes: Mapping[str, Sizes]) -> dict[str, list[int]]:

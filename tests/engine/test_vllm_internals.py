@@ -539,3 +539,36 @@ def test_the_runner_of_gpus_computes_logits_where_their_rows_are_given():
     assert off in inspect.getsource(VllmConfig._validate_batch_sharded_sampling)
     refuses = inspect.getsource(VllmConfig._validate_adaptive_verification)
     assert "Adaptive verification is not currently compatible with LoRA" in refuses
+
+
+def test_experts_keep_their_own_router_beside_lora():
+    """vLLM puts a router's LoRA layer into the layer around the experts, and the experts run the router that they have."""
+    from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.model_executor.layers.fused_moe import MoERunner
+
+    rewiring = inspect.getsource(LoRAModelManager._create_lora_modules)
+    assert "parent = self.model.get_submodule(_parent_module(module_name))" in rewiring
+    assert 'setattr(parent, module_name.rpartition(".")[-1], existing_wrapper)' in rewiring
+    assert "self.gate(hidden_states)" in inspect.getsource(MoERunner)
+    assert "gate" not in vars(FusedMoEWithLoRA)
+    assert "return self.base_layer.forward(" in inspect.getsource(FusedMoEWithLoRA.forward)
+
+
+def test_latent_attention_takes_a_layer_apart_when_the_model_is_loaded():
+    """kv_b_proj's weight is split for decoding, so that LoRA beside the layer is not applied there."""
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+    assert "split_kv_b_proj" in inspect.getsource(MLAAttention)
+    assert "kv_b_proj" in parameters(MLAAttention)
+
+
+def test_what_leaves_experts_without_lora_on_a_cpu():
+    """The flag that chooses kernels for experts, the list of targets, and where the model's layers are wrapped."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    assert "is_lora_enabled" in FusedMoEConfig.__dataclass_fields__
+    assert "target_modules" in LoRAConfig.__dataclass_fields__
+    assert parameters(LoRAModelRunnerMixin.load_lora_model)[1:] == ["model", "vllm_config", "device"]

@@ -35,6 +35,8 @@ HEADS = Recipe("heads", targets=("lm_head", "embed_tokens", "q_proj"))
 EMBEDDINGS = Recipe("embeddings", targets=("embed_tokens", "q_proj"))
 #: PEFT takes "all-linear" of a mixture of experts to mean the experts, too.
 DENSE = Recipe("dense", targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+#: The weight that chooses experts, which is a bare parameter in transformers 5.
+ROUTER = Recipe("router", targets=("q_proj", "v_proj"), parameters=("mlp.gate.weight",))
 EXPERTS = Recipe(
     "experts", targets=("q_proj", "v_proj"), parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 )
@@ -106,7 +108,7 @@ MODELS = [
         "qwen3-moe",
         "Qwen3MoeForCausalLM",
         text.qwen3_moe,
-        adapters=(ATTENTION, HEADS),
+        adapters=(ATTENTION, HEADS, ROUTER),
         refused_on_cpu=(EXPERTS, EXPERTS_BY_NAME, ALL),
     ),
     TinyModel(
