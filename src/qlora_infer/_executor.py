@@ -1,4 +1,4 @@
-"""What runs inside vLLM's engine core where the workers are processes of their own.
+"""The executor inside vLLM's engine core where the workers are processes of their own.
 
 Elsewhere the core imports ``_worker.py``, because it is the worker. Read in vLLM 0.32.0,
 ``vllm/v1/executor/abstract.py``.

@@ -1,4 +1,4 @@
-"""Why an engine did not start, left by vLLM's processes for the one that starts them.
+"""The reason why an engine did not start, left by vLLM's processes for the one that starts them.
 
 vLLM logs the error in the process that failed, and raises elsewhere only that there was one ("See root cause above").
 So the starting process makes a folder and names it in the environment, and each of vLLM's processes that fails leaves
@@ -33,7 +33,7 @@ LONGEST_FILE = 64_000
 
 @frozen
 class FaultFolder:
-    """Where the processes of one start leave the first error."""
+    """The place where the processes of one start leave the first error."""
 
     path: Path
 
@@ -89,7 +89,7 @@ def _format_place(error: BaseException) -> str:
 
 
 class _FaultWriter(logging.Handler):
-    """Writes the first error that ends a start; afterwards the folder is gone, and it writes nothing."""
+    """A log handler that writes the first error that ends a start, and nothing once the folder is gone."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.ERROR)

@@ -17,7 +17,7 @@ NEEDED_BY = "Gemma 3, Mistral 3, Qwen-VL and other multimodal models, and Qwen3.
 
 
 def is_installed() -> bool:
-    """Whether Python finds one, of whatever build."""
+    """Return whether Python finds one, of whatever build."""
     return importlib.util.find_spec("torchvision") is not None
 
 

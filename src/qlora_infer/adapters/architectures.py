@@ -1,4 +1,4 @@
-"""What vLLM adapts of each architecture, as ``benchmarks/model_survey.py`` wrote it into ``architectures.json``."""
+"""The modules of each architecture that vLLM adapts, as ``benchmarks/model_survey.py`` found them (``architectures.json``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERTS = "experts"
 
 @frozen
 class Architecture:
-    """What vLLM adapts of the models of an architecture.
+    """The modules that vLLM adapts in the models of an architecture.
 
     Attributes:
         model: vLLM's class.

@@ -1,4 +1,4 @@
-"""Where each module of an adapter goes in the running model."""
+"""The places of an adapter's modules in the running model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
 
 @frozen
 class Piece:
-    """What a module of the running model gets of an adapter's factors.
+    """The part of an adapter's factors that a module of the running model gets.
 
     Attributes:
         source: The adapter's module; ``None`` for factors of zeros, which vLLM needs beside those of other experts.

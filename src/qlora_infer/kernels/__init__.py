@@ -109,12 +109,8 @@ def watch(manager: Any) -> list[str]:
     Returns:
         The modules whose LoRA vLLM's own kernels compute beside ours; none where ours are not in use.
     """
-    return [
-        name
-        for wrapper in manager.punica_wrapper_mapping.values()
-        if hasattr(wrapper, "watch")
-        for name in wrapper.watch(manager)
-    ]
+    watching = [wrapper for wrapper in manager.punica_wrapper_mapping.values() if hasattr(wrapper, "watch")]
+    return sorted({name for wrapper in watching for name in wrapper.watch(manager)})
 
 
 def ours_can_replace(theirs: type[Any]) -> bool:
