@@ -1,4 +1,4 @@
-"""The modules of each architecture that vLLM adapts, as ``benchmarks/model_survey.py`` found them (``architectures.json``)."""
+"""The modules of each architecture that vLLM adapts, as found by ``benchmarks/model_survey.py``: ``architectures.json``."""
 
 from __future__ import annotations
 
