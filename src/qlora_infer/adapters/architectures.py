@@ -1,4 +1,4 @@
-"""The modules of each architecture that vLLM adapts, as found by ``benchmarks/model_survey.py``: ``architectures.json``."""
+"""The modules of each architecture that vLLM adapts: ``architectures.json``, by ``benchmarks/model_survey.py``."""
 
 from __future__ import annotations
 
