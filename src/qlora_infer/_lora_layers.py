@@ -36,12 +36,16 @@ def describe(manager: Any) -> dict[str, Any]:
             sizes.update(sizes_of(name, parts, layer))
         except (AttributeError, ValueError) as error:
             unlisted[name] = f"{type(layer).__name__}: {error}"
+    reordered = [name for name in sizes if is_reordered(type(manager.model).__name__, name)]
+    for name in reordered:
+        del sizes[name]
     return {
         "sizes": sizes,
         "unlisted": unlisted,
         "unadapted": {
             **dict(_unadapted(manager.model, layers)),
             **{name: type(layers[name]).__name__ for name in unlisted},
+            **dict.fromkeys(reordered, "reordered"),
             **{name: ROUTER for name, layer in manager.modules.items() if id(layer.base_layer) in routers},
         },
         "fused": {name: manager.packed_modules[name] for name in layers if _is_fused(manager.packed_modules.get(name))},
@@ -205,6 +209,14 @@ def row_orders(model: Any, sizes: Mapping[str, Sizes]) -> dict[str, list[int]]:
                 _, permuted = module.permute_qk_weight_for_rotary(f"{name}.weight", torch.arange(outputs)[:, None])
                 orders[name] = permuted.flatten().tolist()
     return orders
+
+
+def is_reordered(model: str, module: str) -> bool:
+    """Return whether vLLM reorders a module's rows when it loads them, in an order that it has no function for.
+
+    K2-Horizon's loader does so with queries and keys (``rope_perm_idx`` in ``k2_horizon.py``).
+    """
+    return model == "K2HorizonForCausalLM" and module.rpartition(".")[2] in ("q_proj", "k_proj")
 
 
 def _has_matrix(module: Any) -> bool:

@@ -555,6 +555,20 @@ def test_experts_keep_their_own_router_beside_lora():
     assert "return self.base_layer.forward(" in inspect.getsource(FusedMoEWithLoRA.forward)
 
 
+def test_rows_are_reordered_where_we_know_of_it():
+    """vLLM's loaders that put queries and keys in another order are Llama 4's, which is asked, and K2-Horizon's."""
+    from vllm.model_executor import models
+
+    from qlora_infer._lora_layers import is_reordered
+
+    sources = {path.stem: path.read_text() for path in Path(models.__file__).parent.glob("*.py")}
+    names = ("rope_perm_idx", "permute_qk_weight_for_rotary")
+    found = {stem for stem, source in sources.items() if any(name in source for name in names)}
+    assert found == {"llama4", "llama4_eagle", "k2_horizon"}
+    assert is_reordered("K2HorizonForCausalLM", "model.layers.0.self_attn.q_proj")
+    assert not is_reordered("K2HorizonForCausalLM", "model.layers.0.self_attn.v_proj")
+
+
 def test_latent_attention_takes_a_layer_apart_when_the_model_is_loaded():
     """kv_b_proj's weight is split for decoding, so that LoRA beside the layer is not applied there."""
     from vllm.model_executor.layers.attention.mla_attention import MLAAttention
