@@ -139,16 +139,21 @@ def _sizes_of_experts(name: str, parts: Sequence[str], layer: Any) -> dict[str, 
 
 
 def _unadapted(model: Any, layers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name the layers with weights that the model has and vLLM does not adapt, and their classes."""
+    """Name the layers with weights that the model has and vLLM does not adapt, and their classes.
+
+    A linear layer that stands in two places has the name of the first; an output layer may be the embeddings.
+    """
     from vllm.model_executor.layers.fused_moe import MoERunner
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    adapted = {id(layer) for layer in layers.values()}
-    adapted |= {id(layer.base_layer) for layer in layers.values()}
+    named = {id(layer) for layer in layers.values()}
+    named |= {id(layer.base_layer) for layer in layers.values()}
     for name, module in model.named_modules(remove_duplicate=False):
         is_layer = isinstance(module, LinearBase | VocabParallelEmbedding | MoERunner)
-        if (is_layer or _has_matrix(module)) and id(module) not in adapted and name not in layers:
+        if (is_layer or _has_matrix(module)) and id(module) not in named and name not in layers:
+            if isinstance(module, LinearBase):
+                named.add(id(module))
             yield name.removesuffix(".base_layer"), type(module).__name__
 
 
