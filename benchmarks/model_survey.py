@@ -24,9 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
 import model_configs
 
 from qlora_infer import _lora_layers
@@ -46,6 +43,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="architectures; all of them where none is named")
     parser.add_argument("--table", action="store_true", help="only write the table, from the file as it is")
     arguments = parser.parse_args()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if arguments.table:
         write_table(json.loads(DATA.read_text()))
         return
