@@ -29,6 +29,7 @@ import model_configs
 from qlora_infer import _lora_layers
 from qlora_infer.adapters import architectures
 from qlora_infer.adapters.architectures import kind_of
+from qlora_infer.kernels.routers import hand_on_routers
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "src" / "qlora_infer" / "adapters" / architectures.FILE_NAME
@@ -174,6 +175,7 @@ def describe(checkpoint: Path) -> dict[str, Any]:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     build_experts_without_kernels()
+    hand_on_routers()
     arguments = EngineArgs(
         model=str(checkpoint),
         skip_tokenizer_init=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_infer.adapters.model_modules import DOWN, ROUTER
+from qlora_infer.adapters.model_modules import DOWN
 
 #: A module's input and output sizes, and how many experts its factors hold one behind the other (0 for none).
 Sizes = tuple[int, int, int]
@@ -29,7 +29,6 @@ def describe(manager: Any) -> dict[str, Any]:
         for name, layer in manager.modules.items()
         if not (_is_convolution(name, layer) or id(layer) in bypassed or id(layer.base_layer) in bypassed)
     }
-    routers = {id(router) for router in _inner_routers(manager.model)}
     for name, layer in layers.items():
         parts = manager.packed_modules.get(name, [name])
         try:
@@ -46,7 +45,6 @@ def describe(manager: Any) -> dict[str, Any]:
             **dict(_unadapted(manager.model, layers)),
             **{name: type(layers[name]).__name__ for name in unlisted},
             **dict.fromkeys(reordered, "reordered"),
-            **{name: ROUTER for name, layer in manager.modules.items() if id(layer.base_layer) in routers},
         },
         "fused": {name: manager.packed_modules[name] for name in layers if _is_fused(manager.packed_modules.get(name))},
         "left_out": left_out_prefixes(manager),
@@ -174,15 +172,16 @@ def _is_convolution(name: str, layer: Any) -> bool:
 def _inner_routers(model: Any) -> list[Any]:
     """Return the routers that experts run themselves, without the LoRA beside them.
 
-    vLLM puts its LoRA layer for a router into the LoRA layer around the experts, and not into the experts, which go on
-    with the router that they have (``_create_lora_modules`` in ``vllm/lora/model_manager.py``, ``MoERunner.gate``). On
-    a CPU there is no LoRA layer around the experts, and the router's is in its place.
+    ``MoERunner`` multiplies the weights of a router and of a shared expert's gate in one, if it has both. What else it
+    has is the LoRA layer around its router (``kernels/routers.py``).
     """
     from vllm.lora.layers import BaseLayerWithLoRA
     from vllm.model_executor.layers.fused_moe import MoERunner
 
-    routers = [getattr(module, "gate", None) for module in model.modules() if isinstance(module, MoERunner)]
-    return [router for router in routers if router is not None and not isinstance(router, BaseLayerWithLoRA)]
+    runners = [module for module in model.modules() if isinstance(module, MoERunner) and module.gate is not None]
+    bare = [runner.gate for runner in runners if not isinstance(runner.gate, BaseLayerWithLoRA)]
+    multiplied_in_one = [getattr(runner.gate, "base_layer", runner.gate) for runner in runners if runner._fse_fuse_gate]
+    return bare + multiplied_in_one
 
 
 def _absorbed_layers(model: Any) -> list[Any]:

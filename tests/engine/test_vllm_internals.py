@@ -541,8 +541,8 @@ def test_the_runner_of_gpus_computes_logits_where_their_rows_are_given():
     assert "Adaptive verification is not currently compatible with LoRA" in refuses
 
 
-def test_experts_keep_their_own_router_beside_lora():
-    """vLLM puts a router's LoRA layer into the layer around the experts, and the experts run the router that they have."""
+def test_experts_run_the_router_that_they_have():
+    """vLLM puts a router's LoRA layer into the layer around the experts, from where we hand it on to the experts."""
     from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.model_executor.layers.fused_moe import MoERunner
@@ -551,6 +551,7 @@ def test_experts_keep_their_own_router_beside_lora():
     assert "parent = self.model.get_submodule(_parent_module(module_name))" in rewiring
     assert 'setattr(parent, module_name.rpartition(".")[-1], existing_wrapper)' in rewiring
     assert "self.gate(hidden_states)" in inspect.getsource(MoERunner)
+    assert "self._fse_fuse_gate = " in inspect.getsource(MoERunner.__init__)
     assert "gate" not in vars(FusedMoEWithLoRA)
     assert "return self.base_layer.forward(" in inspect.getsource(FusedMoEWithLoRA.forward)
 

@@ -42,6 +42,13 @@ EXPERTS = Recipe(
 )
 EXPERTS_BY_NAME = Recipe("experts-by-name", experts=("gate_proj", "up_proj", "down_proj"))
 MIXTRALS_EXPERTS_BY_NAME = Recipe("experts-by-name", experts=("w1", "w3", "w2"))
+
+
+def dense_and_shared(*names: str) -> tuple[str, ...]:
+    """Return DeepSeek's layers outside its experts by longer names: PEFT takes "gate_proj" to mean the experts', too."""
+    return tuple(f"{parent}.{name}" for parent in ("layers.0.mlp", "shared_experts") for name in names)
+
+
 LANGUAGE = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_qkv|in_proj_z|out_proj)"
 )
@@ -127,10 +134,9 @@ MODELS = [
         dtype="bfloat16",
         adapters=(
             Recipe("attention", targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")),
-            # By their whole names: PEFT takes "gate_proj" to mean the experts', too.
-            Recipe("dense", targets=r".*(layers\.0\.mlp|shared_experts)\.(gate|up|down)_proj|.*(q_b_proj|o_proj)"),
-            Recipe("kv-b", targets=("kv_b_proj",)),
+            Recipe("dense", targets=("q_b_proj", "o_proj", *dense_and_shared("gate_proj", "up_proj", "down_proj"))),
         ),
+        refused=(Recipe("kv-b", targets=("kv_b_proj",)),),
         refused_on_cpu=(EXPERTS, EXPERTS_BY_NAME),
     ),
     TinyModel("llama4", "Llama4ForCausalLM", text.llama4_text, adapters=(DENSE, ATTENTION)),
@@ -194,6 +200,13 @@ MODELS = [
             ),
         ),
         save_processor=multimodal.save_idefics3_processor,
+    ),
+    TinyModel(
+        "smolvlm",
+        "SmolVLMForConditionalGeneration",
+        multimodal.smolvlm,
+        adapters=(ALL, Recipe("language", targets=r".*text_model.*_proj")),
+        save_processor=multimodal.save_smolvlm_processor,
     ),
 ]
 BY_NAME = {model.name: model for model in MODELS}

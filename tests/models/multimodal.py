@@ -171,6 +171,13 @@ def save_idefics3_processor(folder: Path, tokenizer: Any) -> None:
     transformers.Idefics3Processor(images, tokenizer, image_seq_len=4).save_pretrained(folder)
 
 
+def save_smolvlm_processor(folder: Path, tokenizer: Any) -> None:
+    edge = {"longest_edge": PIXELS}
+    images = transformers.SmolVLMImageProcessor(size=edge, max_image_size=edge)
+    videos = transformers.SmolVLMVideoProcessor(size=edge, max_image_size=edge)
+    transformers.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4).save_pretrained(folder)
+
+
 def rewrite_tower(source: Path, target: Path) -> None:
     """Write a checkpoint with the names that CLIP's and SigLIP's towers have in all that were published.
 

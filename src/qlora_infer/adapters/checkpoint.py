@@ -18,7 +18,7 @@ from attrs import frozen
 from qlora_infer import _hub
 from qlora_infer.adapters import architectures, packed
 from qlora_infer.adapters.architectures import Architecture, kind_of
-from qlora_infer.adapters.model_modules import ROUTER, ModelModules, ModuleShape
+from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
 from qlora_infer.adapters.packed import Shape
 from qlora_infer.adapters.tensors import read_header
 from qlora_infer.errors import CorruptAdapterError, ModelNotFoundError
@@ -118,7 +118,7 @@ def modules_of_tensors(tensors: Mapping[str, Shape], config: Mapping[str, Any], 
             unadapted[module] = architecture.unadapted.get(kind_of(module), "")
         elif kind_of(module) in architecture.fused and kind_of(module) not in architecture.adapted:
             shapes.update(_parts(module, shape, architecture, config))
-        elif _is_adapted(module, architecture) or _is_router_on_a_cpu(module, architecture, device):
+        elif _is_adapted(module, architecture):
             shapes[module] = _shape_of(module, shape)
         else:
             unadapted[module] = architecture.unadapted.get(kind_of(module), "")
@@ -203,10 +203,6 @@ def _is_not_loaded(module: str, architecture: Architecture, config: Mapping[str,
     num_layers = _text(config).get("num_hidden_layers")
     is_behind = layer is not None and isinstance(num_layers, int) and int(layer[1]) >= num_layers
     return is_behind or _DRAFT.search(module) is not None
-
-
-def _is_router_on_a_cpu(module: str, architecture: Architecture, device: str) -> bool:
-    return device == "cpu" and architecture.unadapted.get(kind_of(module)) == ROUTER
 
 
 def _is_adapted(module: str, architecture: Architecture) -> bool:

@@ -34,9 +34,6 @@ _FACTOR = ".lora_A.weight"
 #: How checkpoints call the projection that leads out of an expert.
 DOWN = frozenset({"down_proj", "w2", "w2_weight", "fc2", "output_linear"})
 
-#: The kind of a layer that chooses experts and that vLLM does not adapt, because it does so on CPUs.
-ROUTER = "router"
-
 #: Other names for a language model's output layer; the first is Tinker's, the second GPT-NeoX's.
 _ALIASES = {"unembed_tokens": "lm_head", "embed_out": "lm_head"}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_infer.kernels.experts_cpu import leave_out_experts
 from qlora_infer.kernels.rotary_cpu import flatten_heads
+from qlora_infer.kernels.routers import hand_on_routers
 from qlora_infer.startup import KERNELS_KEY
 
 logger = logging.getLogger("qlora_infer")
@@ -44,6 +45,7 @@ def install() -> None:
         flatten_heads()
         name = _for_a_cpu()
     elif current_platform.is_cuda():
+        hand_on_routers()
         name = _for_a_gpu(current_platform)
     if name is not None:
         theirs = current_platform.get_punica_wrapper()
