@@ -29,6 +29,7 @@ TEST_REQUIREMENTS = (
     *("prometheus-client>=0.20", "opentelemetry-sdk>=1.25"),  # metrics and traces
     *("nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.9"),  # notebooks
     "ray[data,serve]>=2.60",  # several replicas
+    "num2words",  # SmolVLM's processor in transformers
     *DOCS_REQUIREMENTS,
 )
 

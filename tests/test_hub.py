@@ -17,6 +17,7 @@ from qlora_infer.errors import (
     AdapterNotFoundError,
     AdapterSourceError,
     ModelNotFoundError,
+    QuantizationError,
     UnsafeAdapterError,
 )
 from qlora_infer.testing import fake_engine, write_adapter
@@ -414,20 +415,22 @@ def test_half_a_cached_copy_is_no_copy(repository, nobody_answers):
 # Models -------------------------------------------------------------------------------------------------------------
 
 
-def read_model(model, revision=None, token=None):
-    return _hub.read_model_config(model, revision=revision, token=token)
+def read_model(model, revision=None, token=None, **options):
+    return _hub.read_model_config(model, revision=revision, token=token, **options)
 
 
 def test_a_models_config_is_read_from_the_hub(hub, monkeypatch):
-    """The base model's config.json is fetched at its revision, and nothing else of it; offline the copy serves."""
+    """The base model's config.json is fetched at its revision, and its tensors' names; offline the copy serves."""
     repository = hub.repositories["org/model"] = Repository()
     pinned = repository.commit({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"})
     repository.commit({"config.json": b'{"model_type": "qwen3"}'}, branch="next")
     assert read_model("org/model") == {"model_type": "llama"}
-    assert hub.downloads() == ["config.json"]
+    assert hub.downloads() == ["config.json", "model.safetensors"]  # of the latter, what its header says
     assert read_model("org/model", revision="next") == {"model_type": "qwen3"}
     hub.requests.clear()
     assert read_model("org/model", revision=pinned) == {"model_type": "llama"}
+    assert "config.json" not in hub.downloads()
+    hub.requests.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert read_model("org/model") == {"model_type": "llama"}
     assert hub.requests == []
@@ -462,7 +465,7 @@ def test_a_models_folder_is_read_without_the_hub(hub, tmp_path):
     for model, match in [
         (tmp_path / "none", "no folder"),
         (tmp_path, r"has no config\.json"),
-        (tmp_path / "model.gguf", "GGUF file: take the checkpoint"),
+        (tmp_path / "model.gguf", "there is no file .*model.gguf"),
         ("just-a-name", "'org/model'"),
         ("~no-such-user/model", "no folder ~no-such-user/model"),
     ]:
@@ -514,3 +517,79 @@ def test_a_cache_that_was_cleared_is_filled_again(hub, repository, tmp_path):
     folder = resolve("org/repo")
     shutil.rmtree(folder.parent.parent / "blobs")
     assert contents(resolve("org/repo")) == FILES
+
+
+def header_of(**shapes):
+    """A safetensors file's header, without the numbers."""
+    entries = {name: {"dtype": "I32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+SAYS_NOTHING = b'{"model_type": "llama"}'
+QUANTIZATION_FILES = {
+    "quantize_config.json": ({"bits": 4, "group_size": 128, "desc_act": False}, "gptq"),
+    "quant_config.json": ({"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}, "awq"),
+    "hf_quant_config.json": ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, "modelopt"),
+    "quantization_config.json": ({"bits": 4, "sym": True}, "auto-round"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZATION_FILES)
+@pytest.mark.parametrize("place", ["hub", "folder"])
+def test_a_quantization_is_read_from_the_files_beside_the_config(hub, tmp_path, place, name):
+    """Where config.json says nothing, the files that vLLM reads tell of the quantization, on the Hub and in a folder."""
+    says, method = QUANTIZATION_FILES[name]
+    files = {"config.json": SAYS_NOTHING, name: json.dumps(says).encode(), "model.safetensors": b"x"}
+    if place == "hub":
+        hub.repositories["org/model"] = Repository()
+        hub.repositories["org/model"].commit(files)
+    else:
+        for file, content in files.items():
+            (tmp_path / file).write_bytes(content)
+    config = read_model("org/model" if place == "hub" else str(tmp_path))
+    assert config["quantization_config"] == {"quant_method": method, **says}
+    assert config["model_type"] == "llama"
+    assert "model.safetensors" not in hub.downloads()
+
+
+@pytest.mark.parametrize("kind", ["one file", "an index"])
+@pytest.mark.parametrize("place", ["hub", "folder"])
+def test_packed_weights_of_which_nothing_is_said_are_refused(hub, tmp_path, place, kind):
+    """vLLM would take them for no weights at all; the error names a tensor, the files, and the next step."""
+    tensor = "model.layers.0.mlp.down_proj.qweight"
+    index = json.dumps({"weight_map": {tensor: "model-00001-of-00001.safetensors"}}).encode()
+    weights = {"model.safetensors": header_of(**{tensor: [0]})}
+    files = weights if kind == "one file" else {"model.safetensors.index.json": index}
+    files = {"config.json": SAYS_NOTHING, **files}
+    if place == "hub":
+        hub.repositories["org/model"] = Repository()
+        hub.repositories["org/model"].commit(files)
+    else:
+        for file, content in files.items():
+            (tmp_path / file).write_bytes(content)
+    with pytest.raises(QuantizationError, match=rf"is quantized \({tensor}\).*quantize_config.json.* says how: add"):
+        read_model("org/model" if place == "hub" else str(tmp_path))
+
+
+def test_a_quantization_without_a_method_is_refused(tmp_path):
+    """vLLM would read packed weights as if they were none; the error says what to add."""
+    (tmp_path / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    with pytest.raises(QuantizationError, match=r'names no quant_method.*add "quant_method"'):
+        read_model(str(tmp_path))
+
+
+def test_a_gguf_file_has_the_config_beside_it_or_of_another_model(hub, tmp_path):
+    """A file, a file on the Hub, and a repository with a kind are known; so is the model whose tokenizer is given."""
+    hub.repositories["org/model-GGUF"] = Repository()
+    hub.repositories["org/model-GGUF"].commit({"config.json": SAYS_NOTHING, "q4.gguf": b"GGUF"})
+    hub.repositories["org/model"] = Repository()
+    hub.repositories["org/model"].commit({"config.json": b'{"model_type": "qwen3"}'})
+    (tmp_path / "config.json").write_bytes(SAYS_NOTHING)
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF")
+    for model in ("org/model-GGUF:Q4_K_M", "org/model-GGUF/q4.gguf", str(tmp_path / "q4.gguf"), f"{tmp_path}:Q4_K_M"):
+        said = {"quant_method": "gguf", "file": model}
+        assert read_model(model) == {"model_type": "llama", "quantization_config": said}
+        assert read_model(model, config_source="org/model") == {"model_type": "qwen3", "quantization_config": said}
+    with pytest.raises(ModelNotFoundError, match=r"there is no file \./q4\.gguf"):
+        read_model("./q4.gguf")

@@ -1,6 +1,7 @@
 """How a checkpoint finds its strategy, and what each strategy needs."""
 
 import logging
+import re
 
 import pytest
 from attrs import evolve
@@ -30,23 +31,72 @@ CONFIG = EngineConfig(
     max_waiting=None,
     restart="never",
 )
-CHECKPOINTS = {
-    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},
-    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+
+
+def compressed(weights, activations=None, **others):
+    """What llm-compressor writes for all linear layers."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **others}
+
+
+INT4 = {"num_bits": 4, "type": "int", "group_size": 128, "symmetric": True}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+DYNAMIC_8 = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+#: What checkpoints of each kind say, and the strategy's name.
+SAYINGS = {
+    "awq": {"quant_method": "awq", "bits": 4},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "compressed-tensors": compressed(INT4),
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "mxfp4": {"quant_method": "mxfp4"},
+    "auto-round": {"quant_method": "auto-round", "bits": 4, "sym": True, "packing_format": "auto_round:auto_gptq"},
+    "torchao": {"quant_method": "torchao", "quant_type": {"default": {}}},
+    "gguf": {"quant_method": "gguf", "file": "org/model-GGUF:Q4_K_M"},
 }
+CHECKPOINTS = {name: {"quantization_config": saying} for name, saying in SAYINGS.items()}
 UNQUANTIZED = {"architectures": ["LlamaForCausalLM"]}
-EVERYTHING = Platform("cuda", 90, frozenset({"vllm", "bitsandbytes", "vllm-bnb-plugin"}))
+EVERYTHING = Platform("cuda", 90, frozenset({"vllm", "bitsandbytes", "vllm-bnb-plugin", "vllm-gguf-plugin", "torchao"}))
+ON_A_CPU = evolve(EVERYTHING, device="cpu", capability=None)
+#: What the strategies give vLLM beside their names.
+OTHER_ARGS = {
+    "bitsandbytes": {"quantization": "bitsandbytes", "load_format": "bitsandbytes"},
+    "gguf": {"quantization": "gguf", "load_format": "gguf"},
+    "modelopt": {"quantization": "modelopt_fp4"},
+    "auto-round": {"quantization": "inc"},
+}
 
 
 @pytest.mark.parametrize("method", CHECKPOINTS)
-def test_auto_takes_what_config_json_says(method, caplog):
-    """quantization="auto" picks the checkpoint's own method, and the log says which one and why."""
+def test_auto_takes_what_the_checkpoint_says(method, caplog):
+    """quantization="auto" picks the checkpoint's own method, serves it on an H200, and the log says which and why."""
     with caplog.at_level(logging.INFO, logger="qlora_infer"):
         strategy = quantization.choose(CONFIG, CHECKPOINTS[method])
+    strategy.check(CONFIG, CHECKPOINTS[method], EVERYTHING)
     assert strategy.name == method
+    assert strategy.engine_args(CONFIG, CHECKPOINTS[method]) == OTHER_ARGS.get(method, {"quantization": method})
     assert f"quantization='{method}'" in caplog.text
-    assert "config.json" in caplog.text
+    assert "the checkpoint says" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model_config",
+    [
+        {"text_config": {"quantization_config": SAYINGS["awq"]}},
+        {"compression_config": compressed(INT4)},
+        {"text_config": {"compression_config": compressed(INT4)}},
+        {"quantization_config": {**compressed(INT4), "quant_method": "compressed_tensors"}},
+        {"quantization_config": {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}},
+    ],
+)
+def test_a_quantization_is_found_where_vllm_finds_it(model_config):
+    """A multimodal model's text, compression_config, and older spellings are known to auto."""
+    strategy = quantization.choose(CONFIG, model_config)
+    assert strategy.name in ("awq", "compressed-tensors", "modelopt")
+    assert strategy.name in str(model_config).replace("_", "-")
+    strategy.check(CONFIG, model_config, EVERYTHING)
 
 
 def test_none_serves_an_unquantized_checkpoint_as_it_is():
@@ -71,7 +121,7 @@ def test_auto_quantizes_an_unquantized_checkpoint_in_flight(caplog):
 
 def test_an_unknown_name_lists_those_that_exist():
     """A mistyped quantization is answered with the choices."""
-    with pytest.raises(UnknownQuantizationError, match="auto, none, awq, bitsandbytes, gptq"):
+    with pytest.raises(UnknownQuantizationError, match="auto, none, fp8, bitsandbytes, auto-round, awq"):
         quantization.choose(evolve(CONFIG, quantization="awk"), UNQUANTIZED)
 
 
@@ -84,8 +134,8 @@ def test_a_strategy_refuses_a_checkpoint_of_another_kind(asked):
 
 def test_a_checkpoint_of_an_unregistered_kind_is_named():
     """auto on a checkpoint that no strategy knows names its method and the registered ones."""
-    with pytest.raises(QuantizationError, match=r"'fp8'.*none, awq, bitsandbytes, gptq"):
-        quantization.choose(CONFIG, {"quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(QuantizationError, match=r"'quark'.*none, fp8, bitsandbytes"):
+        quantization.choose(CONFIG, {"quantization_config": {"quant_method": "quark"}})
 
 
 @pytest.mark.parametrize(
@@ -113,12 +163,106 @@ def test_prequantized_bitsandbytes_cannot_be_split():
     strategy.check(config, UNQUANTIZED, EVERYTHING)
 
 
-@pytest.mark.parametrize(("method", "minimum"), [("awq", 75), ("gptq", 60), ("bitsandbytes", 70)])
+def test_fp8_casts_an_unquantized_checkpoint_as_it_loads():
+    """quantization="fp8" takes 16 bits, too, by the method that vLLM has for it; a quantized one is refused."""
+    config = evolve(CONFIG, quantization="fp8")
+    strategy = quantization.choose(config, UNQUANTIZED)
+    strategy.check(config, UNQUANTIZED, EVERYTHING)
+    assert strategy.engine_args(config, UNQUANTIZED) == {"quantization": "fp8_per_tensor"}
+    with pytest.raises(QuantizationError, match="is quantized with 'awq'"):
+        quantization.choose(config, CHECKPOINTS["awq"])
+
+
+@pytest.mark.parametrize(
+    ("says", "field"),
+    [
+        ({"quant_method": "awq", "bits": 8}, "bits=8"),
+        ({"quant_method": "awq", "w_bit": 8}, "w_bit=8"),
+        ({"quant_method": "awq", "bits": 4, "version": "GEMV"}, "version='gemv'"),
+        ({"quant_method": "gptq", "bits": 3}, "bits=3"),
+        ({"quant_method": "gptq", "bits": 2}, "bits=2"),
+        ({"quant_method": "gptq", "bits": 4, "sym": False}, "sym=False"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": True, "group_size": 128}, "desc_act=True with group_size=128"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down_proj": {"bits": 3}}}, "bits=3"),
+        (compressed({**INT4, "actorder": "group"}), "actorder='group'"),
+        (compressed(INT4, sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]}), "sparsity_config"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "weight_block_size"),
+        ({"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, "quant_algo='INT4_AWQ'"),
+        ({"quant_method": "auto-round", "bits": 4, "sym": False}, "sym=False"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage='bfloat16'"),
+    ],
+)
+def test_what_vllm_runs_no_more_is_refused_before_a_download(says, field):
+    """The error names the field of the quantization config with its value, and another checkpoint to take."""
+    model_config = {"quantization_config": says}
+    strategy = quantization.choose(CONFIG, model_config)
+    with pytest.raises(QuantizationError, match=re.escape(f"org/model is quantized with {field}")) as caught:
+        strategy.check(CONFIG, model_config, EVERYTHING)
+    assert "Take another checkpoint of the same model" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"quant_method": "gptq", "bits": 4, "desc_act": True, "group_size": -1},  # an order of nothing
+        {"quant_method": "gptq", "bits": 4, "sym": True, "dynamic": {"-:.*lm_head": {"bits": 3}}},
+        {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM"},
+        compressed({**INT4, "actorder": "static"}),
+        compressed({**INT4, "symmetric": False}),
+        {**SAYINGS["auto-round"], "sym": False, "packing_format": "auto_round:auto_awq"},
+    ],
+)
+def test_what_vllm_runs_everywhere_is_not_refused(says):
+    """Weights of 4 bits are served on GPUs and CPUs, also with an order of activations that changes nothing."""
+    model_config = {"quantization_config": says}
+    for platform in (EVERYTHING, ON_A_CPU):
+        quantization.choose(CONFIG, model_config).check(CONFIG, model_config, platform)
+
+
+@pytest.mark.parametrize(
+    ("says", "scheme"),
+    [
+        (compressed(INT8, DYNAMIC_8), "compressed-tensors W8A8"),
+        (compressed(INT8), "compressed-tensors W8A16"),
+        (compressed(FP8, DYNAMIC_8), "compressed-tensors FP8"),
+        (compressed({"num_bits": 4, "type": "float", "group_size": 16}), "compressed-tensors NVFP4"),
+        (SAYINGS["fp8"], "FP8"),
+        (SAYINGS["modelopt"], "ModelOpt"),
+        (SAYINGS["mxfp4"], "MXFP4"),
+        (SAYINGS["gguf"], "GGUF"),
+        ({**SAYINGS["auto-round"], "bits": 8}, "AutoRound with 8 bits"),
+        ({"quant_method": "gptq", "bits": 8}, "GPTQ with 8 bits"),
+    ],
+)
+def test_what_vllms_cpu_build_does_not_run_is_refused_there(says, scheme):
+    """On a CPU the error names the kind, and what runs there; an H200 serves it."""
+    model_config = {"quantization_config": says}
+    strategy = quantization.choose(CONFIG, model_config)
+    strategy.check(CONFIG, model_config, EVERYTHING)
+    with pytest.raises(QuantizationError, match=f"{scheme}.* runs on GPUs only.*4-bit weights"):
+        strategy.check(CONFIG, model_config, ON_A_CPU)
+
+
+def test_a_part_that_the_plugin_quantizes_after_all_is_told(caplog):
+    """A layer kept in 16 bits that vLLM has in one with others gets a warning, and whole ones get none."""
+    says = {**SAYINGS["bitsandbytes"], "llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]}
+    quantization.BitsAndBytes().check(CONFIG, {"quantization_config": says}, EVERYTHING)
+    assert not caplog.records
+    says["llm_int8_skip_modules"] = ["lm_head", "model.layers.0.self_attn.q_proj"]
+    quantization.BitsAndBytes().check(CONFIG, {"quantization_config": says}, EVERYTHING)
+    assert "keeps model.layers.0.self_attn.q_proj in 16 bits" in caplog.text
+    assert 'quantization="none" is exact' in caplog.text
+
+
+MINIMA = {"awq": 75, "gptq": 60, "bitsandbytes": 70, "compressed-tensors": 75, "fp8": 75, "modelopt": 80, "mxfp4": 80}
+MINIMA |= {"auto-round": 75, "torchao": 75, "gguf": 60}
+
+
+@pytest.mark.parametrize(("method", "minimum"), MINIMA.items())
 def test_a_gpu_that_is_too_old_is_refused(method, minimum):
-    """Each quantization names the compute capability that it needs; the CPU has none and passes."""
+    """Each quantization names the compute capability that it needs."""
     strategy = quantization.choose(CONFIG, CHECKPOINTS[method])
     strategy.check(CONFIG, CHECKPOINTS[method], evolve(EVERYTHING, capability=minimum))
-    strategy.check(CONFIG, CHECKPOINTS[method], evolve(EVERYTHING, device="cpu", capability=None))
     with pytest.raises(QuantizationError, match=f"{minimum / 10}"):
         strategy.check(CONFIG, CHECKPOINTS[method], evolve(EVERYTHING, capability=minimum - 1))
 

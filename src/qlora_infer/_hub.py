@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -25,17 +25,25 @@ from attrs import field, frozen
 from qlora_infer._secrets import without_secrets
 from qlora_infer.adapters.pickles import PICKLE_NAMES
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
+from qlora_infer.adapters.tensors import read_header
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
     AdapterNotFoundError,
     AdapterSourceError,
+    CorruptAdapterError,
     ModelNotFoundError,
     QLoRAInferError,
     UnsafeAdapterError,
 )
+from qlora_infer.quantization._checkpoint import QUANTIZATION_FILES, complete, quantization_config
 
 logger = logging.getLogger("qlora_infer")
+
+Shape = tuple[int, ...]
+
+#: Which file holds which tensor, of a checkpoint of several files.
+INDEX_NAME = "model.safetensors.index.json"
 
 #: Seconds that the Hub may be silent. Within a file huggingface_hub waits ``HF_HUB_DOWNLOAD_TIMEOUT`` (10 s), and
 #: tries again five times when nothing more comes.
@@ -94,46 +102,82 @@ def download_adapter(
     return weights.parent
 
 
-def read_model_config(model: str, *, revision: str | None, token: str | None) -> dict[str, Any]:
-    """Read a model's ``config.json``, from its folder or the Hub.
+def read_model_config(
+    model: str, *, revision: str | None, token: str | None, config_source: str | None = None
+) -> dict[str, Any]:
+    """Read a model's ``config.json``, from its folder or the Hub, with what files beside it say of its quantization.
 
     Args:
-        model: A folder, or ``"org/model"``.
+        model: A folder, ``"org/model"``, or a GGUF file (``"org/model-GGUF:Q4_K_M"``).
         revision: A branch, tag or commit on the Hub; a folder has none, and it is not looked at.
         token: The Hub's access token; ``None`` for the one that ``HF_TOKEN`` or ``hf auth login`` left.
+        config_source: The model whose ``config.json`` a GGUF file is read with; by default that beside the file.
 
     Raises:
         ModelNotFoundError: There is no such model, it has no readable ``config.json``, or the token does not open it.
+        QuantizationError: The weights are packed, and no file says how.
     """
+    if home := _home_of_gguf(model):
+        config = read_model_config(config_source or home, revision=None if config_source else revision, token=token)
+        return {**config, "quantization_config": {"quant_method": "gguf", "file": model}}
     folder = Path(os.path.expanduser(model))  # noqa: PTH111  # Path's own raises where there is no such user
-    if folder.suffix == ".gguf" and not folder.is_dir():
-        raise ModelNotFoundError(f"{model} is a GGUF file: take the checkpoint that it was made from")
     if not folder.is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") != 1):
         raise ModelNotFoundError(f"there is no folder {model}, and a Hub id is written 'org/model'")
     path = folder / "config.json" if folder.is_dir() else _download_config(model, revision, token)
+    found = _read_json(path)
+    if found is None:
+        raise ModelNotFoundError(f"{model} has no config.json: is it a model's folder?")
+    if not folder.is_dir() and not quantization_config(found):
+        path = _download_quantization(model, revision, token)
+    names = partial(_tensor_names, model, path.parent, revision, token)
+    return complete(model, found, lambda name: _read_json(path.parent / name), names)
+
+
+def _home_of_gguf(model: str) -> str | None:
+    """Return the folder or the repository of a GGUF file, named as ``vllm-gguf-plugin`` does; else ``None``."""
+    if model.endswith(".gguf"):
+        path = Path(os.path.expanduser(model))  # noqa: PTH111
+        if not path.is_file() and (model.startswith(("/", ".", "~")) or model.count("/") != 2):
+            raise ModelNotFoundError(f"there is no file {model}; one on the Hub is written 'org/model/file.gguf'")
+        return str(path.parent) if path.is_file() else model.rpartition("/")[0]
+    home, _, kind = model.rpartition(":")
+    is_home = home.count("/") == 1 or Path(home).is_dir()
+    return home if re.fullmatch(r"[\w+-]+", kind) and is_home and not Path(model).is_dir() else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(f"{model} has no config.json: is it a model's folder?") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (ValueError, OSError, RecursionError) as error:
         raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ModelNotFoundError(f"{path} holds no JSON object")
-    return config
+    return content
 
 
-def read_tensor_shapes(model: str, *, revision: str | None, token: str | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of a Hub model's tensors, from the headers of its safetensors files; nothing else is fetched.
+def _tensor_names(model: str, folder: Path, revision: str | None, token: str | None) -> Iterable[str]:
+    """Name a checkpoint's tensors; those of several files stand in an index."""
+    index = _read_json(folder / INDEX_NAME)
+    return index["weight_map"] if index else read_tensor_shapes(model, revision=revision, token=token)
 
-    Empty where they cannot be had: the model has no such files, or the Hub is out of reach.
+
+def read_tensor_shapes(model: str, *, revision: str | None, token: str | None) -> dict[str, Shape]:
+    """Return the shapes of a model's tensors, from the headers of its safetensors files; nothing else is fetched.
+
+    Empty where they cannot be had: the model has no such files, one is broken, or the Hub is out of reach.
 
     Args:
-        model: ``"org/model"``, whose config could be read.
+        model: A folder, or ``"org/model"``, whose config could be read.
         revision: A branch, tag or commit; ``None`` for the default branch.
         token: The Hub's access token; ``None`` for the one that ``HF_TOKEN`` or ``hf auth login`` left.
     """
     from huggingface_hub import HfApi
 
+    folder = Path(os.path.expanduser(model))  # noqa: PTH111
+    if folder.is_dir():
+        return _shapes_in(folder)
     if _is_offline():
         return {}
     try:
@@ -145,6 +189,25 @@ def read_tensor_shapes(model: str, *, revision: str | None, token: str | None) -
         return {}
     files = found.files_metadata.values()
     return {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
+
+
+def _shapes_in(folder: Path) -> dict[str, Shape]:
+    """Return the shapes of a folder's tensors; none where a file is missing or broken."""
+    shapes: dict[str, Shape] = {}
+    try:
+        for name in _file_names(folder):
+            entries = read_header(str(folder), folder / name)
+            shapes.update((tensor, entry.shape) for tensor, entry in entries.items())
+    except (CorruptAdapterError, OSError, ValueError):
+        return {}
+    return shapes
+
+
+def _file_names(folder: Path) -> Iterable[str]:
+    index = folder / INDEX_NAME
+    if index.exists():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def _download_config(model: str, revision: str | None, token: str | None) -> Path:
@@ -160,6 +223,21 @@ def _download_config(model: str, revision: str | None, token: str | None) -> Pat
         cached=partial(repository.cached, "config.json"),
         choose=choose,
         is_one_file=True,
+        fail=lambda _, message: ModelNotFoundError(f"model {model}: {message}"),
+    )
+
+
+def _download_quantization(model: str, revision: str | None, token: str | None) -> Path:
+    """Fetch the files beside a ``config.json`` that may speak of a quantization, where there are any."""
+    repository = _Repository(model, revision, token and token.strip())
+
+    def choose(paths: list[str]) -> list[str]:
+        return [*(name for name in (*QUANTIZATION_FILES, INDEX_NAME) if name in paths), "config.json"]
+
+    return _fetch(
+        repository,
+        cached=partial(repository.cached, "config.json"),
+        choose=choose,
         fail=lambda _, message: ModelNotFoundError(f"model {model}: {message}"),
     )
 

@@ -138,7 +138,8 @@ class VLLMBackend:
         """The model's ``config.json``, from its folder or the Hub."""
         from qlora_infer import _hub
 
-        return _hub.read_model_config(config.model, revision=config.revision, token=config.token)
+        source = config.engine_args.get("hf_config_path") or config.engine_args.get("tokenizer")
+        return _hub.read_model_config(config.model, revision=config.revision, token=config.token, config_source=source)
 
     def start(self, engine_args: Mapping[str, Any]) -> None:
         """Start vLLM with our worker extension; the core is a child process."""

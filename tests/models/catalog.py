@@ -42,13 +42,6 @@ EXPERTS = Recipe(
 )
 EXPERTS_BY_NAME = Recipe("experts-by-name", experts=("gate_proj", "up_proj", "down_proj"))
 MIXTRALS_EXPERTS_BY_NAME = Recipe("experts-by-name", experts=("w1", "w3", "w2"))
-
-
-def dense_and_shared(*names: str) -> tuple[str, ...]:
-    """Return DeepSeek's layers outside its experts by longer names: PEFT takes "gate_proj" to mean the experts', too."""
-    return tuple(f"{parent}.{name}" for parent in ("layers.0.mlp", "shared_experts") for name in names)
-
-
 LANGUAGE = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_qkv|in_proj_z|out_proj)"
 )
@@ -132,12 +125,14 @@ MODELS = [
         "DeepseekV3ForCausalLM",
         text.deepseek_v3,
         dtype="bfloat16",
-        adapters=(
-            Recipe("attention", targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")),
-            Recipe("dense", targets=("q_b_proj", "o_proj", *dense_and_shared("gate_proj", "up_proj", "down_proj"))),
-        ),
+        adapters=(Recipe("attention", targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")),),
         refused=(Recipe("kv-b", targets=("kv_b_proj",)),),
-        refused_on_cpu=(EXPERTS, EXPERTS_BY_NAME),
+        # PEFT takes "gate_proj" to mean that of the experts, too.
+        refused_on_cpu=(
+            Recipe("dense", targets=r".*(layers\.0\.mlp|shared_experts)\.(gate|up|down)_proj|.*(q_b_proj|o_proj)"),
+            EXPERTS,
+            EXPERTS_BY_NAME,
+        ),
     ),
     TinyModel("llama4", "Llama4ForCausalLM", text.llama4_text, adapters=(DENSE, ATTENTION)),
     TinyModel(

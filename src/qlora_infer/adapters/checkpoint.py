@@ -7,10 +7,8 @@ What a running engine asks vLLM's workers, this computes from the headers of the
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from attrs import frozen
@@ -20,8 +18,7 @@ from qlora_infer.adapters import architectures, packed
 from qlora_infer.adapters.architectures import Architecture, kind_of
 from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
 from qlora_infer.adapters.packed import Shape
-from qlora_infer.adapters.tensors import read_header
-from qlora_infer.errors import CorruptAdapterError, ModelNotFoundError
+from qlora_infer.errors import ModelNotFoundError
 
 #: What an architecture that vLLM does not list is taken for: all linear layers are adapted, as by vLLM's fallback.
 UNKNOWN = Architecture("", reason="not among those that were looked at")
@@ -69,8 +66,7 @@ def read_checkpoint(
         ModelNotFoundError: There is no such model, or its files do not tell.
     """
     config = _hub.read_model_config(model, revision=revision, token=token)
-    folder = Path(model).expanduser()
-    tensors = _shapes_in(folder) if folder.is_dir() else _hub.read_tensor_shapes(model, revision=revision, token=token)
+    tensors = _hub.read_tensor_shapes(model, revision=revision, token=token)
     name = architecture_name(config)
     architecture = architectures.find(name) or UNKNOWN
     if not architecture.lora:
@@ -312,25 +308,6 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
             return found
     thinker = config.get("thinker_config")
     return _text(thinker) if isinstance(thinker, Mapping) else config
-
-
-def _shapes_in(folder: Path) -> dict[str, Shape]:
-    """Return the shapes of a folder's tensors; none where a file is missing or broken."""
-    shapes: dict[str, Shape] = {}
-    try:
-        for name in _file_names(folder):
-            entries = read_header(str(folder), folder / name)
-            shapes.update((tensor, entry.shape) for tensor, entry in entries.items())
-    except (CorruptAdapterError, OSError, ValueError):
-        return {}
-    return shapes
-
-
-def _file_names(folder: Path) -> Iterable[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def _left_open(name: str, architecture: Architecture, modules: ModelModules, device: str) -> Iterator[str]:

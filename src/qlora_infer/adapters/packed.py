@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_infer.quantization._base import quant_method
+from qlora_infer.quantization._checkpoint import quant_method, quantization_config
 
 Shape = tuple[int, ...]
 
@@ -52,7 +52,7 @@ def _plain(module: str, shape: Shape, tensors: Mapping[str, Shape]) -> Shape | N
 
 def _packed_in_int32(qweight: Shape, scales: Shape, config: Mapping[str, Any]) -> Shape:
     """Return the shape behind AWQ's packed outputs or GPTQ's packed inputs; scales are one per output."""
-    quantization = _quantization(config)
+    quantization = quantization_config(config)
     bits = quantization.get("bits")
     is_awq = "awq" in (quant_method(config) or "") or "awq" in str(quantization.get("packing_format", ""))
     if is_awq:
@@ -62,18 +62,10 @@ def _packed_in_int32(qweight: Shape, scales: Shape, config: Mapping[str, Any]) -
 
 def _of_compressed_tensors(packed: Shape, scale: Shape | None, config: Mapping[str, Any]) -> Shape:
     """Return the shape behind ``weight_packed``: the inputs are packed, and scales are one per group of them."""
-    groups = _quantization(config).get("config_groups")
+    groups = quantization_config(config).get("config_groups")
     first: Mapping[str, Any] = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
     weights = first.get("weights") or {}
     size, bits = weights.get("group_size"), weights.get("num_bits")
     if isinstance(size, int) and size > 0 and scale is not None and len(scale) == 2:
         return packed[0], scale[1] * size
     return packed[0], packed[1] * 32 // bits if isinstance(bits, int) and bits > 0 else 0
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("quantization_config") or config.get("compression_config")
-    if isinstance(found, Mapping):
-        return found
-    text = config.get("text_config")
-    return _quantization(text) if isinstance(text, Mapping) else {}

@@ -7,7 +7,7 @@ import inspect
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from attrs import asdict, fields, frozen
@@ -27,6 +27,14 @@ PACKAGES = (
 )
 GIB = 1 << 30
 
+#: Kinds of compressed-tensors checkpoints, by their names on the Hub: not all run everywhere.
+COMPRESSED_TENSORS = {
+    "W4A16": {"weights": {"type": "int", "num_bits": 4}},
+    "W8A8": {"weights": {"type": "int", "num_bits": 8}, "input_activations": {"num_bits": 8}},
+    "FP8": {"weights": {"type": "float", "num_bits": 8}},
+    "NVFP4": {"weights": {"type": "float", "num_bits": 4, "group_size": 16}},
+}
+
 
 @frozen
 class Diagnosis:
@@ -37,7 +45,7 @@ class Diagnosis:
         packages: The versions of the packages that matter; ``None`` for one that is not installed.
         machine: What an engine would run on.
         device: What vLLM would run on: ``"cuda"``, ``"cpu"``, or ``None`` without a vLLM that works here.
-        quantizations: By name; why it does not work here, or ``None`` where it does.
+        quantizations: By kind of checkpoint; why it does not work here, or ``None`` where it does.
         multimodal: Why models that need torchvision do not start here, or ``None`` where they do.
         advice: What else is amiss, and the fix.
     """
@@ -81,7 +89,7 @@ def diagnose() -> Diagnosis:
         packages={name: installed.get(name) for name in PACKAGES},
         machine=machine,
         device=device,
-        quantizations={name: fault or _why_not(name, here) for name in quantization.registered()},
+        quantizations={kind: fault or _why_not(name, says, here) for kind, name, says in _kinds()},
         multimodal=fault or _torchvision_fault(installed),
         advice=tuple(_advice(installed, machine)),
     )
@@ -109,9 +117,19 @@ def _vllm_fault(installed: Mapping[str, str], machine: Machine) -> str | None:
     return None
 
 
-def _why_not(name: str, here: quantization.Platform) -> str | None:
-    """What the strategy itself says of a checkpoint of its kind."""
-    model_config = {} if name == "none" else {"quantization_config": {"quant_method": name}}
+def _kinds() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield the kinds of checkpoints: a name for each, the strategy's, and what a checkpoint says of itself."""
+    for name in quantization.registered():
+        if name != "compressed-tensors":
+            yield name, name, {} if name == "none" else {"quant_method": name}
+            continue
+        for scheme, group in COMPRESSED_TENSORS.items():
+            yield f"{name} {scheme}", name, {"quant_method": name, "config_groups": {"group_0": group}}
+
+
+def _why_not(name: str, says: Mapping[str, Any], here: quantization.Platform) -> str | None:
+    """Return why a strategy does not serve a kind of checkpoint here, in the strategy's own words."""
+    model_config = {"quantization_config": says} if says else {}
     try:
         config = _default_config(name)
         quantization.choose(config, model_config).check(config, model_config, here)
@@ -187,12 +205,12 @@ def _lines(found: Diagnosis) -> Iterator[str]:
     for name, version in found.packages.items():
         supported = str(_supported(name))
         note = f" (supported: {supported})" if version and supported else ""
-        yield f"{name:<16} {version or 'not installed'}{note}"
+        yield f"{name:<24} {version or 'not installed'}{note}"
     yield ""
     for name, reason in found.quantizations.items():
-        yield f"{name:<16} {f'no: {reason}' if reason else f'works, on {found.device}'}"
+        yield f"{name:<24} {f'no: {reason}' if reason else f'works, on {found.device}'}"
     if found.device:
-        yield f"{'multimodal':<16} {f'no: {found.multimodal}' if found.multimodal else 'works: torchvision fits torch'}"
+        yield f"{'multimodal':<24} {f'no: {found.multimodal}' if found.multimodal else 'works: torchvision fits torch'}"
     for sentence in found.advice:
         yield f"note: {sentence}"
 

@@ -10,6 +10,7 @@ from attrs import frozen
 
 from qlora_infer.config import EngineConfig
 from qlora_infer.errors import MissingDependencyError, QuantizationError, UnknownQuantizationError
+from qlora_infer.quantization._checkpoint import quant_method
 
 logger = logging.getLogger("qlora_infer")
 
@@ -36,6 +37,14 @@ class Platform:
         """Raise ``MissingDependencyError`` with ``command`` unless the distribution ``name`` is installed."""
         if name not in self.packages:
             raise MissingDependencyError(f"{name} is not installed: {command}")
+
+    def require_gpu(self, quantization: str) -> None:
+        """Raise ``QuantizationError`` on a device that is no GPU."""
+        if self.device != "cuda":
+            raise QuantizationError(
+                f"{quantization} runs on GPUs only, and this is vLLM's build for the {self.device}: take a checkpoint "
+                "in AWQ, GPTQ or compressed-tensors with 4-bit weights and 16-bit activations, or the unquantized one"
+            )
 
     def require_capability(self, minimum: int, quantization: str) -> None:
         """Raise ``QuantizationError`` on a CUDA device older than ``minimum``; other devices pass."""
@@ -90,6 +99,20 @@ class QuantizationStrategy(Protocol):
     def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that vLLM needs for it; a pure function."""
         ...
+
+
+def unserved(model: str, says: str, why: str) -> QuantizationError:
+    """Return the error for a checkpoint whose kind of quantization vLLM does not run.
+
+    Args:
+        model: The checkpoint.
+        says: The field of its quantization config, with the value.
+        why: What vLLM runs instead.
+    """
+    return QuantizationError(
+        f"{model} is quantized with {says}: {why}. Take another checkpoint of the same model: one in AWQ or "
+        "compressed-tensors, or the unquantized one"
+    )
 
 
 _registry: dict[str, QuantizationStrategy] = {}
@@ -148,29 +171,21 @@ def choose(config: EngineConfig, model_config: Mapping[str, Any]) -> Quantizatio
     if not strategy.matches(model_config):
         says = f"is quantized with {method!r}" if method else "is not quantized"
         raise QuantizationError(
-            f"{config.model} {says} (config.json), which quantization={strategy.name!r} cannot serve: "
+            f"{config.model} {says} (quantization_config), which quantization={strategy.name!r} cannot serve: "
             'use quantization="auto", or another checkpoint'
         )
     return strategy
-
-
-def quant_method(model_config: Mapping[str, Any]) -> str | None:
-    """The ``quant_method`` that a checkpoint's ``config.json`` names; ``None`` for an unquantized one."""
-    quantization_config = model_config.get("quantization_config")
-    if not isinstance(quantization_config, Mapping):
-        return None
-    return str(quantization_config.get("quant_method", "")).lower() or None
 
 
 def _detect(model: str, model_config: Mapping[str, Any], method: str | None) -> QuantizationStrategy:
     # The newest registration is asked first, so that a user's strategy can take over a kind of checkpoint.
     for strategy in reversed(_registry.values()):
         if strategy.matches(model_config):
-            reason = f"config.json says {method!r}" if method else "the checkpoint is not quantized: in flight"
+            reason = f"the checkpoint says {method!r}" if method else "the checkpoint is not quantized: in flight"
             logger.info("quantization=%r for %s (%s)", strategy.name, model, reason)
             return strategy
     raise QuantizationError(
-        f"{model} is quantized with {method!r} (config.json); registered are {', '.join(_registry)}. "
+        f"{model} is quantized with {method!r}; registered are {', '.join(_registry)}. "
         "Use another checkpoint, or pass a strategy of your own as quantization="
     )
 

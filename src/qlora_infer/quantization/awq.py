@@ -6,23 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_infer.config import EngineConfig
-from qlora_infer.quantization._base import Platform, quant_method, register
+from qlora_infer.quantization._base import Platform, register, unserved
+from qlora_infer.quantization._checkpoint import quant_method, quantization_config
 
 
 @register
 class AWQ:
-    """AWQ checkpoints; vLLM picks the fastest kernel that the device has (Marlin on recent GPUs)."""
+    """AWQ checkpoints as AutoAWQ writes them; vLLM picks the device's fastest kernel (Marlin on recent GPUs)."""
 
     name = "awq"
 
     def matches(self, model_config: Mapping[str, Any]) -> bool:
-        """Whether ``config.json`` names AWQ."""
+        """Return whether the checkpoint names AWQ."""
         return quant_method(model_config) == "awq"
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """A GPU must be of compute capability 7.5 (vLLM 0.32, ``auto_awq.py``)."""
+        """A GPU must be of compute capability 7.5, and weights of 4 bits in the layout "gemm" (``auto_awq.py``)."""
         platform.require_capability(75, "AWQ")
+        quantization = quantization_config(model_config)
+        for field in ("w_bit", "bits"):
+            if (bits := quantization.get(field, 4)) != 4:
+                raise unserved(config.model, f"{field}={bits}", "vLLM runs AWQ with 4 bits")
+        if (version := str(quantization.get("version", "gemm")).lower()) != "gemm":
+            raise unserved(config.model, f"version={version!r}", "vLLM reads AWQ's layout 'gemm' only")
 
     def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """AWQ is read from the checkpoint itself."""
+        """Name the method; vLLM reads everything else from the checkpoint."""
         return {"quantization": "awq"}

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qlora_infer.config import EngineConfig
 from qlora_infer.errors import QuantizationError
-from qlora_infer.quantization._base import Platform, quant_method, register
+from qlora_infer.quantization._base import Platform, register, unserved
+from qlora_infer.quantization._checkpoint import quant_method, quantization_config
+
+logger = logging.getLogger("qlora_infer")
+
+#: Layers that most of vLLM's models have in one with their neighbours: ``qkv_proj`` and ``gate_up_proj``.
+_PARTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 
 
 @register
 class BitsAndBytes:
     """Unquantized checkpoints, quantized to 4-bit nf4 as they load, and pre-quantized 4- and 8-bit ones.
 
-    vLLM gave bitsandbytes to the package ``vllm-bnb-plugin`` in its version 0.28.
+    vLLM gave bitsandbytes to the package ``vllm-bnb-plugin`` in its version 0.28. Layers that a checkpoint keeps in 16
+    bits (``llm_int8_skip_modules``, as in Unsloth's dynamic checkpoints) stay so, but for parts of a module that vLLM
+    has in one: these are quantized as they load, and the log says so.
     """
 
     name = "bitsandbytes"
 
     def matches(self, model_config: Mapping[str, Any]) -> bool:
-        """Whether ``config.json`` names bitsandbytes, or no quantization at all."""
+        """Return whether the checkpoint names bitsandbytes, or no quantization at all."""
         return quant_method(model_config) in (None, "bitsandbytes")
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
@@ -30,6 +39,16 @@ class BitsAndBytes:
         platform.require_package("bitsandbytes", "pip install 'bitsandbytes>=0.48'")
         platform.require_package("vllm-bnb-plugin", f"pip install{without_vllm} 'vllm-bnb-plugin>=0.0.3'")
         platform.require_capability(70, "bitsandbytes")
+        quantization = quantization_config(model_config)
+        if (storage := quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8":
+            raise unserved(config.model, f"bnb_4bit_quant_storage={storage!r}", "the plugin reads 'uint8' only")
+        if parts := _skipped_parts(quantization.get("llm_int8_skip_modules") or ()):
+            logger.warning(
+                "%s keeps %s in 16 bits, which vLLM has in one module with others: vllm-bnb-plugin quantizes them to "
+                'nf4, so that answers differ a little; the unquantized model with quantization="none" is exact',
+                config.model,
+                ", ".join(parts),
+            )
         if quant_method(model_config) and config.tensor_parallel_size > 1:
             raise QuantizationError(
                 f"{config.model} is quantized with bitsandbytes already and cannot be split over "
@@ -38,5 +57,13 @@ class BitsAndBytes:
             )
 
     def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """The same for both kinds: the plugin sees from ``config.json`` which one it is."""
+        """Return the same for both kinds: the plugin sees from ``config.json`` which one it is."""
         return {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
+
+
+def _skipped_parts(skipped: Collection[str]) -> list[str]:
+    """Return the layers that are kept in 16 bits by the name of a part, where vLLM asks by the name of the whole.
+
+    ``is_layer_skipped_bnb`` in ``vllm-bnb-plugin`` 0.0.3 knows ``self_attn`` and ``qkv_proj``, and not ``q_proj``.
+    """
+    return [name for name in skipped if name.rpartition(".")[2] in _PARTS]

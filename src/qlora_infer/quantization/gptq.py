@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_infer.config import EngineConfig
-from qlora_infer.quantization._base import Platform, quant_method, register
+from qlora_infer.quantization._base import Platform, register, unserved
+from qlora_infer.quantization._checkpoint import quant_method, quantization_config
+
+#: Bits that vLLM 0.32 has kernels for (``auto_gptq.py``), and those of them that it has on a CPU.
+_BITS, _BITS_ON_A_CPU = (4, 8), (4,)
 
 
 @register
@@ -16,13 +20,32 @@ class GPTQ:
     name = "gptq"
 
     def matches(self, model_config: Mapping[str, Any]) -> bool:
-        """Whether ``config.json`` names GPTQ."""
+        """Return whether the checkpoint names GPTQ."""
         return quant_method(model_config) == "gptq"
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """A GPU must be of compute capability 6.0 (vLLM 0.32, ``auto_gptq.py``)."""
+        """A GPU must be of compute capability 6.0; weights must be symmetric, and without an order in groups."""
         platform.require_capability(60, "GPTQ")
+        for says in _sections(quantization_config(model_config)):
+            bits, group_size = says.get("bits", 4), says.get("group_size", -1)
+            if bits not in _BITS:
+                raise unserved(config.model, f"bits={bits}", "vLLM runs GPTQ with 4 and 8 bits")
+            if says.get("sym") is False:
+                raise unserved(config.model, "sym=False", "vLLM runs symmetric weights only")
+            if says.get("desc_act") and group_size != -1:
+                order = f"desc_act=True with group_size={group_size}"
+                raise unserved(config.model, order, "vLLM runs activation orders in groups no more")
+            if bits not in _BITS_ON_A_CPU:
+                platform.require_gpu(f"GPTQ with {bits} bits")
 
     def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """GPTQ is read from the checkpoint itself."""
+        """Name the method; vLLM reads everything else from the checkpoint."""
         return {"quantization": "gptq"}
+
+
+def _sections(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what is said of all layers, and of those that a pattern in GPTQModel's ``dynamic`` names."""
+    yield quantization
+    for pattern, changes in (quantization.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and isinstance(changes, Mapping):
+            yield {**quantization, **changes}

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_infer.config import EngineConfig
-from qlora_infer.quantization._base import Platform, quant_method, register
+from qlora_infer.quantization._base import Platform, register
+from qlora_infer.quantization._checkpoint import quant_method
 
 
 @register
@@ -16,7 +17,7 @@ class Unquantized:
     name = "none"
 
     def matches(self, model_config: Mapping[str, Any]) -> bool:
-        """Return whether ``config.json`` names no quantization."""
+        """Return whether the checkpoint names no quantization."""
         return quant_method(model_config) is None
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:

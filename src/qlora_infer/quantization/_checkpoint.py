@@ -1,0 +1,82 @@
+"""What a checkpoint says of its quantization, in the places where vLLM 0.32 reads it.
+
+These are ``config.json`` (``model_arch_config_convertor.py`` in ``vllm/transformers_utils``), and files beside it
+(``get_config_filenames`` of each method in ``vllm/model_executor/layers/quantization``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from qlora_infer.errors import QuantizationError
+
+#: Files beside ``config.json`` that speak of a quantization, and of which one where they name none.
+QUANTIZATION_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "quantization_config.json": "auto-round",
+}
+
+#: Ends of names that only tensors of quantized layers have.
+_PACKED = (
+    *(".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB"),
+    *("_blocks", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
+)
+
+
+def quantization_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a ``config.json`` says of the quantization, also of a multimodal model's text; empty if nothing."""
+    for config in (model_config, model_config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(config, Mapping) and isinstance(found := config.get(key), Mapping):
+                return found
+    return {}
+
+
+def quant_method(model_config: Mapping[str, Any]) -> str | None:
+    """Return the ``quant_method`` that a checkpoint names, as vLLM writes it; ``None`` for an unquantized one."""
+    said = quantization_config(model_config)
+    producer = said.get("producer")
+    if isinstance(producer, Mapping) and producer.get("name") == "modelopt":
+        return "modelopt"
+    method = str(said.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
+    return method or None
+
+
+def complete(
+    model: str,
+    model_config: Mapping[str, Any],
+    read: Callable[[str], Mapping[str, Any] | None],
+    tensor_names: Callable[[], Iterable[str]],
+) -> dict[str, Any]:
+    """Return a ``config.json`` with what the files beside it say of the quantization.
+
+    Args:
+        model: The checkpoint's name, for messages.
+        model_config: The content of its ``config.json``.
+        read: Reads a JSON file of the checkpoint; ``None`` where there is none.
+        tensor_names: Names its tensors; asked where no file tells of a quantization.
+
+    Raises:
+        QuantizationError: The weights are packed, and no file says how; or it is said without a method.
+    """
+    said = quantization_config(model_config)
+    if said and quant_method(model_config) is None:
+        raise QuantizationError(
+            f"quantization_config in config.json of {model} names no quant_method, without which vLLM reads packed "
+            'weights as if they were none: add "quant_method" to it, such as "gptq"'
+        )
+    if said:
+        return dict(model_config)
+    for name, method in QUANTIZATION_FILES.items():
+        if found := read(name):
+            return {**model_config, "quantization_config": {"quant_method": method, **found}}
+    packed = next((name for name in tensor_names() if name.endswith(_PACKED)), None)
+    if packed:
+        raise QuantizationError(
+            f"{model} is quantized ({packed}), and neither config.json nor {', '.join(QUANTIZATION_FILES)} says how: "
+            'add the "quantization_config" of the model that it is a copy of to config.json'
+        )
+    return dict(model_config)

@@ -1,0 +1,36 @@
+"""GGUF: llama.cpp's files, of one quantization a file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_infer.config import EngineConfig
+from qlora_infer.quantization._base import Platform, register
+from qlora_infer.quantization._checkpoint import quant_method
+
+
+@register
+class GGUF:
+    """GGUF files: ``"model.gguf"``, ``"org/model-GGUF:Q4_K_M"`` or ``"org/model-GGUF/file.gguf"``.
+
+    vLLM gave GGUF to the package ``vllm-gguf-plugin`` in its version 0.24. The plugin reads the model's
+    ``config.json`` and tokenizer from the file's folder or repository, or from those of ``tokenizer`` in
+    ``engine_args``.
+    """
+
+    name = "gguf"
+
+    def matches(self, model_config: Mapping[str, Any]) -> bool:
+        """Return whether the model was named by a GGUF file."""
+        return quant_method(model_config) == self.name
+
+    def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
+        """The plugin must be there; its kernels are for GPUs of compute capability 6.0 and newer."""
+        platform.require_gpu("GGUF")
+        platform.require_package("vllm-gguf-plugin", "pip install vllm-gguf-plugin")
+        platform.require_capability(60, "GGUF")
+
+    def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Name the method and the loader."""
+        return {"quantization": self.name, "load_format": "gguf"}
