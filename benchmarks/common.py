@@ -88,6 +88,13 @@ def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {f"model.layers.{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
 
 
+#: vLLM's arguments for weights in 16 bits that are quantized as they load.
+IN_FLIGHT = {
+    "bitsandbytes": {"quantization": "bitsandbytes", "load_format": "bitsandbytes"},
+    "fp8": {"quantization": "fp8_per_tensor"},
+}
+
+
 class Plain:
     """``vllm.LLM``, used as its documentation shows.
 
@@ -117,8 +124,7 @@ class Plain:
             arguments["worker_extension_cls"] = "qlora_infer._worker.WorkerExtension"
         else:
             arguments["worker_extension_cls"] = "swap_counter.SwapCounter"
-        if quantization == "bitsandbytes":
-            arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
+        arguments |= IN_FLIGHT.get(quantization, {})
         with startup.breakable_graphs(arguments):
             self.llm = LLM(str(model), enable_lora=True, **arguments)
         if not arguments.get("disable_log_stats", True):
@@ -163,23 +169,6 @@ class Plain:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-class Unquantized:
-    """A strategy for comparison's sake: the weights as they are, which ``"auto"`` would quantize as they load."""
-
-    name = "none"
-
-    def matches(self, model_config: Mapping[str, Any]) -> bool:
-        """It is only ever asked for."""
-        return False
-
-    def check(self, config: Any, model_config: Mapping[str, Any], platform: Any) -> None:
-        """Any machine will do."""
-
-    def engine_args(self, config: Any, model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """None are needed."""
-        return {}
-
-
 class Ours:
     """``QuantizedLoRAEngine``."""
 
@@ -200,7 +189,7 @@ class Ours:
     ) -> None:
         self.engine = QuantizedLoRAEngine(
             model,
-            quantization=Unquantized() if quantization == "none" else quantization,
+            quantization=quantization,
             adapters=adapters,
             max_loras=max_loras,
             max_lora_rank=max_lora_rank,  # type: ignore[arg-type]

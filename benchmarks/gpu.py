@@ -108,7 +108,7 @@ def limits(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.device == "cuda":
         given["gpu_memory_utilization"] = arguments.memory
-    return given if arguments.quantization == "bitsandbytes" else {**given, "load_format": "dummy"}
+    return given if QUANTIZATIONS[arguments.quantization] is None else {**given, "load_format": "dummy"}
 
 
 def start(
@@ -128,7 +128,8 @@ def start(
         return common.Plain(model, quantization, adapters, disable_log_stats=False, **given)
     if side == "changed":
         given |= arguments.ours_args
-    return common.Ours(model, quantization, {}, startup=arguments.startup, lora_kernels=arguments.kernels, **given)
+    asked = "auto" if QUANTIZATIONS[quantization] else quantization
+    return common.Ours(model, asked, {}, startup=arguments.startup, lora_kernels=arguments.kernels, **given)
 
 
 def measure(model: Path, adapters: Mapping[str, Path], arguments: argparse.Namespace, deadline: float) -> None:

@@ -7,6 +7,11 @@
 #   8b        8 billion parameters, GPTQ, against plain vLLM: 7 minutes
 #   8b-awq, 8b-awq-128, 8b-bnb, 8b-bnb-128
 #             the same in AWQ and bitsandbytes, one pair; and 128 adapters: at most 10 minutes each
+#   8b-w4a16, 8b-fp8
+#             8 billion parameters in compressed-tensors, 4-bit weights and FP8, against plain vLLM: 4 minutes each
+#   sixteen   8 billion parameters in 16 bits, as they are, in FP8 and in bitsandbytes, side by side; and what each does
+#             to the demo model's answers: 6 minutes
+#   formats   tests/gpu/test_formats.py: today's formats of checkpoints: 5 minutes
 #   phi3      modules fused in the checkpoint: Phi-3's modules against Llama's at the sizes of 8B: 7 minutes
 #   models    tiny models of today's architectures with experts' adapters, and adapters of output layers: 10 minutes
 #   one       1.1 billion parameters in AWQ and GPTQ, one adapter and the base model, 512 requests, 8 pairs: 4 minutes each
@@ -78,6 +83,18 @@ for name in ${@:-tests 8b}; do
     8b-awq-128) bench 8b-awq-128 570 --shape 8B --quantization awq --adapters 128 --repeats 1 --minutes 8.5 ;;
     8b-bnb) bench 8b-bnb 570 --shape 8B --quantization bitsandbytes --adapters 32 0 1 8 --repeats 1 --minutes 8.5 ;;
     8b-bnb-128) bench 8b-bnb-128 570 --shape 8B --quantization bitsandbytes --adapters 128 --repeats 1 --minutes 8.5 ;;
+    8b-w4a16) bench 8b-w4a16 300 --shape 8B --quantization compressed-tensors --adapters 0 1 8 --requests 64 --minutes 4.5 ;;
+    8b-fp8) bench 8b-fp8 300 --shape 8B --quantization compressed-tensors-fp8 --adapters 0 1 8 --requests 64 --minutes 4.5 ;;
+    sixteen)
+      part sixteen 400 python3 benchmarks/sixteen_bits.py --json "$OUT/sixteen.jsonl"
+      part quality 200 python3 benchmarks/quality.py --quantizations none fp8 bitsandbytes
+      grep -h '^|\|Error' "$OUT/sixteen.log" "$OUT/quality.log" | cut -c1-250
+      ;;
+    formats)
+      part formats 580 python3 -m pytest tests/gpu/test_formats.py -v --tb=short --show-capture=no --timeout 240 -p no:cacheprovider \
+        --junitxml "$OUT/formats.xml"
+      grep -hE ' (PASSED|FAILED|ERROR)|^E  |^=+ .* =+$' "$OUT/formats.log" | cut -c1-220
+      ;;
     phi3)
       # Fused modules against Llama's of the same sizes: what eight adapters leave of the base model's speed.
       for shape in 8B-phi3 8B; do

@@ -72,7 +72,40 @@ SHAPES: dict[str, dict[str, Any]] = {
 QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
-    "bitsandbytes": None,  # quantized as it loads
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True},
+            }
+        },
+    },
+    # What llm-compressor calls FP8_DYNAMIC.
+    "compressed-tensors-fp8": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "strategy": "token",
+                    "symmetric": True,
+                    "dynamic": True,
+                },
+            }
+        },
+    },
+    # Quantized as they load, or not at all.
+    "bitsandbytes": None,
+    "fp8": None,
+    "none": None,
 }
 VOCABULARY = 49152
 
@@ -88,7 +121,7 @@ def model_and_adapters(
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
         _write_config(model, shape, quantization, tokenizer)
-        if quantization == "bitsandbytes":
+        if QUANTIZATIONS[quantization] is None:
             _write_weights(model)
         yield model, _write_adapters(Path(temporary), model, num_adapters, rank)
 

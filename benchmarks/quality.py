@@ -20,6 +20,8 @@ from qlora_infer import QuantizedLoRAEngine
 from qlora_infer.adapters.effect import Scores, effect, reference_scores
 from qlora_infer.demo import demo_adapters, demo_model
 
+#: What can be measured, and the form of the demo model that it is made of.
+QUANTIZATIONS = {"awq": "awq", "gptq": "gptq", "bitsandbytes": "none", "fp8": "none", "none": "none"}
 READ = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
 
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--adapter", default="pirate", choices=sorted(demo_adapters()))
     parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=256, help="of a text")
+    parser.add_argument("--quantizations", nargs="+", default=["awq", "gptq", "bitsandbytes"], choices=QUANTIZATIONS)
     arguments = parser.parse_args()
     adapter = demo_adapters()[arguments.adapter]
     token_ids = read_texts(arguments.texts, arguments.tokens)
@@ -37,9 +40,10 @@ def main() -> None:
         ("none, in transformers and PEFT", name, f"{perplexity(read):.1f}", "-", "-")
         for name, read in zip(("-", arguments.adapter), reference, strict=True)
     ]
-    for quantization in ("awq", "gptq", "bitsandbytes"):
-        model = common.model_for(quantization)
-        with QuantizedLoRAEngine(model, adapters={arguments.adapter: adapter}, max_model_len=512) as engine:
+    for quantization in arguments.quantizations:
+        model = common.model_for(QUANTIZATIONS[quantization])
+        adapters = {arguments.adapter: adapter}
+        with QuantizedLoRAEngine(model, quantization=quantization, adapters=adapters, max_model_len=512) as engine:
             for name, other in zip((None, arguments.adapter), reference, strict=True):
                 read = scores(engine, token_ids, name)
                 distance = effect("", other, read, None)
