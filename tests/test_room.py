@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from qlora_infer.adapters.room import adapter_bytes
+from qlora_infer.adapters.room import adapter_bytes, weight_bytes
 from qlora_infer.quantization import Platform
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 
@@ -77,3 +77,28 @@ def test_bytes_bound_what_is_in_host_memory(tmp_path):
         engine.generate("x", adapter="a0")
         assert sum(engine.adapters[name].num_bytes for name in backend.resident) <= 3 * size
         assert "a0" in backend.resident
+
+
+@pytest.mark.parametrize(
+    ("says", "quantization", "bits"),
+    [
+        ({}, "none", 16),
+        ({}, "fp8", 8),
+        ({}, "bitsandbytes", 4),
+        ({"quant_method": "awq", "w_bit": 4}, "awq", 4),
+        ({"quant_method": "gptq", "bits": 8}, "gptq", 8),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes", 8),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8", 8),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8}}}}, "any", 8),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt", 4),
+        ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, "modelopt", 8),
+        ({"quant_method": "mxfp4"}, "mxfp4", 4),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao", 8),
+        ({"quant_method": "gguf", "file": "org/model-GGUF:Q6_K"}, "gguf", 6),
+    ],
+)
+def test_the_size_of_the_weights_follows_the_format(says, quantization, bits):
+    """Memory is estimated by the bits that each format keeps of a weight, and embeddings by 16."""
+    model_config = {**LLAMA_8B, "vocab_size": 128_256, **({"quantization_config": says} if says else {})}
+    embeddings = 2 * 2 * 128_256 * 4096
+    assert weight_bytes(model_config, quantization) == bits * 6_979_321_856 // 8 + embeddings

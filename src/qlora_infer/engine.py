@@ -173,7 +173,7 @@ class QuantizedLoRAEngine(Displayed):
         strategy.check(config, model_config, platform)
         strategy_args = strategy.engine_args(config, model_config)
         self._quantization = strategy.name
-        self._config = config = choose_room(config, platform, model_config)
+        self._config = config = choose_room(config, platform, model_config, strategy.name)
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
         store = Path(tempfile.mkdtemp(prefix="qlora-infer-"))

@@ -1,5 +1,7 @@
 """What this library touches of vLLM beyond its public methods: when vLLM changes it, these fail and name it."""
 
+import contextlib
+import copy
 import inspect
 import json
 import os
@@ -587,3 +589,83 @@ def test_what_leaves_experts_without_lora_on_a_cpu():
     assert "is_lora_enabled" in FusedMoEConfig.__dataclass_fields__
     assert "target_modules" in LoRAConfig.__dataclass_fields__
     assert parameters(LoRAModelRunnerMixin.load_lora_model)[1:] == ["model", "vllm_config", "device"]
+
+
+#: What checkpoints say, and whether vLLM runs it: the strategies' ``check`` has the same answers in words.
+QUANTIZATIONS = {
+    "awq of 8 bits": ({"quant_method": "awq", "bits": 8, "group_size": 128, "zero_point": True}, False),
+    "awq": ({"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": True}, True),
+    **{
+        f"gptq of {bits} bits, sym={sym}, desc_act={order} in {size}": (
+            {"quant_method": "gptq", "bits": bits, "sym": sym, "desc_act": order, "group_size": size},
+            bits in (4, 8) and sym and (not order or size == -1),
+        )
+        for bits in (2, 3, 4, 8)
+        for sym in (True, False)
+        for order, size in ((False, 128), (True, 128), (True, -1))
+    },
+    "gptq with a rule": (
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "sym": True,
+            "desc_act": False,
+            "group_size": 128,
+            "dynamic": {"+:.*down.*": {"desc_act": True}},
+        },
+        False,
+    ),
+    **{
+        f"compressed-tensors, actorder={order}": (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {
+                    "group_0": {
+                        "targets": ["Linear"],
+                        "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, **order},
+                    }
+                },
+            },
+            order.get("actorder") not in ("group", "dynamic"),
+        )
+        for order in ({}, {"actorder": "group"}, {"actorder": "dynamic"}, {"actorder": "static"})
+    },
+    "sparse": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {},
+            "sparsity_config": {"format": "sparse-24-bitmask", "targets": ["Linear"]},
+        },
+        False,
+    ),
+    "fp8": ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, True),
+    "fp8, static blocks": (
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128, 128]},
+        False,
+    ),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, True),
+    "modelopt, int4": ({"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, False),
+    "mxfp4": ({"quant_method": "mxfp4"}, True),
+    "auto-round": ({"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True}, True),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_the_strategies_refuse_what_vllm_refuses(name):
+    """Asked of the same quantization config, vLLM's own class and the strategy say the same, on a GPU."""
+    from test_quantization import CONFIG
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    from qlora_infer import QuantizationError, quantization
+
+    says, is_served = QUANTIZATIONS[name]
+    strategy = quantization.choose(CONFIG, {"quantization_config": says})
+    here = quantization.Platform("cuda", 90, frozenset())
+    method = strategy.engine_args(CONFIG, {"quantization_config": says})["quantization"]
+    vllms = get_quantization_config(method)
+    with contextlib.nullcontext() if is_served else pytest.raises(QuantizationError):
+        strategy.check(CONFIG, {"quantization_config": says}, here)
+    with contextlib.nullcontext() if is_served else pytest.raises((ValueError, DeprecationWarning)):
+        vllms.from_config(copy.deepcopy(says))
+    assert here.capability >= vllms.get_min_capability()

@@ -10,6 +10,7 @@ from attrs import evolve
 
 from qlora_infer.config import EngineConfig
 from qlora_infer.quantization import Platform
+from qlora_infer.quantization._checkpoint import weight_bits
 
 logger = logging.getLogger("qlora_infer")
 
@@ -34,13 +35,16 @@ GRAPH_ROOM = 3 << 30
 ASSUMED_RANK = 64
 
 
-def choose_room(config: EngineConfig, platform: Platform, model_config: Mapping[str, Any]) -> EngineConfig:
+def choose_room(
+    config: EngineConfig, platform: Platform, model_config: Mapping[str, Any], quantization: str
+) -> EngineConfig:
     """Choose where the user said ``"auto"``: ``max_loras``, ``max_cpu_loras`` and ``enforce_eager``; and log it.
 
     Args:
         config: What the user asked for.
         platform: The machine.
         model_config: The model's ``config.json``.
+        quantization: The strategy's name.
     """
     rank = config.max_lora_rank if isinstance(config.max_lora_rank, int) else ASSUMED_RANK
     size = adapter_bytes(model_config, rank)
@@ -49,7 +53,8 @@ def choose_room(config: EngineConfig, platform: Platform, model_config: Mapping[
     if config.max_cpu_loras == "auto":
         config = evolve(config, max_cpu_loras=_choose_places(config, platform, size))
     if config.enforce_eager == "auto":
-        config = evolve(config, enforce_eager=_is_short_of_memory(config, platform, model_config, size))
+        weights = weight_bytes(model_config, quantization)
+        config = evolve(config, enforce_eager=_is_short_of_memory(config, platform, weights, size))
     return config
 
 
@@ -62,12 +67,12 @@ def adapter_bytes(model_config: Mapping[str, Any], rank: int) -> int | None:
     return 2 * rank * sum(inputs + outputs for inputs, outputs in shapes) if shapes else None
 
 
-def weight_bytes(model_config: Mapping[str, Any], unquantized_bits: int = 4) -> int | None:
+def weight_bytes(model_config: Mapping[str, Any], quantization: str) -> int | None:
     """Estimate the bytes of a model's weights: linear layers in its bits, embeddings in 16.
 
     Args:
         model_config: The model's ``config.json``.
-        unquantized_bits: Bits of each weight of an unquantized checkpoint; bitsandbytes makes 4 of them as it loads.
+        quantization: The strategy's name, which decides what becomes of an unquantized checkpoint.
 
     Returns:
         Bytes, or ``None`` where the ``config.json`` does not tell.
@@ -76,11 +81,8 @@ def weight_bytes(model_config: Mapping[str, Any], unquantized_bits: int = 4) -> 
     parameters, words, hidden = linear_parameters(model_config), text.get("vocab_size"), text.get("hidden_size")
     if not parameters or not words:
         return None
-    quantization = model_config.get("quantization_config") or {}
-    bits = quantization.get("bits") or (8 if quantization.get("load_in_8bit") else 4)
-    bits = bits if quantization else unquantized_bits
     embeddings = words * hidden * (1 if text.get("tie_word_embeddings") else 2)
-    return int(bits * parameters // 8 + 2 * embeddings)
+    return int(weight_bits(model_config, quantization) * parameters // 8 + 2 * embeddings)
 
 
 def linear_parameters(model_config: Mapping[str, Any]) -> int | None:
@@ -102,10 +104,7 @@ def _linear_shapes(model_config: Mapping[str, Any]) -> list[tuple[int, int]]:
         return []
 
 
-def _is_short_of_memory(
-    config: EngineConfig, platform: Platform, model_config: Mapping[str, Any], size: int | None
-) -> bool:
-    weights = weight_bytes(model_config, unquantized_bits=16 if config.quantization == "none" else 4)
+def _is_short_of_memory(config: EngineConfig, platform: Platform, weights: int | None, size: int | None) -> bool:
     if platform.device != "cuda" or not platform.device_memory or not weights or not size:
         return False
     share = config.engine_args.get("gpu_memory_utilization", GPU_SHARE)

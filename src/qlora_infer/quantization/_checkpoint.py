@@ -6,6 +6,7 @@ These are ``config.json`` (``model_arch_config_convertor.py`` in ``vllm/transfor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ QUANTIZATION_FILES = {
     "quant_config.json": "awq",
     "quantization_config.json": "auto-round",
 }
+
+#: Strategies that quantize an unquantized checkpoint as it loads, and the bits that they leave of a weight.
+_BITS_IN_FLIGHT = {"bitsandbytes": 4, "fp8": 8}
 
 #: Ends of names that only tensors of quantized layers have.
 _PACKED = (
@@ -43,6 +47,23 @@ def quant_method(model_config: Mapping[str, Any]) -> str | None:
         return "modelopt"
     method = str(said.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
     return method or None
+
+
+def weight_bits(model_config: Mapping[str, Any], quantization: str) -> int:
+    """Return the bits that a linear layer's weight has in memory, scales and zeros not counted.
+
+    Args:
+        model_config: The model's ``config.json``.
+        quantization: The strategy's name, which decides what becomes of an unquantized checkpoint.
+    """
+    said = quantization_config(model_config)
+    if not said:
+        return _BITS_IN_FLIGHT.get(quantization, 16)
+    groups = (said.get("config_groups") or {}).values()
+    counted = [said.get("bits"), said.get("w_bit"), *((group.get("weights") or {}).get("num_bits") for group in groups)]
+    named = re.search(r"(?:int|fp|float|q)(\d)", f"{said}".lower())
+    spoken = 8 if said.get("load_in_8bit") else int(named[1]) if named else 4
+    return next((bits for bits in counted if isinstance(bits, int)), spoken)
 
 
 def complete(
