@@ -231,6 +231,25 @@ IN_CI = {
 OUT_OF_CI = {name: model for name, model in BY_NAME.items() if name not in IN_CI and name not in NOT_ON_CPU}
 
 
+#: Sizes that a GPU's kernels take: multiples of 128, the sides of FP8's blocks.
+OF_KERNELS = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 8}
+#: The same of experts, of which every token is given to all: a choice may fall otherwise in 16 bits.
+OF_EXPERTS = {**OF_KERNELS, "num_experts_per_tok": 4}
+
+
+def of_format(form: str) -> TinyModel:
+    """Return a Llama in one of today's formats."""
+    config = functools.partial(text.llama, **OF_KERNELS)
+    return TinyModel(f"llama-{form}", "LlamaForCausalLM", config, form, dtype="bfloat16", adapters=(ALL, ATTENTION))
+
+
+def experts_of_format(form: str) -> TinyModel:
+    """Return a mixture of experts in one of today's formats, with adapters of the experts."""
+    config = functools.partial(text.qwen3_moe, **OF_EXPERTS, moe_intermediate_size=384)
+    adapters = (ATTENTION, EXPERTS, ALL)
+    return TinyModel(f"qwen3-moe-{form}", "Qwen3MoeForCausalLM", config, form, dtype="bfloat16", adapters=adapters)
+
+
 def for_gpu(model: TinyModel) -> TinyModel:
     """Return the model as a GPU serves it: with its experts' adapters, in 16 bits."""
     config = functools.partial(model.config, num_experts_per_tok=4) if model.refused_on_cpu else model.config
@@ -239,5 +258,23 @@ def for_gpu(model: TinyModel) -> TinyModel:
     )
 
 
+#: Today's formats.
+FORMATS_ON_GPU = {
+    model.name: model
+    for model in (
+        *map(of_format, ("none", "w4a16", "w4a16-asymmetric", "w4a16-channel", "w8a16", "w8a8-int8", "w8a8-fp8")),
+        *map(of_format, ("fp8", "fp8-static", "fp8-block", "fp8-in-flight", "modelopt-fp8")),
+        *map(of_format, ("nvfp4a16", "modelopt-nvfp4", "auto-round-gptq", "auto-round-awq")),
+        TinyModel(
+            "gpt-oss-mxfp4",
+            "GptOssForCausalLM",
+            # vLLM makes the sizes of MXFP4's experts multiples of 256 and of 128.
+            functools.partial(text.gpt_oss, **{**OF_EXPERTS, "hidden_size": 512}),
+            "mxfp4",
+            adapters=(ATTENTION, EXPERTS),
+        ),
+        *map(experts_of_format, ("w4a16", "fp8-block")),
+    )
+}
 #: Those of which a GPU serves more than the CPU does.
 ON_GPU = {name: for_gpu(model) for name, model in BY_NAME.items() if model.refused_on_cpu or name in NOT_ON_CPU}

@@ -142,8 +142,7 @@ def qwen3_5_text(**changes: Any) -> Any:
 
 def qwen3_moe(**changes: Any) -> Any:
     return transformers.Qwen3MoeConfig(
-        **{**SIZES, **HEADS_OF_64, "num_experts_per_tok": 2, **changes},
-        moe_intermediate_size=192,
+        **{**SIZES, **HEADS_OF_64, "num_experts_per_tok": 2, "moe_intermediate_size": 192, **changes},
         num_experts=4,
         norm_topk_prob=True,
     )

@@ -53,7 +53,7 @@ class TinyModel:
         name: Its name in the matrix.
         architecture: transformers' class.
         config: Returns the class's config.
-        quantization: The form that is served: ``"none"``, ``"awq"``, ``"gptq"`` or ``"bitsandbytes"``.
+        quantization: The form that is served: ``"none"``, or one of ``quantized.FORMS``.
         dtype: The one that it is served in, and that its weights can be represented in. The reference is in float32.
         adapters: The adapters that must answer as PEFT says, by their recipes' names.
         refused: Adapters that vLLM cannot serve on this architecture; without ``adapters``, it serves none at all.
