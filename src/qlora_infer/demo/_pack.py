@@ -1,7 +1,8 @@
-"""4-bit weights in the layouts of AWQ and GPTQ, by rounding to the nearest step.
+"""4-bit weights in the layouts of AWQ, GPTQ and compressed-tensors, by rounding to the nearest step.
 
 Real AWQ and GPTQ choose their steps by looking at activations; here only the layout matters, which is what vLLM reads:
-AWQ's "gemm" layout (https://github.com/mit-han-lab/llm-awq) and GPTQ's (https://github.com/AutoGPTQ/AutoGPTQ).
+AWQ's "gemm" layout (https://github.com/mit-han-lab/llm-awq), GPTQ's (https://github.com/AutoGPTQ/AutoGPTQ), and the
+"pack-quantized" one of compressed-tensors (https://github.com/vllm-project/compressed-tensors).
 """
 
 from __future__ import annotations
@@ -116,6 +117,26 @@ def unpack_gptq(tensors: dict[str, torch.Tensor]) -> Quantized:
         tensors["scales"].float(),
         _unpack_columns(tensors["qzeros"], _PLAIN_ORDER) + 1,
     )
+
+
+def pack_compressed(matrix: Quantized) -> dict[str, torch.Tensor]:
+    """Return the three tensors of a symmetric compressed-tensors layer, by the last part of their names."""
+    import torch
+
+    return {
+        "weight_packed": _pack_columns(matrix.steps.T, _PLAIN_ORDER),
+        "weight_scale": matrix.scales.T.bfloat16().contiguous(),
+        "weight_shape": torch.tensor(matrix.steps.T.shape),
+    }
+
+
+def unpack_compressed(tensors: dict[str, torch.Tensor]) -> Quantized:
+    """Return the inverse of ``pack_compressed``."""
+    import torch
+
+    scales = tensors["weight_scale"].T.float()
+    zeros = torch.full_like(scales, 8).int()
+    return Quantized(_unpack_columns(tensors["weight_packed"], _PLAIN_ORDER).T, scales, zeros)
 
 
 def _pack_columns(values: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
