@@ -25,8 +25,8 @@ def vllm_release():
 
 
 QUANTIZATIONS = ("awq", "gptq", "bitsandbytes")
-#: The demo model in each quantization, and in AWQ as a Phi-3, whose modules are fused in the checkpoint.
-FORMS = (*QUANTIZATIONS, "phi3")
+#: The demo model in each quantization, in AWQ as a Phi-3, whose modules are fused in the checkpoint, and in 16 bits.
+FORMS = (*QUANTIZATIONS, "phi3", "compressed-tensors", "none")
 
 
 @frozen
@@ -37,11 +37,13 @@ class Demo:
         served: The checkpoint that vLLM reads.
         unquantized: The same model in 16 bits.
         adapters: Its adapters' folders, by name.
+        quantization: How the engine is asked to serve it.
     """
 
     served: Path
     unquantized: Path
     adapters: dict[str, Path]
+    quantization: str = "auto"
 
 
 @functools.cache
@@ -52,7 +54,8 @@ def demo(form):
     from qlora_infer.demo import demo_adapters, demo_model
 
     if form != "phi3":
-        return Demo(demo_model(form), demo_model("none"), demo_adapters())
+        quantization = form if form in ("none", "bitsandbytes") else "auto"
+        return Demo(demo_model(form), demo_model("none"), demo_adapters(), quantization)
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     plain, quantized = phi3_model(folder / "model")
@@ -78,6 +81,7 @@ class Engines:
             self.close()
             self._engine = QuantizedLoRAEngine(
                 demo(form).served,
+                quantization=demo(form).quantization,
                 adapters=demo(form).adapters,
                 max_loras=4,
                 max_lora_rank=64,

@@ -87,7 +87,7 @@ def test_answers_agree_with_transformers_and_peft(engine, engines):
     from qlora_infer.demo._build import dequantized_state_dict
 
     model = AutoModelForCausalLM.from_pretrained(engines.demo.unquantized, dtype=torch.bfloat16)
-    if engines.demo.served == engines.demo.unquantized:  # bitsandbytes quantizes as it loads
+    if engines.demo.quantization == "bitsandbytes":  # which quantizes as it loads
         weights = {name: nf4_round_trip(name, tensor) for name, tensor in model.state_dict().items()}
     else:
         weights = dequantized_state_dict(engines.demo.served)

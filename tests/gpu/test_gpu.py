@@ -80,7 +80,7 @@ def test_the_fast_start_is_what_vllm_runs(awq):
 
 
 def test_a_batch_of_everything_gives_what_each_gives_alone(engine, request, record_property):
-    """Base and three adapters in one batch of 16 give what each gives alone, within TOLERANCE; AWQ, GPTQ to the token."""
+    """Base and three adapters in one batch of 16 give what each gives alone, within TOLERANCE; packed 4 bits to the token."""
     jobs = [(prompt, adapter) for prompt in PROMPTS for adapter in ADAPTERS]
     mixed = engine.generate([prompt for prompt, _ in jobs], GREEDY, adapter=[adapter for _, adapter in jobs])
     alone = [ask(engine, adapter, prompt=prompt) for prompt, adapter in jobs]
@@ -89,8 +89,10 @@ def test_a_batch_of_everything_gives_what_each_gives_alone(engine, request, reco
     record_property("largest_distance", max(distances))
     record_property("identical_tokens", f"{identical} of {len(jobs)}")
     assert max(distances) < TOLERANCE
-    # bitsandbytes unpacks its weights for a batch, and multiplies packed ones for one request.
-    assert identical >= (len(jobs) // 2 if request.node.callspec.params["engine"] == "bitsandbytes" else len(jobs))
+    # bitsandbytes unpacks its weights for a batch, and multiplies packed ones for one request; 16 bits have kernels by
+    # the batch's size.
+    differ = request.node.callspec.params["engine"] in ("bitsandbytes", "none")
+    assert identical >= (len(jobs) // 2 if differ else len(jobs))
 
 
 def test_long_prompts_in_large_steps_give_what_each_gives_alone(engine, record_property):

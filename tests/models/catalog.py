@@ -63,9 +63,16 @@ MULTIMODAL = (ALL, *forms())
 MODELS = [
     TinyModel("llama", "LlamaForCausalLM", text.llama, adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("llama-awq", "LlamaForCausalLM", text.llama, "awq", adapters=(ALL, ATTENTION, HEADS)),
+    TinyModel("llama-w4a16", "LlamaForCausalLM", text.llama, "w4a16", adapters=(ALL, ATTENTION, HEADS)),
+    TinyModel("llama-w4a16-channel", "LlamaForCausalLM", text.llama, "w4a16-channel", adapters=(ALL, ATTENTION)),
+    TinyModel("llama-auto-round-gptq", "LlamaForCausalLM", text.llama, "auto-round-gptq", adapters=(ALL, ATTENTION)),
     TinyModel("qwen2", "Qwen2ForCausalLM", text.qwen2, adapters=(ALL, ATTENTION), refused=(HEADS,)),
     TinyModel("qwen2-gptq", "Qwen2ForCausalLM", text.qwen2, "gptq", adapters=(ALL, ATTENTION), refused=(HEADS,)),
     TinyModel("qwen3", "Qwen3ForCausalLM", text.qwen3, adapters=(ALL, ATTENTION, HEADS)),
+    TinyModel(
+        "qwen3-w4a16-asymmetric", "Qwen3ForCausalLM", text.qwen3, "w4a16-asymmetric", adapters=(ALL, ATTENTION, HEADS)
+    ),
+    TinyModel("qwen3-auto-round-awq", "Qwen3ForCausalLM", text.qwen3, "auto-round-awq", adapters=(ALL, ATTENTION)),
     TinyModel("qwen3-bitsandbytes", "Qwen3ForCausalLM", text.qwen3, "bitsandbytes", adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("mistral", "MistralForCausalLM", text.mistral, adapters=(ALL, ATTENTION), refused=(HEADS,)),
     TinyModel("gemma2", "Gemma2ForCausalLM", text.gemma2, adapters=(ALL, ATTENTION)),
@@ -73,6 +80,7 @@ MODELS = [
     TinyModel("gemma3-text", "Gemma3ForCausalLM", text.gemma3_text, adapters=(ALL, ATTENTION)),
     TinyModel("phi3", "Phi3ForCausalLM", text.phi3, adapters=(ALL, FUSED_ATTENTION)),
     TinyModel("phi3-awq", "Phi3ForCausalLM", text.phi3, "awq", adapters=(ALL, FUSED_ATTENTION)),
+    TinyModel("phi3-w4a16", "Phi3ForCausalLM", text.phi3, "w4a16", adapters=(ALL, FUSED_ATTENTION)),
     TinyModel("glm4", "Glm4ForCausalLM", text.glm4, adapters=(ALL, ATTENTION)),
     TinyModel(
         "gpt-neox", "GPTNeoXForCausalLM", text.gpt_neox, adapters=(ALL, attention("query_key_value", "attention.dense"))
@@ -215,6 +223,8 @@ IN_CI = {
     for name in (
         *(
             "llama-awq",
+            "llama-w4a16",
+            "llama-auto-round-gptq",
             "qwen2-gptq",
             "qwen3",
             "gemma2-bitsandbytes",
