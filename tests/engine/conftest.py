@@ -25,8 +25,10 @@ def vllm_release():
 
 
 QUANTIZATIONS = ("awq", "gptq", "bitsandbytes")
-#: The demo model in each quantization, in AWQ as a Phi-3, whose modules are fused in the checkpoint, and in 16 bits.
-FORMS = (*QUANTIZATIONS, "phi3", "compressed-tensors", "none")
+#: The demo model in each quantization, and in AWQ as a Phi-3, whose modules are fused in the checkpoint.
+LIVELY_FORMS = (*QUANTIZATIONS, "phi3")
+#: Those, and others that only answer, for time: how adapters come and go does not depend on the weights.
+FORMS = (*LIVELY_FORMS, "compressed-tensors", "none")
 
 
 @frozen

@@ -7,6 +7,7 @@ import pytest
 from broken_adapters import BROKEN
 from safetensors import safe_open
 
+from engine.conftest import LIVELY_FORMS
 from qlora_infer import AdapterError, AdapterNotLoadedError
 from qlora_infer.demo import demo_adapters
 
@@ -26,6 +27,7 @@ def test_adapters_tells_what_vllm_was_given(engine, engines):
     assert len({adapter.int_id for adapter in adapters.values()}) == 3
 
 
+@pytest.mark.parametrize("engine", LIVELY_FORMS, indirect=True)
 def test_an_adapter_is_replaced_while_requests_stream(engine, engines, tmp_path):
     """Requests in flight finish on the old version; later ones, with the same prompt, run on the new.
 

@@ -9,8 +9,9 @@ PROMPTS = ["The capital of Germany is", "The capital of France is", "my name is"
 ADAPTERS = [None, "pirate", "json", "spanish"]
 
 #: How far the log-probability of a chosen token may be off, in nats, where kernels round differently.
-#: bfloat16 has 8 significant bits, and a change of the batch's size changes the order of the sums.
-BATCH_TOLERANCE = 0.15
+#: bfloat16 has 8 significant bits, and a change of the batch's size changes the order of the sums: neighbours are 0.125
+#: apart where logits are 16 to 32.
+BATCH_TOLERANCE = 0.25
 PEFT_TOLERANCE = 0.35
 
 

@@ -22,7 +22,7 @@ from vllm.platforms import PlatformEnum, current_platform  # noqa: E402
 from vllm.scalar_type import scalar_types  # noqa: E402
 
 from qlora_infer import kernels  # noqa: E402
-from qlora_infer.demo._pack import GROUP_SIZE, pack_awq, pack_gptq, quantize  # noqa: E402
+from qlora_infer.demo._pack import GROUP_SIZE, pack_awq, pack_compressed, pack_gptq, quantize  # noqa: E402
 from qlora_infer.kernels import int4_cpu  # noqa: E402
 from qlora_infer.kernels.products import product  # noqa: E402
 
@@ -42,6 +42,15 @@ def layer_of(tensors, packed_dim):
     return layer
 
 
+def compressed_layer_of(tensors):
+    """A layer as vLLM fills it from a compressed-tensors checkpoint: its outputs come first."""
+    layer = torch.nn.Module()
+    options = {"input_dim": 1, "output_dim": 0, "weight_loader": None}
+    layer.qweight = PackedvLLMParameter(data=tensors["weight_packed"], packed_dim=1, packed_factor=8, **options)
+    layer.scales = GroupQuantScaleParameter(data=tensors["weight_scale"], **options)
+    return layer
+
+
 def config_of(weight_type, *, zero_points, is_reordered=False):
     """What vLLM says of a layer when it chooses a kernel; until 0.31 also whether its inputs were reordered."""
     fields = {"has_g_idx": is_reordered} if "has_g_idx" in MPLinearLayerConfig.__dataclass_fields__ else {}
@@ -56,16 +65,19 @@ def config_of(weight_type, *, zero_points, is_reordered=False):
     )
 
 
-@pytest.mark.parametrize("quantization", ["awq", "gptq"])
+@pytest.mark.parametrize("quantization", ["awq", "gptq", "compressed-tensors"])
 @pytest.mark.parametrize("num_rows", [1, 5, 64])
 def test_a_layer_is_what_its_steps_stand_for(quantization, num_rows, monkeypatch):
-    """Both layouts, with zeros of each group and without: the product with the dequantized matrix, rounded once."""
+    """All layouts, with zeros of each group and without: the product with the dequantized matrix, rounded once."""
     monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_world_size", lambda: 1)
     is_awq = quantization == "awq"
     matrix = quantize(torch.randn(K, N, generator=torch.Generator().manual_seed(0)), symmetric=not is_awq)
     config = config_of(scalar_types.uint4 if is_awq else scalar_types.uint4b8, zero_points=is_awq)
-    layer = layer_of(pack_awq(matrix) if is_awq else pack_gptq(matrix), packed_dim=1 if is_awq else 0)
+    if quantization == "compressed-tensors":
+        layer = compressed_layer_of(pack_compressed(matrix))
+    else:
+        layer = layer_of(pack_awq(matrix) if is_awq else pack_gptq(matrix), packed_dim=1 if is_awq else 0)
     if is_awq:
         _convert_awq_to_standard_format(layer, "qweight", "qzeros", 4)
     kernel = int4_cpu.ExpandedLinearKernel(config, "qweight", "scales", "qzeros")
