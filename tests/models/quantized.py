@@ -204,11 +204,13 @@ def pack_fp8_blocks(weight: Any) -> Packed:
 
 
 def pack_modelopt_fp4(weight: Any) -> Packed:
-    """Pack NVFP4 under the names that NVIDIA's ModelOpt gives: the same numbers as compressed-tensors'."""
+    """Pack NVFP4 under the names that NVIDIA's ModelOpt gives: the same numbers as compressed-tensors'.
+
+    GPUs before Blackwell have no use for the scale of inputs, which stay in 16 bits there.
+    """
     tensors, rounded = pack_compressed(weight, NVFP4)
     names = {"weight": tensors["weight_packed"], "weight_scale": tensors["weight_scale"]}
-    scale = 1 / tensors["weight_global_scale"]
-    return names | {"weight_scale_2": scale, "input_scale": scale.clone()}, rounded
+    return names | {"weight_scale_2": 1 / tensors["weight_global_scale"]} | _static(2.0**-7), rounded
 
 
 def pack_fp8_in_flight(weight: Any) -> Packed:
@@ -280,7 +282,11 @@ NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size
 MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True} | {
     "scale_dtype": "torch.uint8"
 }
-FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
+FP8_CONFIG = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(2))],
+}
 
 FORMS = {
     "awq": Form("awq", pack_awq, _AWQ_CONFIG),
