@@ -36,6 +36,7 @@ from qlora_infer.errors import (
     IncompatibleAdapterError,
     MissingDependencyError,
     QLoRAInferError,
+    QuantizationError,
     RequestRejectedError,
     UnsupportedModelError,
 )
@@ -52,6 +53,8 @@ logger = logging.getLogger("qlora_infer")
 #: Seconds that the engine core has to end by itself before it is killed; on two cores it would take ten.
 SHUTDOWN_TIMEOUT = 5.0
 
+#: Words of the errors that vLLM's quantizations raise (``model_executor/layers/quantization`` in 0.32.0).
+QUANTIZATION = re.compile(r"quantiz|compressed.tensors|packing_format|num_bits|weight_bits|\bactorder\b", re.IGNORECASE)
 #: vLLM's words where the model's class cannot be imported (``model_executor/models/registry.py`` in 0.32.0).
 UNIMPORTABLE = re.compile(r"Model architectures \[(.*?)\] failed to be inspected")
 #: Its words, and those of transformers, where there is no such class.
@@ -483,6 +486,10 @@ def _start_error(error: Exception, fault: str | None, engine_args: Mapping[str, 
         )
     if UNKNOWN_ARCHITECTURE.search(reason):
         return _unsupported(model, reason.partition(": ")[2])
+    if QUANTIZATION.search(reason.replace(str(model), "")):
+        return QuantizationError(
+            f"vLLM does not run the quantization of {model}: {reason}. Take another checkpoint of the same model"
+        )
     return EngineStartError(f"vLLM did not start with {model}: {reason}{_next_step(reason)}")
 
 

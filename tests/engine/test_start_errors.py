@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.conftest import ENGINE_ARGS
 from engine.test_life import children, is_alive
-from qlora_infer import EngineStartError, QuantizedLoRAEngine, UnsupportedModelError
+from qlora_infer import EngineStartError, QuantizationError, QuantizedLoRAEngine, UnsupportedModelError
 from qlora_infer.demo import demo_model
 
 TESTS = Path(__file__).parents[1]
@@ -176,3 +176,15 @@ def test_a_model_that_needs_torchvision_says_so(tmp_path):
     assert "needs torchvision, also for text alone, and it is not installed" in message
     assert "pip install --force-reinstall --no-deps 'torchvision==0." in message
     assert "CHILDREN []" in done.stdout
+
+
+def test_a_quantization_that_vllm_does_not_run_is_called_one(tmp_path, left_behind):
+    """What no strategy knows and vLLM refuses is a QuantizationError in vLLM's words, and speaks of no memory."""
+    folder = tiny_llama(tmp_path / "model")
+    says = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "packing_format": "auto_round:gptq_of_tomorrow"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": says}))
+    with pytest.raises(QuantizationError, match="Unsupported packing_format: auto_round:gptq_of_tomorrow") as failure:
+        QuantizedLoRAEngine(folder, engine_args=ENGINE_ARGS)
+    assert "memory" not in str(failure.value)
+    assert not left_behind()
