@@ -1,7 +1,9 @@
 """The hand-made forms that only a GPU serves, taken apart by vLLM's own arithmetic on any machine; no engine is started."""
 
 import pytest
-from models import quantized
+from models import catalog, quantized, tiny
+
+from qlora_infer.adapters.checkpoint import read_checkpoint
 
 torch = pytest.importorskip("torch")
 
@@ -56,6 +58,23 @@ def test_a_cast_as_it_loads_changes_no_value(weight):
     cast = (tensors["weight"] / scale).to(torch.float8_e4m3fn).float() * scale
     assert torch.equal(cast, rounded)
     assert torch.equal(rounded.bfloat16().float(), rounded)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama-w8a16", "llama-w8a8-int8", "llama-fp8-static", "llama-fp8-block", "llama-nvfp4a16"),
+        *("llama-modelopt-nvfp4", "gpt-oss-mxfp4", "qwen3-moe-w4a16", "qwen3-moe-fp8-block"),
+    ],
+)
+def test_every_form_has_the_modules_of_16_bits(name, tmp_path):
+    """``inspect-adapter --base`` reads the same modules and sizes from packed tensors as from those in 16 bits."""
+    model = catalog.FORMATS_ON_GPU[name]
+    tiny.build(model, tmp_path / "plain")
+    quantized.quantize(tmp_path / "plain", tmp_path / "served", tmp_path / "reference", model.quantization)
+    plain, packed = (read_checkpoint(str(tmp_path / form), device="cuda").modules for form in ("plain", "served"))
+    assert packed.shapes == plain.shapes
+    assert set(packed.unadapted) == set(plain.unadapted)
 
 
 def assert_near(rounded, weight, share):
