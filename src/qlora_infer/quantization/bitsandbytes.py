@@ -42,6 +42,8 @@ class BitsAndBytes:
         quantization = quantization_config(model_config)
         if (storage := quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8":
             raise unserved(config.model, f"bnb_4bit_quant_storage={storage!r}", "the plugin reads 'uint8' only")
+        if quantization and config.engine_args.get("dtype") in ("float32", "float"):
+            raise unserved(config.model, "weights of 4 bits for 16-bit numbers", "the plugin cannot load it in float32")
         if parts := _skipped_parts(quantization.get("llm_int8_skip_modules") or ()):
             logger.warning(
                 "%s keeps %s in 16 bits, which vLLM has in one module with others: vllm-bnb-plugin quantizes them to "
