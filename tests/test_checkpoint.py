@@ -103,6 +103,16 @@ def test_a_checkpoint_of_compressed_tensors_is_read():
     assert sizes(modules_of_tensors(shapes, config).shapes) == {**TINY_MODEL, **EMBEDDINGS}
 
 
+def test_a_checkpoint_of_torchao_is_read():
+    """torchao writes a weight's numbers, scales and zeros as tensors of the layer."""
+    shapes = {"model.embed_tokens.weight": (1000, 64)}
+    for name, (inputs, outputs) in TINY_MODEL.items():
+        shapes[f"{name}._weight_qdata"] = (outputs, inputs)
+        shapes[f"{name}._weight_scale"] = shapes[f"{name}._weight_zero_point"] = (outputs, 1)
+    config = {**TINY_CONFIG, "quantization_config": {"quant_method": "torchao"}}
+    assert sizes(modules_of_tensors(shapes, config).shapes) == {**TINY_MODEL, **EMBEDDINGS}
+
+
 MOE_CONFIG = {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64, "vocab_size": 1000, "num_hidden_layers": 1}
 EXPERTS = {
     f"model.layers.0.mlp.experts.{expert}.{name}": sizes

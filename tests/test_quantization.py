@@ -63,7 +63,11 @@ ON_A_CPU = evolve(EVERYTHING, device="cpu", capability=None)
 #: What the strategies give vLLM beside their names.
 OTHER_ARGS = {
     "bitsandbytes": {"quantization": "bitsandbytes", "load_format": "bitsandbytes"},
-    "gguf": {"quantization": "gguf", "load_format": "gguf"},
+    "gguf": {
+        "quantization": "gguf",
+        "load_format": "gguf",
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
     "modelopt": {"quantization": "modelopt_fp4"},
     "auto-round": {"quantization": "inc"},
 }
@@ -117,6 +121,15 @@ def test_auto_quantizes_an_unquantized_checkpoint_in_flight(caplog):
         "load_format": "bitsandbytes",
     }
     assert "in flight" in caplog.text
+
+
+def test_auto_names_what_else_may_become_of_16_bits(caplog):
+    """On a GPU the log has the alternatives to nf4 with their price; who chose nf4 by name is told nothing."""
+    with caplog.at_level(logging.INFO, logger="qlora_infer"):
+        quantization.BitsAndBytes().check(evolve(CONFIG, quantization="bitsandbytes"), UNQUANTIZED, EVERYTHING)
+        assert not caplog.records
+        quantization.BitsAndBytes().check(CONFIG, UNQUANTIZED, EVERYTHING)
+    assert re.search('quantization="fp8" was .* times as fast .*quantization="none", which is exact', caplog.text)
 
 
 def test_an_unknown_name_lists_those_that_exist():
@@ -189,6 +202,7 @@ def test_fp8_casts_an_unquantized_checkpoint_as_it_loads():
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "weight_block_size"),
         ({"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, "quant_algo='INT4_AWQ'"),
         ({"quant_method": "auto-round", "bits": 4, "sym": False}, "sym=False"),
+        ({"quant_method": "auto-round", "bits": 8, "packing_format": "auto_round:auto_awq"}, "bits=8"),
         ({"quant_method": "bitsandbytes", "bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage='bfloat16'"),
     ],
 )
@@ -252,6 +266,14 @@ def test_a_part_that_the_plugin_quantizes_after_all_is_told(caplog):
     quantization.BitsAndBytes().check(CONFIG, {"quantization_config": says}, EVERYTHING)
     assert "keeps model.layers.0.self_attn.q_proj in 16 bits" in caplog.text
     assert 'quantization="none" is exact' in caplog.text
+
+
+def test_weights_for_16_bits_are_not_loaded_in_float32():
+    """A pre-quantized bitsandbytes checkpoint with dtype="float32" is refused before loading; in flight it is not."""
+    config = evolve(CONFIG, engine_args={"dtype": "float32"})
+    with pytest.raises(QuantizationError, match="cannot load it in float32"):
+        quantization.BitsAndBytes().check(config, CHECKPOINTS["bitsandbytes"], EVERYTHING)
+    quantization.BitsAndBytes().check(config, UNQUANTIZED, EVERYTHING)
 
 
 MINIMA = {"awq": 75, "gptq": 60, "bitsandbytes": 70, "compressed-tensors": 75, "fp8": 75, "modelopt": 80, "mxfp4": 80}

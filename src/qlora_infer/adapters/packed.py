@@ -35,6 +35,8 @@ def unpack(tensors: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[
             yield f"{module}.weight", _packed_in_int32(shape, tensors.get(f"{module}.scales", shape), config)
         elif kind == "weight_packed" and len(shape) == 2:
             yield f"{module}.weight", _of_compressed_tensors(shape, tensors.get(f"{module}.weight_scale"), config)
+        elif kind == "_weight_qdata":  # torchao's, one number a byte
+            yield f"{module}.weight", shape
         elif kind.endswith("_blocks") and len(shape) == 4:  # MXFP4: [experts, outputs, groups, bytes of two numbers]
             yield name.removesuffix("_blocks"), (shape[0], shape[1], shape[2] * shape[3] * 2)
         elif len(shape) == 3 and module.endswith("experts"):

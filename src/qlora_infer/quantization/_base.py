@@ -63,20 +63,19 @@ class QuantizationStrategy(Protocol):
     ``register`` to give it a name and a place in ``"auto"``.
 
     Example:
-        >>> from qlora_infer.quantization import register, unregister
-        >>> @register
-        ... class HQQ:
-        ...     name = "hqq"
+        >>> class TorchAO:
+        ...     name = "torchao"
         ...
         ...     def matches(self, model_config):
-        ...         return model_config.get("quantization_config", {}).get("quant_method") == "hqq"
+        ...         return model_config.get("quantization_config", {}).get("quant_method") == "torchao"
         ...
         ...     def check(self, config, model_config, platform):
-        ...         platform.require_package("hqq", "pip install hqq")
+        ...         platform.require_package("torchao", "pip install torchao")
         ...
         ...     def engine_args(self, config, model_config):
-        ...         return {"quantization": "hqq"}
-        >>> unregister("hqq")
+        ...         return {"quantization": "torchao"}
+        >>> isinstance(TorchAO(), QuantizationStrategy)
+        True
     """
 
     name: str

@@ -25,7 +25,7 @@ _BITS_IN_FLIGHT = {"bitsandbytes": 4, "fp8": 8}
 
 #: Ends of names that only tensors of quantized layers have.
 _PACKED = (
-    *(".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB"),
+    *("._weight_qdata", ".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB"),
     *("_blocks", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
 )
 

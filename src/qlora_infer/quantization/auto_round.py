@@ -28,6 +28,8 @@ class AutoRound:
         is_integer = quantization.get("data_type", "int") == "int"
         if is_integer and "gptq" in packing and quantization.get("sym") is False:
             raise unserved(config.model, "sym=False", "vLLM runs symmetric weights only in the packing 'auto_gptq'")
+        if is_integer and "awq" in packing and bits != 4:
+            raise unserved(config.model, f"bits={bits}", "vLLM runs the packing 'auto_awq' with 4 bits")
         if not is_integer or bits != 4:
             platform.require_gpu(f"AutoRound with {bits} bits ({quantization.get('data_type', 'int')})")
 

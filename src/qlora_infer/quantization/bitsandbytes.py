@@ -13,6 +13,12 @@ from qlora_infer.quantization._checkpoint import quant_method, quantization_conf
 
 logger = logging.getLogger("qlora_infer")
 
+#: What else may become of a checkpoint in 16 bits, as ``benchmarks/sixteen_bits.py`` found (8B, one H200, 64 requests).
+ALTERNATIVES = (
+    "nf4 is what QLoRA's adapters were trained on, and the smallest (7.7 GiB for 8B). On an H200 "
+    'quantization="fp8" was 3.1 times as fast (9.8 GiB), and quantization="none", which is exact, 2.4 times (16.3 GiB)'
+)
+
 #: Layers that most of vLLM's models have in one with their neighbours: ``qkv_proj`` and ``gate_up_proj``.
 _PARTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 
@@ -40,6 +46,8 @@ class BitsAndBytes:
         platform.require_package("vllm-bnb-plugin", f"pip install{without_vllm} 'vllm-bnb-plugin>=0.0.3'")
         platform.require_capability(70, "bitsandbytes")
         quantization = quantization_config(model_config)
+        if not quantization and config.quantization == "auto" and platform.device == "cuda":
+            logger.info(ALTERNATIVES)
         if (storage := quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8":
             raise unserved(config.model, f"bnb_4bit_quant_storage={storage!r}", "the plugin reads 'uint8' only")
         if quantization and config.engine_args.get("dtype") in ("float32", "float"):

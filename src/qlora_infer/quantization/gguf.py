@@ -9,6 +9,9 @@ from qlora_infer.config import EngineConfig
 from qlora_infer.quantization._base import Platform, register
 from qlora_infer.quantization._checkpoint import quant_method
 
+#: Linear layers of the decoders that GGUF files are made of.
+_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @register
 class GGUF:
@@ -32,5 +35,5 @@ class GGUF:
         platform.require_capability(60, "GGUF")
 
     def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Name the method and the loader."""
-        return {"quantization": self.name, "load_format": "gguf"}
+        """Name the method, the loader, and the layers for adapters: vLLM cannot wrap embeddings that are packed."""
+        return {"quantization": self.name, "load_format": "gguf", "lora_target_modules": [*_LINEAR_LAYERS]}

