@@ -10,8 +10,9 @@ calibrated on texts, as real ones are: they show the formats, not the methods.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pydoc_data import topics
 
 import common
@@ -22,6 +23,9 @@ from qlora_infer.demo import demo_adapters, demo_model
 
 #: What can be measured, and the form of the demo model that it is made of.
 QUANTIZATIONS = {"awq": "awq", "gptq": "gptq", "bitsandbytes": "none", "fp8": "none", "none": "none"}
+#: What "fp8" does to linear layers, in transformers: for machines without a GPU.
+EMULATED = "fp8, emulated"
+LARGEST_RANK, SMALLEST_VOCABULARY = 64, 10_000
 READ = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
 
 
@@ -31,7 +35,9 @@ def main() -> None:
     parser.add_argument("--adapter", default="pirate", choices=sorted(demo_adapters()))
     parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=256, help="of a text")
-    parser.add_argument("--quantizations", nargs="+", default=["awq", "gptq", "bitsandbytes"], choices=QUANTIZATIONS)
+    parser.add_argument(
+        "--quantizations", nargs="+", default=["awq", "gptq", "bitsandbytes"], choices=[*QUANTIZATIONS, EMULATED]
+    )
     arguments = parser.parse_args()
     adapter = demo_adapters()[arguments.adapter]
     token_ids = read_texts(arguments.texts, arguments.tokens)
@@ -40,18 +46,52 @@ def main() -> None:
         ("none, in transformers and PEFT", name, f"{perplexity(read):.1f}", "-", "-")
         for name, read in zip(("-", arguments.adapter), reference, strict=True)
     ]
+    if EMULATED in arguments.quantizations:
+        arguments.quantizations.remove(EMULATED)
+        with fp8_layers():
+            emulated = reference_scores(str(demo_model("none")), adapter, token_ids, token=None)
+        for name, other, read in zip(("-", arguments.adapter), reference, emulated, strict=True):
+            rows.append((EMULATED, name, f"{perplexity(read):.1f}", *moved(other, read)))
     for quantization in arguments.quantizations:
         model = common.model_for(QUANTIZATIONS[quantization])
         adapters = {arguments.adapter: adapter}
         with QuantizedLoRAEngine(model, quantization=quantization, adapters=adapters, max_model_len=512) as engine:
             for name, other in zip((None, arguments.adapter), reference, strict=True):
                 read = scores(engine, token_ids, name)
-                distance = effect("", other, read, None)
-                moved = distance.mean_shift, f"{distance.share_changed:.0%}"
-                rows.append((quantization, name or "-", f"{perplexity(read):.1f}", *moved))
+                rows.append((quantization, name or "-", f"{perplexity(read):.1f}", *moved(other, read)))
     print(f"{arguments.texts} texts of {arguments.tokens} tokens; {common.machine()}\n")
     header = ["quantization", "adapter", "perplexity", "mean shift of a log-probability", "other most likely tokens"]
     print(common.table(header, rows))
+
+
+def moved(reference: Sequence[Scores], read: Sequence[Scores]) -> tuple[object, str]:
+    """How far a quantization moved the log-probabilities, and how often the most likely token."""
+    distance = effect("", reference, read, None)
+    return distance.mean_shift, f"{distance.share_changed:.0%}"
+
+
+@contextlib.contextmanager
+def fp8_layers() -> Iterator[None]:
+    """Round what goes into linear layers to FP8 (e4m3), with a scale for each token, and weights, with one each."""
+    import torch
+
+    exact = torch.nn.Linear.forward
+
+    def rounded(numbers: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
+        scale = numbers.abs().amax(dim=dim, keepdim=True).clamp(min=1e-12) / 448
+        return (numbers / scale).to(torch.float8_e4m3fn).to(numbers.dtype) * scale
+
+    def forward(self: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+        if min(self.weight.shape) <= LARGEST_RANK or max(self.weight.shape) >= SMALLEST_VOCABULARY:
+            return exact(self, inputs)  # LoRA's factors, and the output layer
+        weight = rounded(self.weight.data, dim=(0, 1))
+        return torch.nn.functional.linear(rounded(inputs, dim=(-1,)), weight, self.bias)
+
+    torch.nn.Linear.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Linear.forward = exact  # type: ignore[method-assign]
 
 
 def read_texts(number: int, num_tokens: int) -> list[list[int]]:
