@@ -1,6 +1,7 @@
 """Where an adapter's modules go in the running model, and the copy that vLLM reads where it would not place them."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -298,3 +299,22 @@ def test_experts_are_found_by_their_layer_whatever_it_calls_their_home(tmp_path)
         ):
             a, b = (tensors[f"base_model.model.{layer}.{expert}.{name}.lora_{factor}.weight"] for factor in "AB")
             assert np.allclose(b @ a * 6 / RANK, expected, atol=1e-5)
+
+
+def test_layers_of_vllms_own_kernels_are_named_in_the_log(caplog):
+    """Whose LoRA falls back to vLLM's kernels, and what cannot be adapted at all, stands in the log, kind by kind."""
+    from qlora_infer._vllm import VLLMBackend
+
+    class Answering(VLLMBackend):
+        def _rpc(self, method, *arguments):
+            assert method == "qlora_lora_modules"
+            names = [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
+            description = {"sizes": {"model.layers.0.self_attn.q_proj": (8, 8, 0)}, "unlisted": {}, "unadapted": {}}
+            description |= {"fused": {}, "left_out": [], "row_orders": {}, "model": "M", "device": "cuda"}
+            description |= {"renames": {"regex": [], "substr": [], "prefix": [], "suffix": [], "is_complete": True}}
+            return [{**description, "computed_by_vllm": names, "unlisted": {"model.odd": "OddLayer: no sizes"}}]
+
+    with caplog.at_level(logging.INFO, "qlora_infer"):
+        assert list(Answering().lora_modules().shapes) == ["model.layers.0.self_attn.q_proj"]
+    assert "LoRA of experts (3 modules) is computed by vLLM's own kernels" in caplog.text
+    assert "adapters cannot change model.odd: vLLM's layer does not tell its sizes (OddLayer: no sizes)" in caplog.text
