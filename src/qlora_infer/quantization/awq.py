@@ -21,7 +21,7 @@ class AWQ:
         return quant_method(model_config) == "awq"
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """A GPU must be of compute capability 7.5, and weights of 4 bits in the layout "gemm" (``auto_awq.py``)."""
+        """Refuse GPUs before 7.5, and other weights than those of 4 bits in the layout "gemm" (``auto_awq.py``)."""
         platform.require_capability(75, "AWQ")
         quantization = quantization_config(model_config)
         for field in ("w_bit", "bits"):

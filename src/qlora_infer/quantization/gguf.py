@@ -29,7 +29,7 @@ class GGUF:
         return quant_method(model_config) == self.name
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """The plugin must be there; its kernels are for GPUs of compute capability 6.0 and newer."""
+        """Refuse CPUs, for which the plugin has no kernels, and GPUs before 6.0; ask for the plugin."""
         platform.require_gpu("GGUF")
         platform.require_package("vllm-gguf-plugin", "pip install vllm-gguf-plugin")
         platform.require_capability(60, "GGUF")

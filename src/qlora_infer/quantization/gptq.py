@@ -24,7 +24,7 @@ class GPTQ:
         return quant_method(model_config) == "gptq"
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """A GPU must be of compute capability 6.0; weights must be symmetric, and without an order in groups."""
+        """Refuse GPUs before 6.0, and what vLLM 0.32 has dropped: asymmetric weights, activation orders in groups."""
         platform.require_capability(60, "GPTQ")
         for says in _sections(quantization_config(model_config)):
             bits, group_size = says.get("bits", 4), says.get("group_size", -1)

@@ -32,7 +32,7 @@ class ModelOpt:
         return (quant_method(model_config) or "").startswith(self.name)
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """A GPU must be of compute capability 8.0, and the algorithm one that vLLM 0.32 runs."""
+        """Refuse CPUs, GPUs before 8.0, and algorithms that vLLM 0.32 does not run."""
         platform.require_gpu("ModelOpt")
         platform.require_capability(80, "ModelOpt")
         algorithm = _algorithm(quantization_config(model_config))

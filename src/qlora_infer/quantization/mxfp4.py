@@ -21,7 +21,7 @@ class MXFP4:
         return quant_method(model_config) == self.name
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """A GPU must be of compute capability 8.0 (vLLM 0.32, ``mxfp4.py``)."""
+        """Refuse CPUs, and GPUs before 8.0 (vLLM 0.32, ``mxfp4.py``)."""
         platform.require_gpu("MXFP4")
         platform.require_capability(80, "MXFP4")
 

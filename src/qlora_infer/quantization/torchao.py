@@ -21,7 +21,7 @@ class TorchAO:
         return quant_method(model_config) == self.name
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """The package must be there, and a GPU be of compute capability 7.5 (vLLM 0.32, ``torchao.py``)."""
+        """Ask for the package, and refuse GPUs before 7.5 (vLLM 0.32, ``torchao.py``)."""
         platform.require_package("torchao", "pip install torchao")
         platform.require_capability(75, "torchao")
 
