@@ -98,7 +98,9 @@ def test_a_tensor_of_another_shape_is_the_cause(tmp_path, left_behind, monkeypat
     weights = load_file(model / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"] = torch.zeros(128, 64, dtype=torch.bfloat16)
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EngineStartError, match=r"exceeds dimension size \(64\)|range of \[-64, 64\], but got 128") as failure:
+    with pytest.raises(
+        EngineStartError, match=r"exceeds dimension size \(64\)|range of \[-64, 64\], but got 128"
+    ) as failure:
         start(model, engine_args={"tensor_parallel_size": 2})
     assert "root cause" not in str(failure.value)
     assert left_behind() == set()
