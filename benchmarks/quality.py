@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def moved(reference: Sequence[Scores], read: Sequence[Scores]) -> tuple[object, str]:
-    """How far a quantization moved the log-probabilities, and how often the most likely token."""
+    """Return how far a quantization moved the log-probabilities, and how often the most likely token."""
     distance = effect("", reference, read, None)
     return distance.mean_shift, f"{distance.share_changed:.0%}"
 

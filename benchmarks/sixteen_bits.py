@@ -91,7 +91,7 @@ def measure(model: Path, adapters: dict[str, Path], arguments: argparse.Namespac
 
 
 def used_gib() -> float:
-    """The memory of the first GPU that is in use, whoever uses it."""
+    """Return the memory of the first GPU that is in use, whoever uses it."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id", _gpu()]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
 

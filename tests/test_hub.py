@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hub_server import HubServer, Repository
@@ -526,6 +527,17 @@ def header_of(**shapes):
     return len(text).to_bytes(8, "little") + text
 
 
+def put(files, place):
+    """Put a model's files on the Hub or into a folder; return the model's name there."""
+    if isinstance(place, Path):
+        for file, content in files.items():
+            (place / file).write_bytes(content)
+        return str(place)
+    place.repositories["org/model"] = Repository()
+    place.repositories["org/model"].commit(files)
+    return "org/model"
+
+
 SAYS_NOTHING = b'{"model_type": "llama"}'
 QUANTIZATION_FILES = {
     "quantize_config.json": ({"bits": 4, "group_size": 128, "desc_act": False}, "gptq"),
@@ -541,13 +553,8 @@ def test_a_quantization_is_read_from_the_files_beside_the_config(hub, tmp_path, 
     """Where config.json says nothing, the files that vLLM reads tell of the quantization, on the Hub and in a folder."""
     says, method = QUANTIZATION_FILES[name]
     files = {"config.json": SAYS_NOTHING, name: json.dumps(says).encode(), "model.safetensors": b"x"}
-    if place == "hub":
-        hub.repositories["org/model"] = Repository()
-        hub.repositories["org/model"].commit(files)
-    else:
-        for file, content in files.items():
-            (tmp_path / file).write_bytes(content)
-    config = read_model("org/model" if place == "hub" else str(tmp_path))
+    model = put(files, hub if place == "hub" else tmp_path)
+    config = read_model(model)
     assert config["quantization_config"] == {"quant_method": method, **says}
     assert config["model_type"] == "llama"
     assert "model.safetensors" not in hub.downloads()
@@ -562,14 +569,9 @@ def test_packed_weights_of_which_nothing_is_said_are_refused(hub, tmp_path, plac
     weights = {"model.safetensors": header_of(**{tensor: [0]})}
     files = weights if kind == "one file" else {"model.safetensors.index.json": index}
     files = {"config.json": SAYS_NOTHING, **files}
-    if place == "hub":
-        hub.repositories["org/model"] = Repository()
-        hub.repositories["org/model"].commit(files)
-    else:
-        for file, content in files.items():
-            (tmp_path / file).write_bytes(content)
+    model = put(files, hub if place == "hub" else tmp_path)
     with pytest.raises(QuantizationError, match=rf"is quantized \({tensor}\).*quantize_config.json.* says how: add"):
-        read_model("org/model" if place == "hub" else str(tmp_path))
+        read_model(model)
 
 
 def test_a_quantization_without_a_method_is_refused(tmp_path):

@@ -15,8 +15,8 @@ logger = logging.getLogger("qlora_infer")
 
 #: What else may become of a checkpoint in 16 bits, as ``benchmarks/sixteen_bits.py`` found (8B, one H200, 64 requests).
 ALTERNATIVES = (
-    "nf4 is what QLoRA's adapters were trained on, and the smallest (7.7 GiB for 8B). On an H200 "
-    'quantization="fp8" was 3.1 times as fast (9.8 GiB), and quantization="none", which is exact, 2.4 times (16.3 GiB)'
+    "nf4 is what QLoRA's adapters were trained on, and the smallest (8 GiB for 8B). On an H200 "
+    'quantization="fp8" was 3 times as fast (10 GiB), and quantization="none", which is exact, 2.4 times (16 GiB)'
 )
 
 #: Layers that most of vLLM's models have in one with their neighbours: ``qkv_proj`` and ``gate_up_proj``.
