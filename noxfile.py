@@ -54,7 +54,7 @@ TORCHVISION_SHIM = Path(__file__).parent.resolve() / "tests" / "torchvision_shim
 
 #: The tools whose checkpoints `formats` serves: the packages of each ``tests/formats/quantize_*.py``.
 QUANTIZERS = {
-    "auto_round": "auto-round>=0.16",
+    "auto_round": "auto-round>=0.16 gptqmodel>=7.6 optimum>=2.3",  # the latter read its AWQ and GPTQ
     "bitsandbytes": "bitsandbytes>=0.50",
     "gptqmodel": "gptqmodel>=7.6 optimum>=2.3",
     "llmcompressor": "llmcompressor>=0.14",

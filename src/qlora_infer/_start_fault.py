@@ -18,6 +18,7 @@ from pathlib import Path
 from attrs import frozen
 
 from qlora_infer import _secrets
+from qlora_infer._scratch import scratch_folder
 
 #: Where vLLM's processes find the folder's name.
 FOLDER = "QLORA_INFER_START_FAULT"
@@ -48,7 +49,7 @@ class FaultFolder:
 @contextlib.contextmanager
 def fault_folder() -> Iterator[FaultFolder]:
     """Make a folder for a start's first error; processes that are started meanwhile inherit its name."""
-    with tempfile.TemporaryDirectory(prefix=f"qlora-infer-start-{os.getpid()}-") as path:
+    with tempfile.TemporaryDirectory(prefix="start-", dir=scratch_folder()) as path:
         os.environ[FOLDER] = path
         try:
             yield FaultFolder(Path(path))

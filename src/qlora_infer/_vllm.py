@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import re
+import shutil
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 
-from qlora_infer import _secrets, _shared_memory, _start_fault, _torchvision, startup
+from qlora_infer import _guarded_core, _scratch, _secrets, _shared_memory, _start_fault, _torchvision, startup
 from qlora_infer.adapters.model_modules import ModelModules
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
@@ -109,6 +110,7 @@ class VLLMBackend:
         self._default_sampling_params: Mapping[str, Any] = {}
         self._processes: Sequence[Any] = ()
         self._shared: set[str] = set()
+        self._sockets: Path | None = None
         self._requests: dict[str, _Begun] = {}
         self._seen_to_load: set[int] = set()
         self._readings: dict[int, _Reading] = {}
@@ -151,7 +153,14 @@ class VLLMBackend:
 
         startup.set_environment(device=current_platform.device_type)
         own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
-        with _shielded_from_ctrl_c(), startup.breakable_graphs(engine_args), _start_fault.fault_folder() as folder:
+        self._sockets = _scratch.new_folder("sockets-")
+        with (
+            _shielded_from_ctrl_c(),
+            startup.breakable_graphs(engine_args),
+            startup.sockets_in(self._sockets),
+            _start_fault.fault_folder() as folder,
+            _guarded_core.guarded_cores(),
+        ):
             try:
                 self._engine = _start_engine(EngineArgs(**{**engine_args, **own}))
                 self._engine.collective_rpc("qlora_pack_weights")
@@ -335,6 +344,8 @@ class VLLMBackend:
     def close(self) -> None:
         """Ends the core and waits for it, so that its memory is free afterwards."""
         engine, self._engine = self._engine, None
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
         if engine is None:
             return
         self._running.discard(self)

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
+from qlora_infer._forked import LivingEngines
+from qlora_infer._scratch import new_folder
 from qlora_infer.adapters.blend import BlendMethod
 from qlora_infer.adapters.cache import AdapterCache
 from qlora_infer.adapters.copies import Copies
@@ -33,7 +34,7 @@ from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig
 from qlora_infer.display import Displayed, Table
-from qlora_infer.errors import EngineClosedError, EngineDeadError
+from qlora_infer.errors import EngineClosedError, EngineDeadError, EngineStartError, ForkedEngineError
 from qlora_infer.requests.arguments import conversation_list, prompt_list
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
@@ -176,7 +177,7 @@ class QuantizedLoRAEngine(Displayed):
         self._config = config = choose_room(config, platform, model_config, strategy.name)
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
-        store = Path(tempfile.mkdtemp(prefix="qlora-infer-"))
+        store = new_folder("store-")
         copies = Copies(store, max_bytes=config.max_disk_bytes, token=config.token)
         residency = Residency(self._backend, copies, config.num_cpu_loras, config.num_slots, config.max_cpu_bytes)
         cache = AdapterCache(
@@ -197,6 +198,7 @@ class QuantizedLoRAEngine(Displayed):
         self._loader = AdapterLoader(cache, residency, driver, model=config.model, vocabulary=self._backend.vocabulary)
         self._intake = Intake(self._backend, cache, driver, model=config.model)
         self._close = weakref.finalize(self, _close, driver, copies, store)
+        _living.add(self)
         try:
             self._start(strategy_args, adapters or {}, platform, model_config)
         except BaseException:
@@ -689,7 +691,10 @@ class QuantizedLoRAEngine(Displayed):
         self.close()
 
     def __repr__(self) -> str:
-        names = ", ".join(self.adapters) or "none"
+        try:
+            names = ", ".join(self.adapters) or "none"
+        except ForkedEngineError:
+            return f"<QuantizedLoRAEngine {self._config.model} of another process>"
         return f"<QuantizedLoRAEngine {self._config.model} {self._state}, adapters: {names}>"
 
     @property
@@ -708,6 +713,9 @@ class QuantizedLoRAEngine(Displayed):
         return [Table(rows), *(adapters._tables() if adapters else ())]
 
 
+_living = LivingEngines(parts=("_backend", "_residency", "_cache", "_driver", "_loader", "_intake"))
+
+
 def _close(driver: Driver, copies: Copies, store: Path) -> None:
     driver.close()
     copies.close()
@@ -720,6 +728,7 @@ def _unless_ended(function: Callable[..., Any], *args: Any) -> None:
 
 
 def _vllm_backend() -> Backend:
+    _require_children()
     from qlora_infer._vllm import VLLMBackend, require_vllm
 
     require_vllm()
@@ -734,6 +743,16 @@ def _require_main_guard() -> None:
         raise RuntimeError(
             "the engine was made while its own child process imported the script: put the code that makes it under\n"
             '    if __name__ == "__main__":'
+        )
+
+
+def _require_children() -> None:
+    import multiprocessing
+
+    if multiprocessing.current_process().daemon:
+        raise EngineStartError(
+            "this process is a daemon of multiprocessing, which may start no processes, and an engine is some: make "
+            "the engine in a process with daemon=False, or in a concurrent.futures.ProcessPoolExecutor"
         )
 
 

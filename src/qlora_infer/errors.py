@@ -7,6 +7,8 @@
     ├── ModelNotFoundError                (OSError)       the base model is not where its name says
     ├── UnsupportedModelError             (ValueError)    vLLM has no such architecture, or has it without LoRA
     ├── EngineStartError                  (RuntimeError)  vLLM did not start
+    ├── ForkedEngineError                 (RuntimeError)  the engine belongs to the process that was forked
+    ├── StorageError                      (OSError)       no temporary folder can be written
     ├── EngineClosedError                 (RuntimeError)  the engine was closed
     ├── EngineDeadError                   (RuntimeError)  vLLM's engine core died
     ├── AdapterError                      never raised itself: everything about one adapter
@@ -63,6 +65,14 @@ class UnsupportedModelError(QLoRAInferError, ValueError):
 
 class EngineStartError(QLoRAInferError, RuntimeError):
     """vLLM did not start; the message has the first error of its processes, and vLLM's own error is chained."""
+
+
+class ForkedEngineError(QLoRAInferError, RuntimeError):
+    """The engine belongs to the process that this one was forked from; make it after the fork, or spawn."""
+
+
+class StorageError(QLoRAInferError, OSError):
+    """No folder for temporary files can be written, and adapters are copied into one."""
 
 
 class EngineClosedError(QLoRAInferError, RuntimeError):

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 logger = logging.getLogger("qlora_infer")
@@ -45,6 +46,10 @@ GRAPH_SIZES = (
 #: (``vllm/compilation/breakable_cudagraph.py`` in 0.32). It is an environment variable only.
 BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}
+
+#: Where vLLM makes the sockets between its processes (``vllm/envs.py``). A socket's name has at most 107 bytes, and
+#: vLLM's part of it has 37.
+SOCKETS, LONGEST_SOCKET_FOLDER = "VLLM_RPC_BASE_PATH", 70
 
 #: Who gives one of these has said how much memory the KV cache takes.
 CPU_MEMORY_ARGS = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})
@@ -152,6 +157,19 @@ def breakable_graphs(engine_args: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         del os.environ[BREAKABLE]
+
+
+@contextlib.contextmanager
+def sockets_in(folder: Path) -> Iterator[None]:
+    """Have an engine that starts put its sockets into a folder, unless the user names one, or its name is too long."""
+    if SOCKETS in os.environ or len(os.fspath(folder)) > LONGEST_SOCKET_FOLDER:
+        yield
+        return
+    os.environ[SOCKETS] = os.fspath(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(SOCKETS, None)
 
 
 def set_environment(*, device: str, num_cores: int | None = None) -> None:

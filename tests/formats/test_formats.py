@@ -71,10 +71,24 @@ def made() -> Iterator[object]:
         tool = script.stem.removeprefix("quantize_")
         reports = sorted((CHECKPOINTS / tool).glob("*.json"))
         for path in reports:
-            yield pytest.param(Made(path.with_suffix(""), json.loads(path.read_text())), id=f"{tool}-{path.stem}")
+            yield pytest.param(Made(path.with_suffix(""), read(path)), id=f"{tool}-{path.stem}")
         if not reports:
             missing = {"tool": tool, "format": "", "error": "not installed, or not run"}
             yield pytest.param(Made(CHECKPOINTS / tool, missing), id=tool)
+
+
+@pytest.fixture(scope="module")
+def sixteen_bits() -> dict[tuple[int, ...], dict[str, list[float]]]:
+    """The log-probabilities of the unquantized demo model, with each adapter: prompt to name to its tokens'."""
+    from qlora_infer import QuantizedLoRAEngine
+    from qlora_infer.demo import demo_adapters, demo_model
+
+    prompts = next((made["prompts"] for path in CHECKPOINTS.glob("*/*.json") if "prompts" in (made := read(path))), [])
+    names = ["base", *sorted(demo_adapters())]
+    with QuantizedLoRAEngine(
+        demo_model("none"), quantization="none", adapters=demo_adapters(), max_loras=4, max_model_len=512
+    ) as engine:
+        return {tuple(prompt): {name: logprobs(engine, [prompt], [name])[0] for name in names} for prompt in prompts}
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +96,10 @@ def table(pytestconfig) -> Iterator[list[str]]:
     """Lines that are printed at the end, whatever pytest captures."""
     lines = [
         "Log-probabilities from the tool's own: median / 95th percentile, in nats (the median change by the adapter).",
-        "Last: those in a mixed batch from those alone, 95th percentile.\n",
-        "| tool | format | served | base | json | pirate | spanish | mixed |",
-        "|---|---|---|---|---|---|---|---|",
+        "Then those in a mixed batch from those alone, 95th percentile; last, those of the base and of each adapter from",
+        "the same in 16 bits, mean.\n",
+        "| tool | format | served | base | json | pirate | spanish | mixed | from 16 bits |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     yield lines
     with pytestconfig.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
@@ -93,7 +108,9 @@ def table(pytestconfig) -> Iterator[list[str]]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("checkpoint", made())
-def test_a_tools_checkpoint_answers_as_the_tool_itself_computes(checkpoint: Made, table: list[str]) -> None:
+def test_a_tools_checkpoint_answers_as_the_tool_itself_computes(
+    checkpoint: Made, table: list[str], sixteen_bits: dict[tuple[int, ...], dict[str, list[float]]]
+) -> None:
     """The base and each adapter, alone and in one batch, give the log-probabilities that the tool and PEFT give."""
     from qlora_infer import QuantizedLoRAEngine
     from qlora_infer.demo import demo_adapters
@@ -127,7 +144,18 @@ def test_a_tools_checkpoint_answers_as_the_tool_itself_computes(checkpoint: Made
     effects = {
         name: statistics.median(checkpoint.difference(checkpoint.report["logprobs"], name, "base")) for name in names
     }
-    table.append(f"{about} yes | {' | '.join(cells(errors, effects))} | {percentile(batch, 0.95):.3f} |")
+    lost = {
+        name: statistics.mean(
+            abs(a - b)
+            for prompt, row in zip(prompts, rows, strict=True)
+            for a, b in zip(row, sixteen_bits[tuple(prompt)][name], strict=True)
+        )
+        for name, rows in alone.items()
+    }
+    table.append(
+        f"{about} yes | {' | '.join(cells(errors, effects))} | {percentile(batch, 0.95):.3f} |"
+        f" {' / '.join(f'{distance:.2f}' for distance in lost.values())} |"
+    )
     for name in names:
         assert statistics.median(errors[name]) < checkpoint.tolerance.median, table[-1]
         assert percentile(errors[name], 0.95) < checkpoint.tolerance.large, table[-1]
@@ -143,6 +171,11 @@ def logprobs(engine, prompts: list[list[int]], names: list[str]) -> list[list[fl
         [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
+
+
+def read(report: Path) -> dict:
+    """Return what a tool's script wrote about one format."""
+    return json.loads(report.read_text(encoding="utf-8"))
 
 
 def percentile(ordered: list[float], share: float) -> float:

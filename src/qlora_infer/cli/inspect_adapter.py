@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from attrs import asdict, evolve, frozen
 
+from qlora_infer._scratch import scratch_folder
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.carried import Carried
 from qlora_infer.adapters.checkpoint import read_checkpoint
@@ -131,7 +132,7 @@ def _inspect(
 def _read(source: AdapterSource, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
     """Everything that an engine would do with it up to the model, on a copy that is thrown away."""
     name = str(source)
-    with tempfile.TemporaryDirectory(prefix="qlora-infer-") as store:
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as store:
         copies = Copies(Path(store))
         try:
             snapshot, manifest, carried = copies.make(name, 1, source, allow_pickle=False)

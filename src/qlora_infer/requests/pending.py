@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from qlora_infer._forked import forked_engine_error
 from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 
 #: More outputs than any request has: whoever waits for more waits for the end.
@@ -46,6 +48,7 @@ class PendingRequest:
         self.num_outputs = 0
         self.done = False
         self.error: BaseException | None = None
+        self._pid = os.getpid()
         self._changed = threading.Condition()
         self._listeners: list[tuple[float, Callable[[], None]]] = []
 
@@ -81,6 +84,7 @@ class PendingRequest:
 
     def newest(self) -> tuple[GenerationOutput, int, bool]:
         """The newest output, how many there have been, and whether it is the last; raises the error of a failed one."""
+        self._end_if_forked()
         with self._changed:
             return self.last_output(), self.num_outputs, self.done
 
@@ -90,6 +94,7 @@ class PendingRequest:
         Returns:
             Whether there are, within ``timeout`` seconds.
         """
+        self._end_if_forked()
         limit = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         with self._changed:
             return self._changed.wait_for(lambda: self._has_news(num_seen), limit)
@@ -117,6 +122,7 @@ class PendingRequest:
 
     def listen(self, listener: Callable[[], None], num_seen: float = END) -> None:
         """Call ``listener`` once when there are more outputs than ``num_seen``, or the end; it must not block."""
+        self._end_if_forked()
         with self._changed:
             if not self._has_news(num_seen):
                 self._listeners.append((num_seen, listener))
@@ -126,6 +132,12 @@ class PendingRequest:
     def _unlisten(self, listener: Callable[[], None]) -> None:
         with self._changed:
             self._listeners = [entry for entry in self._listeners if entry[1] is not listener]
+
+    def _end_if_forked(self) -> None:
+        """Fail in a process that was forked from the one where the request runs: no output comes here any more."""
+        if not self.done and os.getpid() != self._pid:
+            self._changed, self._listeners = threading.Condition(), []
+            self.error, self.done = forked_engine_error(self._pid), True
 
     def _has_news(self, num_seen: float) -> bool:
         return self.done or self.num_outputs > num_seen
