@@ -3,8 +3,8 @@
 import time
 
 import pytest
-
 from engine.test_left_behind import LIMIT, call, is_core  # noqa: F401  # a fixture
+
 from gpu.conftest import LEFT_OVER, used_memory
 
 ONE = {"gpu_memory_utilization": 0.2, "max_num_seqs": 16}
