@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer, Repository
 
-from qlora_infer import AdapterSource, _hub
+from qlora_infer import AdapterSource, _hub, _scratch
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -113,6 +115,55 @@ def test_a_second_load_downloads_nothing(hub, repository):
         assert resolve("org/repo", revision=revision) == first
         assert hub.downloads() == []
         assert len(hub.requests) == 1
+
+
+@pytest.fixture
+def public_folder(monkeypatch):
+    """A folder where also a user without rights may read and write; temporary files go there meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setattr(_scratch, "_folders", {})
+        # huggingface_hub has read at its import where a token may be.
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", f"{folder}/token")
+        yield Path(folder)
+
+
+@contextmanager
+def read_only(folder):
+    """Nothing in a folder can be written; a superuser becomes another meanwhile, for whom that is so."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222 | 0o444)
+    if user := os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_read_only_cache_does_not_keep_an_old_adapter(hub, repository, public_folder, monkeypatch, caplog):
+    """A read-only cache behind its branch: the new files go into a folder of this process, and the log says so.
+
+    One that is not behind is read, and of a repository that is not in it all is fetched.
+    """
+    cache = public_folder / "cache"
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    first = resolve("org/repo")
+    hub.repositories["org/new"] = Repository()
+    hub.repositories["org/new"].commit(FILES)
+    with read_only(cache):
+        assert resolve("org/repo") == first
+        assert not caplog.text
+        repository.commit({**FILES, WEIGHTS: b"new weights"})
+        second = resolve("org/repo")
+        assert contents(second) == {**FILES, WEIGHTS: b"new weights"}
+        assert contents(resolve("org/new")) == FILES
+    assert public_folder in second.parents
+    assert cache not in second.parents
+    assert "org/repo is downloaded again for this process: the Hub's cache cannot be written" in caplog.text
 
 
 def test_what_another_program_has_cached_of_a_commit_is_completed(hub, repository, nobody_answers, caplog):

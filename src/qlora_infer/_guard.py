@@ -1,11 +1,11 @@
 """The process that ends what an engine leaves; each engine core starts one as a script, and nobody imports it.
 
-    python -I -S _guard.py GROUP SCRATCH CALLER
+    python -I -S _guard.py GROUP SCRATCH CALLER END
 
-It sleeps until one of three things happens: the caller, whose engine it is, ends (CALLER is a file descriptor that can
-be read then), the core ends (the end of its standard input), or the core says that it ended as it should (a byte
-there). In the first two cases it kills the core's process group, in which all of the engine's processes are, and
-removes what they share in memory; in the first also SCRATCH, the caller's folder of temporary files.
+It sleeps until one of three things happens: the process CALLER, whose engine it is, ends (END is a pidfd of it, or -1),
+the core ends (the end of its standard input), or the core says that it ended as it should (a byte there). In the first
+two cases it kills the core's process group, in which all of the engine's processes are, and removes what they share in
+memory; in the first also SCRATCH, the caller's folder of temporary files.
 
 It must not import this package, so that it starts in some milliseconds and stays small.
 """
@@ -30,16 +30,27 @@ LOOKS = 20
 
 def main() -> None:
     """Wait, and clean up."""
-    group, scratch, caller = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    group, scratch, caller, end = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     poller = select.poll()
-    poller.register(caller, select.POLLIN)
     poller.register(CORE, select.POLLIN)
-    ended = {fd for fd, _ in poller.poll()}
-    if CORE in ended and os.read(CORE, 1):
+    if end >= 0:
+        poller.register(end, select.POLLIN)
+    ready: list[tuple[int, int]] = []
+    while not ready and is_alive(caller):
+        ready = poller.poll(None if end >= 0 else 1000)
+    if ready and ready[0][0] == CORE and os.read(CORE, 1):
         return
     kill(group)
-    if caller in ended:
+    if not is_alive(caller):
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process has not ended; one that waits for its parent to see its end has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def kill(group: int) -> None:

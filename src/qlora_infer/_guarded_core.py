@@ -8,12 +8,12 @@ the caller holds open would be held open by the caller's forks; a pidfd has neit
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,17 @@ _vllms_own: Any = None
 
 @contextlib.contextmanager
 def guarded_cores() -> Iterator[None]:
-    """Start vLLM's cores with guards: their processes run ``run_engine_core`` of this file in place of vLLM's.
+    """Start vLLM's cores with guards, meanwhile, in place of vLLM's own way.
 
     ``CoreEngineProcManager`` (``v1/engine/utils.py`` in vLLM 0.32.0) takes ``EngineCoreProc.run_engine_core`` when it
-    makes the process. Several engines may start at once.
+    makes a core's process. Several engines may start at once.
     """
     from vllm.v1.engine.core import EngineCoreProc
 
     global _starting, _vllms_own
     with _lock:
         if not _starting:
-            _vllms_own, EngineCoreProc.run_engine_core = EngineCoreProc.run_engine_core, staticmethod(run_engine_core)
+            _vllms_own, EngineCoreProc.run_engine_core = EngineCoreProc.run_engine_core, _GuardedCore(os.getpid())
         _starting += 1
     try:
         yield
@@ -51,34 +51,48 @@ def guarded_cores() -> Iterator[None]:
                 EngineCoreProc.run_engine_core = staticmethod(_vllms_own)
 
 
-def run_engine_core(*args: Any, **kwargs: Any) -> None:
-    """Run vLLM's core in this process, with a guard beside it."""
-    guard = _start_guard()
-    from vllm.v1.engine.core import EngineCoreProc
+class _GuardedCore:
+    """What a core's process runs: vLLM's own, with a guard beside it.
 
-    try:
-        # A process that was forked has the exchanged one in memory.
-        (_vllms_own or EngineCoreProc.run_engine_core)(*args, **kwargs)
-    finally:
-        _dismiss(guard)
+    A process that is spawned unpickles this before its arguments, which import vLLM, and has its guard from then on:
+    the imports alone may take 20 s.
+    """
+
+    def __init__(self, caller: int, guard: subprocess.Popen[bytes] | None = None) -> None:
+        self._caller, self._guard = caller, guard
+
+    def __reduce__(self) -> tuple[Callable[[int], _GuardedCore], tuple[int]]:
+        return _with_guard, (self._caller,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        guard = self._guard or _start_guard(self._caller)  # a process that was forked has none yet
+        from vllm.v1.engine.core import EngineCoreProc
+
+        try:
+            (_vllms_own or EngineCoreProc.run_engine_core)(*args, **kwargs)
+        finally:
+            _dismiss(guard)
 
 
-def _start_guard() -> subprocess.Popen[bytes]:
-    """Give this process a group of its own, and start the group's guard."""
-    caller = multiprocessing.parent_process()
-    assert caller is not None
-    assert caller.pid is not None
+def _with_guard(caller: int) -> _GuardedCore:
+    return _GuardedCore(caller, _start_guard(caller))
+
+
+def _start_guard(caller: int) -> subprocess.Popen[bytes]:
+    """Give this process, a child of the caller's, a group of its own, and start the group's guard."""
     os.setpgid(0, 0)
+    scratch = os.environ[VARIABLE]
     try:
-        caller_ends = os.pidfd_open(caller.pid)
-    except OSError:  # the caller is dead, or the kernel older than 5.3, and this pipe is the next best
-        caller_ends = int(caller.sentinel)
-    if os.getppid() != caller.pid:
+        end = os.pidfd_open(caller)
+    except OSError:  # the caller is dead, or Linux older than 5.3, where the guard looks for it each second
+        end = -1
+    if os.getppid() != caller:
+        shutil.rmtree(scratch, ignore_errors=True)
         os._exit(1)
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(_GUARD), str(os.getpgid(0)), os.environ[VARIABLE], str(caller_ends)],
+        [sys.executable, "-I", "-S", str(_GUARD), str(os.getpgid(0)), scratch, str(caller), str(end)],
         stdin=subprocess.PIPE,
-        pass_fds=(caller_ends,),
+        pass_fds=() if end < 0 else (end,),
         env={},
         start_new_session=True,  # what is sent to the group, or typed in the terminal, is not for the guard
     )

@@ -10,6 +10,7 @@ may be set after huggingface_hub is imported.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
+from qlora_infer._scratch import scratch_folder
 from qlora_infer._secrets import without_secrets
 from qlora_infer.adapters.pickles import PICKLE_NAMES
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
@@ -48,6 +50,9 @@ INDEX_NAME = "model.safetensors.index.json"
 #: Seconds that the Hub may be silent. Within a file huggingface_hub waits ``HF_HUB_DOWNLOAD_TIMEOUT`` (10 s), and
 #: tries again five times when nothing more comes.
 TIMEOUT = 10.0
+
+#: Faults of a cache that others filled and this process may only read.
+_CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 PICKLE_NAME = PICKLE_NAMES[0]
 
@@ -249,6 +254,7 @@ class _Repository:
     repo_id: str
     revision: str | None
     token: str | None = field(repr=False)
+    cache_dir: str | None = field(factory=lambda: _cache_dir())
 
     def __str__(self) -> str:
         return self.repo_id + (f"@{self.revision}" if self.revision else "")
@@ -266,7 +272,7 @@ class _Repository:
         """The copy of a file, as the revision was when it was last asked for."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repo_id, path, cache_dir=_cache_dir(), revision=self.revision)
+        found = try_to_load_from_cache(self.repo_id, path, cache_dir=self.cache_dir, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
 
     def list_files(self) -> tuple[str | None, list[str]]:
@@ -292,7 +298,7 @@ class _Repository:
                 revision=revision,
                 token=self.token,
                 endpoint=_endpoint(),
-                cache_dir=_cache_dir(),
+                cache_dir=self.cache_dir,
                 etag_timeout=TIMEOUT,
             )
         )
@@ -325,6 +331,18 @@ def _fetch(
 def _cached_or_downloaded(
     repository: _Repository, cached: Path | None, choose: Callable[[list[str]], list[str]]
 ) -> Path:
+    try:
+        return _newest(repository, cached, choose)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+    # Such a cache is shared by many, or part of a container's image, and behind the branch. Half of the files may be
+    # in it, and all of them are wanted in one folder.
+    logger.warning("%s is downloaded again for this process: the Hub's cache cannot be written", repository)
+    return _newest(evolve(repository, cache_dir=str(scratch_folder() / "hub")), cached, choose)
+
+
+def _newest(repository: _Repository, cached: Path | None, choose: Callable[[list[str]], list[str]]) -> Path:
     try:
         commit, paths = repository.list_files()
     except Exception as error:

@@ -1,8 +1,8 @@
 """A program that makes an engine and ends in a bad way, or lives on: ``test_left_behind.py`` runs it.
 
-    python caller.py WHAT [MODEL [ENGINE_ARGS]]
+    python caller.py WHAT MODEL ENGINE_ARGS ADAPTERS
 
-It prints the folder of its temporary files, then "serving" when its engine has answered.
+It prints the folder of its temporary files, then "the caller serves" when its engine has answered.
 """
 
 import faulthandler
@@ -15,7 +15,6 @@ import time
 
 from qlora_infer import QuantizedLoRAEngine
 from qlora_infer._scratch import scratch_folder
-from qlora_infer.demo import demo_adapters, demo_model
 
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
 ENDLESS = {"temperature": 0.0, "max_tokens": 400, "ignore_eos": True}
@@ -26,9 +25,9 @@ def write(line):
     sys.stdout.flush()
 
 
-def load_for_ever(engine):
+def load_for_ever(engine, source):
     while True:
-        engine.load_adapter("again", demo_adapters()["pirate"])
+        engine.load_adapter("again", source)
 
 
 def fork_one_that_lives(seconds):
@@ -40,20 +39,16 @@ def fork_one_that_lives(seconds):
 
 def main():
     faulthandler.disable()
-    what = sys.argv[1]
-    model = sys.argv[2] if len(sys.argv) > 2 else demo_model("awq")
-    engine_args = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    what, model, engine_args, adapters = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
     write(scratch_folder())
-    engine = QuantizedLoRAEngine(
-        model, adapters=demo_adapters(), max_loras=2, max_model_len=512, engine_args=engine_args
-    )
+    engine = QuantizedLoRAEngine(model, adapters=adapters, max_loras=2, max_model_len=512, engine_args=engine_args)
     engine.generate("my name is", GREEDY, adapter="pirate", use_tqdm=False)
     handles = [engine.add_request("Once upon a time", ENDLESS, adapter="json") for _ in range(4)]
     if what == "loads":
-        threading.Thread(target=load_for_ever, args=(engine,), daemon=True).start()
+        threading.Thread(target=load_for_ever, args=(engine, adapters["pirate"]), daemon=True).start()
     if what == "forks":
         fork_one_that_lives(60)
-    write("serving")
+    write("the caller serves")
     time.sleep(1)
     if what == "exits":
         os._exit(1)

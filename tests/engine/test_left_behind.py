@@ -16,6 +16,7 @@ import pytest
 
 from engine.conftest import ENGINE_ARGS
 from engine.test_life import children, is_alive, shared_memory, start, wait_for_end
+from engine.twelve_heads import their_adapters, twelve_heads
 from qlora_infer import EngineStartError, ForkedEngineError, QuantizedLoRAEngine
 from qlora_infer.demo import demo_adapters, demo_model
 
@@ -36,12 +37,12 @@ def alone(engines):
 
 
 @pytest.fixture
-def call():
+def call(tmp_path):
     """Start callers that a failing test does not leave behind."""
     callers = []
 
     def start(what, **engine_args):
-        callers.append(Caller(what, **engine_args))
+        callers.append(Caller(what, tmp_path, engine_args))
         return callers[-1]
 
     yield start
@@ -52,17 +53,13 @@ def call():
 class Caller:
     """A process that makes an engine, and what the engine consists of."""
 
-    def __init__(self, what, **engine_args):
-        environment = {**os.environ}
+    def __init__(self, what, folder, engine_args):
+        environment, model, adapters = {**os.environ}, demo_model("awq"), demo_adapters()
         if engine_args.get("tensor_parallel_size"):
+            model, adapters = twelve_heads(folder, "awq"), their_adapters(folder)
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two workers, and maybe no core for each
-        command = [
-            sys.executable,
-            str(CALLER),
-            what,
-            str(demo_model("awq")),
-            json.dumps({**ENGINE_ARGS, **engine_args}),
-        ]
+        arguments = [model, json.dumps({**ENGINE_ARGS, **engine_args}), json.dumps(adapters, default=str)]
+        command = [sys.executable, str(CALLER), what, *map(str, arguments)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self.pid = self.process.pid
         self.scratch = Path(self.wait_for_line("qlora-infer-"))
@@ -76,7 +73,7 @@ class Caller:
         raise AssertionError(f"it ended with {self.process.wait()} without printing {words}")
 
     def wait_until_it_serves(self):
-        self.wait_for_line("serving")
+        self.wait_for_line("the caller serves")
 
     def engine_pids(self):
         """All that the caller has started, and those have, whichever thread did."""

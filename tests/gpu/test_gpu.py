@@ -26,10 +26,10 @@ from engine.test_versions import (
     test_a_rollback_speaks_like_the_version_before,
     test_an_adapter_from_memory_speaks_like_its_files,
 )
+from engine.twelve_heads import their_adapters, twelve_heads
 from phi3_demo import phi3_adapters, phi3_model
 
 from gpu.conftest import LEFT_OVER
-from gpu.twelve_heads import their_adapters, twelve_heads
 from qlora_infer import EngineDeadError
 from qlora_infer.demo import demo_adapters
 
