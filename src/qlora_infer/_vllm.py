@@ -54,6 +54,10 @@ logger = logging.getLogger("qlora_infer")
 #: Seconds that the engine core has to end by itself before it is killed; on two cores it would take ten.
 SHUTDOWN_TIMEOUT = 5.0
 
+#: What a call gets from a core that is ending, because a worker has died (``device_communicators/shm_broadcast.py``) or
+#: because it was told to (``v1/engine/core.py`` in 0.32.0).
+ENDING = re.compile(r"method failed: cancelled$|^Server shutting down$")
+
 #: Words of the errors that vLLM's quantizations raise (``model_executor/layers/quantization`` in 0.32.0).
 QUANTIZATION = re.compile(r"quantiz|compressed.tensors|packing_format|num_bits|weight_bits|\bactorder\b", re.IGNORECASE)
 #: vLLM's words where the model's class cannot be imported (``model_executor/models/registry.py`` in 0.32.0).
@@ -600,16 +604,18 @@ def _report_death(core: Any, processes: Sequence[Any]) -> None:
 def _is_death(error: BaseException) -> bool:
     from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
-    return isinstance(error, (EngineDeadError, VLLMEngineDeadError))
+    return isinstance(error, (EngineDeadError, VLLMEngineDeadError)) or bool(ENDING.search(str(error)))
 
 
 @contextmanager
 def _translated_death() -> Iterator[None]:
-    from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
-
     try:
         yield
-    except VLLMEngineDeadError as error:
+    except EngineDeadError:
+        raise
+    except Exception as error:
+        if not _is_death(error):
+            raise
         raise EngineDeadError(str(error)) from error
 
 
