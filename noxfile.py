@@ -25,6 +25,7 @@ DOCS_REQUIREMENTS = ("mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2",
 TEST_REQUIREMENTS = (
     *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "peft>=0.17"),
     *("fsspec>=2024.6", "aiohttp>=3.9"),  # adapters from URLs
+    *("moto[server]>=5", "s3fs>=2024.6", "gcp-storage-emulator>=2026.7", "gcsfs>=2024.6"),  # object stores on loopback
     *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50"),  # a web service around the engine
     *("prometheus-client>=0.20", "opentelemetry-sdk>=1.25"),  # metrics and traces
     *("nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.9"),  # notebooks

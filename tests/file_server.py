@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,8 +22,10 @@ class FileServer:
         status: Answer everything with this.
         redirect_to: Send everybody to this server.
         stop_at: Send a file up to this byte, and then ...
-        afterwards: ... ``"end"`` the connection, be ``"silent"``, or ``"drip"`` a byte now and then.
+        afterwards: ... ``"end"`` or ``"reset"`` the connection, be ``"silent"``, or ``"drip"`` a byte now and then.
         num_bytes: Send so many zeros in place of a file.
+        raw: Answer a path with these very bytes, status line and headers too, and end the connection.
+        ranges: The ``Range`` header of each request, or nothing.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
@@ -34,6 +39,8 @@ class FileServer:
         self.stop_at: int | None = None
         self.afterwards = "end"
         self.num_bytes = 0
+        self.raw: dict[str, bytes] = {}
+        self.ranges: list[str] = []
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (_Answer,), {"files": self}))
         self._server.daemon_threads = True
@@ -67,7 +74,12 @@ class _Answer(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         server.requests.append(self.path)
         server.authorizations.append(authorization)
-        if server.status:
+        server.ranges.append(self.headers.get("Range", ""))
+        if path in server.raw:
+            self.close_connection = True
+            with contextlib.suppress(OSError):  # the client has gone
+                self.wfile.write(server.raw[path])
+        elif server.status:
             self.send(server.status)
         elif server.redirect_to:
             self.send(302, headers={"Location": server.redirect_to + self.path})
@@ -104,6 +116,10 @@ class _Answer(BaseHTTPRequestHandler):
 
     def stop(self, rest: bytes) -> None:
         self.close_connection = True
+        if self.files.afterwards == "reset":  # what closes a socket that lingers for no time is a reset
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            raise ConnectionResetError
         if self.files.afterwards == "silent":
             self.files.closing.wait(60)
         for byte in rest if self.files.afterwards == "drip" else b"":

@@ -268,6 +268,10 @@ def _explain(
         return AdapterNotFoundError, f"{url} has no {missing}{advice}"
     if isinstance(error, PermissionError) or status in (401, 403):
         return AdapterAccessError, f"{url} cannot be read: {_access_advice(url, has_token=has_token)}"
+    if isinstance(error, OSError) and error.errno == errno.EINVAL and not url.is_http:
+        # S3 answers 400, without a reason, to a HEAD request with a session token that it does not take.
+        refused = "the store refused the request, which is what it does when a session token is wrong or has expired"
+        return AdapterAccessError, f"{url} cannot be read: {refused}: pass other storage_options="
     if isinstance(error, TimeoutError):
         slow = f"the server fell silent, or took more than {STEP_TIMEOUT:g} s for a mebibyte"
         return AdapterDownloadError, f"the download of {url} was given up: {slow}; try again"

@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from qlora_infer._scratch import scratch_folder
 from qlora_infer._secrets import without_secrets
 from qlora_infer.adapters.pickles import PICKLE_NAMES
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
-from qlora_infer.adapters.tensors import read_header
+from qlora_infer.adapters.tensors import MAX_DIMENSION, read_header
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -43,6 +44,10 @@ from qlora_infer.quantization._checkpoint import QUANTIZATION_FILES, complete, q
 logger = logging.getLogger("qlora_infer")
 
 Shape = tuple[int, ...]
+
+#: A ``config.json`` has some kilobytes, or a few megabytes where it lists every expert; the largest index, 10 MB.
+MAX_JSON_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20
+MAX_JSON_DEPTH = 100
 
 #: Which file holds which tensor, of a checkpoint of several files.
 INDEX_NAME = "model.safetensors.index.json"
@@ -120,8 +125,9 @@ def read_model_config(
 
     Raises:
         ModelNotFoundError: There is no such model, it has no readable ``config.json``, or the token does not open it.
-        QuantizationError: The weights are packed, and no file says how.
+        QuantizationError: The weights are packed, and no file says how, or a field is not what its tool writes.
     """
+    _check_name(model)
     if home := _home_of_gguf(model):
         config = read_model_config(config_source or home, revision=None if config_source else revision, token=token)
         return {**config, "quantization_config": {"quant_method": "gguf", "file": model}}
@@ -138,6 +144,17 @@ def read_model_config(
     return complete(model, found, lambda name: _read_json(path.parent / name), names)
 
 
+def _check_name(model: str) -> None:
+    """Raise ``ModelNotFoundError`` for text that the file system cannot look up: too long, or with a NUL in it."""
+    try:
+        Path(os.path.expanduser(model)).stat()  # noqa: PTH111
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it may be on the Hub
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelNotFoundError(f"{model[:80]!a} cannot be the name of a model: {reason}") from error
+
+
 def _home_of_gguf(model: str) -> str | None:
     """Return the folder or the repository of a GGUF file, named as ``vllm-gguf-plugin`` does; else ``None``."""
     if model.endswith(".gguf"):
@@ -150,22 +167,59 @@ def _home_of_gguf(model: str) -> str | None:
     return home if re.fullmatch(r"[\w+-]+", kind) and is_home and not Path(model).is_dir() else None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+    """Read a JSON file of a model, whose author may be a stranger; ``None`` where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        fault = _fault_of_file(path, max_bytes)
+        content = None if fault else json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, OSError, RecursionError) as error:
         raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
+    if fault:
+        raise ModelNotFoundError(f"{path} {fault}")
     if not isinstance(content, dict):
         raise ModelNotFoundError(f"{path} holds no JSON object")
+    if not _is_shallow(content):
+        raise ModelNotFoundError(f"{path} has more than {MAX_JSON_DEPTH} objects and lists inside each other")
     return content
+
+
+def _fault_of_file(path: Path, max_bytes: int) -> str:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opened, a pipe would wait for a writer
+        return "is not a regular file"
+    return f"is too large: it has at most {max_bytes} bytes in a model" if status.st_size > max_bytes else ""
+
+
+def _is_shallow(content: object) -> bool:
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return True
+    return False
+
+
+def _weight_map(folder: Path) -> Mapping[str, Any] | None:
+    """Return which file holds which tensor; ``None`` where there is no index."""
+    index = _read_json(folder / INDEX_NAME, MAX_INDEX_BYTES)
+    if index is None:
+        return None
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ModelNotFoundError(f"{folder / INDEX_NAME} has no weight_map of names")
+    return found
 
 
 def _tensor_names(model: str, folder: Path, revision: str | None, token: str | None) -> Iterable[str]:
     """Name a checkpoint's tensors; those of several files stand in an index."""
-    index = _read_json(folder / INDEX_NAME)
-    return index["weight_map"] if index else read_tensor_shapes(model, revision=revision, token=token)
+    return _weight_map(folder) or read_tensor_shapes(model, revision=revision, token=token)
 
 
 def read_tensor_shapes(model: str, *, revision: str | None, token: str | None) -> dict[str, Shape]:
@@ -193,7 +247,12 @@ def read_tensor_shapes(model: str, *, revision: str | None, token: str | None) -
         logger.info("the safetensors headers of %s cannot be read (%s)", model, type(error).__name__)
         return {}
     files = found.files_metadata.values()
-    return {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
+    shapes = {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
+    return shapes if all(_is_shape(shape) for shape in shapes.values()) else {}
+
+
+def _is_shape(shape: Shape) -> bool:
+    return all(type(size) is int and 0 <= size <= MAX_DIMENSION for size in shape)
 
 
 def _shapes_in(folder: Path) -> dict[str, Shape]:
@@ -203,16 +262,19 @@ def _shapes_in(folder: Path) -> dict[str, Shape]:
         for name in _file_names(folder):
             entries = read_header(str(folder), folder / name)
             shapes.update((tensor, entry.shape) for tensor, entry in entries.items())
-    except (CorruptAdapterError, OSError, ValueError):
+    except (CorruptAdapterError, ModelNotFoundError, OSError, ValueError):
         return {}
     return shapes
 
 
 def _file_names(folder: Path) -> Iterable[str]:
-    index = folder / INDEX_NAME
-    if index.exists():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return sorted(path.name for path in folder.glob("*.safetensors"))
+    index = _weight_map(folder)
+    if index is None:
+        return sorted(path.name for path in folder.glob("*.safetensors"))
+    names = sorted(set(index.values()))
+    if outside := next((name for name in names if Path(name).name != name), None):
+        raise ModelNotFoundError(f"{folder / INDEX_NAME} names a file outside of its folder: {outside[:80]!r}")
+    return names
 
 
 def _download_config(model: str, revision: str | None, token: str | None) -> Path:

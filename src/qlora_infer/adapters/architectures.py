@@ -75,7 +75,7 @@ def kind_of(module: str) -> str:
         >>> kind_of("model.layers.3.self_attn.q_proj"), kind_of("language_model.lm_head")
         ('self_attn.q_proj', 'lm_head')
     """
-    *_, last = parts = [part for part in module.split(".") if not part.isdigit() and part != "base_layer"]
+    *_, last = parts = [part for part in module.split(".") if not part.isdigit() and part != "base_layer"] or [module]
     if len(parts) == 1 or parts[-2] in _PLACES:
         return last
     return f"{parts[-2]}.{last}"

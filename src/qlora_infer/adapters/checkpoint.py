@@ -19,6 +19,7 @@ from qlora_infer.adapters.architectures import Architecture, kind_of
 from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
 from qlora_infer.adapters.packed import Shape
 from qlora_infer.errors import ModelNotFoundError
+from qlora_infer.quantization._checkpoint import size_of
 
 #: What an architecture that vLLM does not list is taken for: all linear layers are adapted, as by vLLM's fallback.
 UNKNOWN = Architecture("", reason="not among those that were looked at")
@@ -28,10 +29,12 @@ _OF_CONFIG = {
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 }
+#: The experts of a layer that a header is believed; DeepSeek-V3 has 256.
+MAX_EXPERTS = 4096
 _HEADS = frozenset({"lm_head", "output", "embed_out"})
 _EMBEDDING = re.compile(r"embed|wte$")
 _EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?:(?P<expert>\d+)\.)?(?P<projection>[^.]+)")
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.([0-9]{1,9})\.")
 #: Layers for predicting several tokens, which vLLM loads into another model.
 _DRAFT = re.compile(r"(^|\.)mtp\.")
 
@@ -241,13 +244,15 @@ def _experts(
     layer: str, projections: Mapping[str, Shape], architecture: Architecture, config: Mapping[str, Any]
 ) -> dict[str, ModuleShape]:
     """Return a layer's experts in the form that vLLM holds them in, whichever form the checkpoint has."""
-    hidden = _text(config).get("hidden_size")
+    hidden = size_of(_text(config), "hidden_size")
     down = next((shape for name, shape in projections.items() if packed.leads_out(name)), None)
-    if down is None or hidden not in down[-2:]:
+    if down is None or hidden is None or hidden not in down[-2:]:
         return {}
     one, other = down[-2:]
     inner = other if one == hidden else one
     num_experts = down[0] if len(down) == 3 else len({name.partition(".")[0] for name in projections})
+    if num_experts > MAX_EXPERTS:
+        return {}
     if architecture.experts == "stacked":
         return {
             f"{layer}.base_layer": ModuleShape(hidden, 2 * inner, num_experts),
@@ -267,9 +272,9 @@ def _tensors_of_config(config: Mapping[str, Any]) -> dict[str, Shape]:
         return {}
     if {kind for kind in architecture.adapted if "." in kind} != _OF_CONFIG:
         return {}
-    layers, vocabulary, hidden = (config.get(key) for key in ("num_hidden_layers", "vocab_size", "hidden_size"))
+    layers, vocabulary, hidden = (size_of(config, key) for key in ("num_hidden_layers", "vocab_size", "hidden_size"))
     shapes = {kind: _shape_of_config(kind, config) for kind in sorted(_OF_CONFIG)}
-    if not isinstance(layers, int) or not vocabulary or not hidden:
+    if not layers or not vocabulary or not hidden:
         return {}
     tensors = {
         f"model.layers.{layer}.{kind}.weight": shape
@@ -283,21 +288,21 @@ def _tensors_of_config(config: Mapping[str, Any]) -> dict[str, Shape]:
 def _shape_of_config(kind: str, config: Mapping[str, Any]) -> Shape | None:
     """Return the ``[outputs, inputs]`` that a text model's config tells of a kind of module, or ``None``."""
     text = _text(config)
-    try:
-        hidden, inner, heads = (text[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads"))
-        head = text.get("head_dim") or hidden // heads
-        kv = (text.get("num_key_value_heads") or heads) * head
-        return {
-            "self_attn.q_proj": (heads * head, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, heads * head),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }.get(kind)
-    except (KeyError, TypeError, ZeroDivisionError):
+    names = ("hidden_size", "intermediate_size", "num_attention_heads")
+    hidden, inner, heads = (size_of(text, name) for name in names)
+    if not hidden or not inner or not heads:
         return None
+    head = size_of(text, "head_dim") or hidden // heads
+    kv = (size_of(text, "num_key_value_heads") or heads) * head
+    return {
+        "self_attn.q_proj": (heads * head, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, heads * head),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }.get(kind)
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -57,7 +57,7 @@ def _packed_in_int32(qweight: Shape, scales: Shape, config: Mapping[str, Any]) -
     quantization = quantization_config(config)
     bits = quantization.get("bits")
     is_awq = "awq" in (quant_method(config) or "") or "awq" in str(quantization.get("packing_format", ""))
-    if is_awq:
+    if is_awq and scales:
         return scales[-1], qweight[0]
     return qweight[1], qweight[0] * 32 // bits if isinstance(bits, int) and bits > 0 else 0
 
@@ -65,8 +65,9 @@ def _packed_in_int32(qweight: Shape, scales: Shape, config: Mapping[str, Any]) -
 def _of_compressed_tensors(packed: Shape, scale: Shape | None, config: Mapping[str, Any]) -> Shape:
     """Return the shape behind ``weight_packed``: the inputs are packed, and scales are one per group of them."""
     groups = quantization_config(config).get("config_groups")
-    first: Mapping[str, Any] = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
-    weights = first.get("weights") or {}
+    first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    weights = weights if isinstance(weights, Mapping) else {}
     size, bits = weights.get("group_size"), weights.get("num_bits")
     if isinstance(size, int) and size > 0 and scale is not None and len(scale) == 2:
         return packed[0], scale[1] * size

@@ -10,7 +10,7 @@ from attrs import evolve
 
 from qlora_infer.config import EngineConfig
 from qlora_infer.quantization import Platform
-from qlora_infer.quantization._checkpoint import weight_bits
+from qlora_infer.quantization._checkpoint import size_of, weight_bits
 
 logger = logging.getLogger("qlora_infer")
 
@@ -77,9 +77,13 @@ def weight_bytes(model_config: Mapping[str, Any], quantization: str) -> int | No
     Returns:
         Bytes, or ``None`` where the ``config.json`` does not tell.
     """
-    text = model_config.get("text_config", model_config)
-    parameters, words, hidden = linear_parameters(model_config), text.get("vocab_size"), text.get("hidden_size")
-    if not parameters or not words:
+    text = _text(model_config)
+    parameters, words, hidden = (
+        linear_parameters(model_config),
+        size_of(text, "vocab_size"),
+        size_of(text, "hidden_size"),
+    )
+    if not parameters or not words or not hidden:
         return None
     embeddings = words * hidden * (1 if text.get("tie_word_embeddings") else 2)
     return int(weight_bits(model_config, quantization) * parameters // 8 + 2 * embeddings)
@@ -92,16 +96,20 @@ def linear_parameters(model_config: Mapping[str, Any]) -> int | None:
 
 def _linear_shapes(model_config: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Inputs and outputs of every linear layer of a usual decoder; none where the ``config.json`` does not tell."""
-    text = model_config.get("text_config", model_config)
-    try:
-        hidden, inner, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
-        heads = text["num_attention_heads"]
-        head_size = text.get("head_dim") or hidden // heads
-        queries, keys = heads * head_size, (text.get("num_key_value_heads") or heads) * head_size
-        attention = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
-        return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)] * layers
-    except (KeyError, TypeError, ZeroDivisionError):
+    text = _text(model_config)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    hidden, inner, layers, heads = (size_of(text, name) for name in names)
+    if not hidden or not inner or not layers or not heads:
         return []
+    head_size = size_of(text, "head_dim") or hidden // heads
+    queries, keys = heads * head_size, (size_of(text, "num_key_value_heads") or heads) * head_size
+    attention = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)] * layers
+
+
+def _text(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = model_config.get("text_config")
+    return text if isinstance(text, Mapping) else model_config
 
 
 def _is_short_of_memory(config: EngineConfig, platform: Platform, weights: int | None, size: int | None) -> bool:

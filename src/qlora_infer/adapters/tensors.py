@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -153,7 +154,10 @@ def _is_finite(numbers: np.ndarray) -> bool:
 
 def _read(adapter: str, path: Path) -> tuple[Mapping[str, TensorEntry], int]:
     """The header, and where the tensors begin."""
-    size = path.stat().st_size
+    status = path.stat()
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):  # opened, a pipe would wait for a writer
+        raise _corrupt(adapter, path, "it is no regular file")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:

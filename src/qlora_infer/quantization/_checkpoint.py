@@ -30,6 +30,17 @@ _PACKED = (
 )
 
 
+#: The largest bits of a number, sizes of a dimension, and layers that a ``config.json`` is believed.
+MAX_BITS, MAX_SIZE, MAX_LAYERS = 32, 1 << 31, 10_000
+
+
+def size_of(config: Mapping[str, Any], name: str) -> int | None:
+    """Return a size that a ``config.json`` tells; ``None`` for what is no size, such as a list of one per layer."""
+    size = config.get(name)
+    limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+    return size if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= limit else None
+
+
 def quantization_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a ``config.json`` says of the quantization, also of a multimodal model's text; empty if nothing."""
     for config in (model_config, model_config.get("text_config")):
@@ -60,10 +71,11 @@ def weight_bits(model_config: Mapping[str, Any], quantization: str) -> int:
     if not said:
         return _BITS_IN_FLIGHT.get(quantization, 16)
     groups = (said.get("config_groups") or {}).values()
-    counted = [said.get("bits"), said.get("w_bit"), *((group.get("weights") or {}).get("num_bits") for group in groups)]
+    weights = ((group or {}).get("weights") or {} for group in groups)
+    counted = [said.get("bits"), said.get("w_bit"), *(group.get("num_bits") for group in weights)]
     named = re.search(r"(?:int|fp|float|q)(\d)", f"{said}".lower())
     spoken = 8 if said.get("load_in_8bit") else int(named[1]) if named else 4
-    return next((bits for bits in counted if isinstance(bits, int)), spoken)
+    return next((bits for bits in counted if isinstance(bits, int) and 0 < bits <= MAX_BITS), spoken)
 
 
 def complete(
@@ -81,9 +93,11 @@ def complete(
         tensor_names: Names its tensors; asked where no file tells of a quantization.
 
     Raises:
-        QuantizationError: The weights are packed, and no file says how; or it is said without a method.
+        QuantizationError: The weights are packed, and no file says how; or it is said without a method, or with a
+            field that is not of the kind that its tool writes.
     """
     said = quantization_config(model_config)
+    _check_fields(model, said)
     if said and quant_method(model_config) is None:
         raise QuantizationError(
             f"quantization_config in config.json of {model} names no quant_method, without which vLLM reads packed "
@@ -93,6 +107,7 @@ def complete(
         return dict(model_config)
     for name, method in QUANTIZATION_FILES.items():
         if found := read(name):
+            _check_fields(model, found)
             return {**model_config, "quantization_config": {"quant_method": method, **found}}
     packed = next((name for name in tensor_names() if name.endswith(_PACKED)), None)
     if packed:
@@ -101,3 +116,39 @@ def complete(
             'add the "quantization_config" of the model that it is a copy of to config.json'
         )
     return dict(model_config)
+
+
+def _check_fields(model: str, said: Mapping[str, Any]) -> None:
+    """Raise ``QuantizationError`` for a field that strategies read and that is not of its kind; null is no field."""
+    for field, (is_kind, kind) in _KINDS.items():
+        value = said.get(field)
+        if value is not None and not is_kind(value):
+            raise QuantizationError(
+                f"{field} in the quantization of {model} must be {kind}, got {repr(value)[:80]}: take the file as its "
+                "quantization tool wrote it"
+            )
+    for field in ("packing_format", "data_type"):
+        if field in said and said[field] is None:
+            raise QuantizationError(f"{field} in the quantization of {model} is null: leave it out, or name it")
+
+
+def _is_groups(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(group, Mapping)
+        and all(isinstance(group.get(part) or {}, Mapping) for part in ("weights", "input_activations"))
+        for group in value.values()
+    )
+
+
+#: The fields in which strategies look for others, and what they must be.
+_KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "config_groups": (_is_groups, "an object of objects, each with objects for weights and input_activations"),
+    "sparsity_config": (lambda value: isinstance(value, Mapping), "an object"),
+    "dynamic": (lambda value: isinstance(value, Mapping), "an object"),
+    "packing_format": (lambda value: isinstance(value, str), "text"),
+    "data_type": (lambda value: isinstance(value, str), "text"),
+    "llm_int8_skip_modules": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of names",
+    ),
+}

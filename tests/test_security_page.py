@@ -1,0 +1,59 @@
+"""The figures of docs/security.md are the constants of the code."""
+
+import re
+
+import pytest
+from doc_blocks import text_of
+
+from qlora_infer import _fsspec, _hub
+from qlora_infer.adapters import (
+    _template_worker,
+    added_tokens,
+    carried,
+    chat_template,
+    checkpoint,
+    peft_config,
+    template_process,
+    tensors,
+)
+from qlora_infer.quantization import _checkpoint
+
+ROWS = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+(?: MiB| KiB| GiB| s)?) \|$", text_of("docs/security.md"), re.M))
+UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "s": 1, "": 1}
+LIMITS = {
+    "`adapter_config.json`": peft_config.MAX_CONFIG_BYTES,
+    "weights, from a URL": _fsspec.MAX_WEIGHTS_BYTES,
+    "header of the weights": tensors.MAX_HEADER_BYTES,
+    "tensors": tensors.MAX_TENSORS,
+    "dimension of a tensor": tensors.MAX_DIMENSION,
+    "characters of a name in the config": peft_config.MAX_NAME_LENGTH,
+    "steps of matching its patterns": peft_config.MAX_MATCH_STEPS,
+    "chat template": chat_template.MAX_TEMPLATE_BYTES,
+    "`tokenizer.json`": carried.MAX_BYTES["tokenizer.json"],
+    "`tokenizer_config.json`": carried.MAX_BYTES["tokenizer_config.json"],
+    "`generation_config.json`": carried.MAX_BYTES["generation_config.json"],
+    "added tokens": added_tokens.MAX_ADDED_TOKENS,
+    "time for a conversation": template_process.RENDER_SECONDS,
+    "memory of its process": _template_worker.MAX_MEMORY,
+    "processes at a time": template_process.MAX_PROCESSES,
+    "conversation, as JSON": chat_template.MAX_MESSAGES_BYTES,
+    "silence of an HTTP server": _fsspec.TIMEOUT,
+    "time to connect, to open a file, or for one mebibyte": _fsspec.STEP_TIMEOUT,
+    "`config.json` and the files beside it": _hub.MAX_JSON_BYTES,
+    "index of the weights": _hub.MAX_INDEX_BYTES,
+    "objects and lists inside each other": _hub.MAX_JSON_DEPTH,
+    "layers": _checkpoint.MAX_LAYERS,
+    "experts of a layer": checkpoint.MAX_EXPERTS,
+}
+
+
+def test_the_page_has_each_limit_and_no_other():
+    """No row of the page's tables of limits is without its constant, and no constant without its row."""
+    assert set(ROWS) == set(LIMITS)
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_a_limit_on_the_page_is_the_one_in_the_code(what):
+    """A figure that is changed in one place only is noticed."""
+    number, _, unit = ROWS[what].partition(" ")
+    assert int(number.replace(",", "")) * UNITS[unit] == LIMITS[what]
