@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
 from qlora_infer import GenerationOutput, LoadedAdapter, QuantizedLoRAEngine
-from qlora_infer.demo import demo_adapters
+from qlora_infer.demo import demo_adapters, demo_model
 from qlora_infer.testing import FakeEngine, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,36 +44,78 @@ class Content:
 
 
 def demo_contents(number: int, folder: Path) -> list[Content]:
-    """Write contents for the demo model: its adapters in turn, each bent another way, so that texts differ."""
-    import torch
+    """Write contents for the demo model: its adapters in turn, each with words of its own.
+
+    Copies that are only scaled or shaken give the same few texts, and full of near ties. So one more module, the last
+    layer's ``down_proj``, moves what the model is about to write towards a few tokens that no other content has.
+    """
     from safetensors.torch import load_file, save_file
 
+    words = _OwnWords.read(demo_model("awq"))
     made = []
-    for index, source in zip(range(number), _in_turn(demo_adapters().values()), strict=False):
-        target = folder / str(index)
-        shutil.copytree(source, target)
-        generator = torch.Generator().manual_seed(index)
-        tensors = load_file(source / WEIGHTS)
-        bent = {
-            name: _bend(tensor, generator) if "lora_B" in name and index >= len(demo_adapters()) else tensor
-            for name, tensor in tensors.items()
-        }
-        save_file(bent, target / WEIGHTS, metadata={"format": "pt"})
-        made.append(Content(index, target))
+    for index, source in zip(range(number), itertools.cycle(demo_adapters().values()), strict=False):
+        content = Content(index, folder / str(index))
+        shutil.copytree(source, content.folder)
+        config = content.config()
+        config["target_modules"] = sorted({*config["target_modules"], "down_proj"})
+        (content.folder / CONFIG).write_text(json.dumps(config))
+        rank = int(config["r"])
+        tensors = {**load_file(source / WEIGHTS), **words.factors(index, rank, config["lora_alpha"] / rank)}
+        save_file(tensors, content.folder / WEIGHTS, metadata={"format": "pt"})
+        made.append(content)
     return made
 
 
-def _in_turn(folders: Iterable[Path]) -> Iterable[Path]:
-    chosen = list(folders)
-    while True:
-        yield from chosen
+@frozen
+class _OwnWords:
+    """What is needed of the model to move its answers towards chosen tokens.
+
+    Attributes:
+        embeddings: The tokens' rows, which are also those of the head.
+        norm: The weight of the norm before the head.
+        module: The last layer's ``down_proj``.
+        inputs: How many numbers go into it.
+    """
+
+    embeddings: Any
+    norm: Any
+    module: str
+    inputs: int
+
+    #: Rows that are not zero: the fewer, the rarer are two that move an answer equally far.
+    _ROWS = 2
+    #: How far the tokens are moved: so far that other tokens are no near tie.
+    _STRENGTH = 1000.0
+
+    @classmethod
+    def read(cls, model: Path) -> _OwnWords:
+        from safetensors import safe_open
+
+        config = json.loads((model / "config.json").read_text())
+        with safe_open(model / "model.safetensors", "pt") as file:
+            embeddings, norm = (file.get_tensor(f"model.{name}.weight").float() for name in ("embed_tokens", "norm"))
+        layer = config["num_hidden_layers"] - 1
+        return cls(embeddings, norm, f"model.layers.{layer}.mlp.down_proj", config["intermediate_size"])
+
+    def factors(self, number: int, rank: int, scaling: float) -> dict[str, Any]:
+        """Return the module's two factors for content ``number``; each row of A decides on one or the other token."""
+        import torch
+
+        generator = torch.Generator().manual_seed(number)
+        a = torch.randn((rank, self.inputs), generator=generator) / self.inputs**0.5
+        tokens = _FIRST_TOKEN + 2 * self._ROWS * number + torch.arange(2 * self._ROWS)
+        directions = torch.nn.functional.normalize(self.embeddings[tokens] * self.norm, dim=1)
+        b = torch.zeros(len(self.norm), rank)
+        b[:, : self._ROWS] = (directions[: self._ROWS] - directions[self._ROWS :]).T * self._STRENGTH / scaling
+        prefix = f"base_model.model.{self.module}"
+        return {
+            f"{prefix}.lora_A.weight": a.bfloat16().contiguous(),
+            f"{prefix}.lora_B.weight": b.bfloat16().contiguous(),
+        }
 
 
-def _bend(tensor: Any, generator: Any) -> Any:
-    import torch
-
-    noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
-    return (tensor.float() + 0.7 * noise).to(tensor.dtype)
+#: The first of the tokens that contents write, after those of single bytes.
+_FIRST_TOKEN = 1000
 
 
 def fake_contents(number: int, folder: Path) -> list[Content]:

@@ -409,8 +409,8 @@ def _outcome(handle: RequestHandle) -> GenerationOutput | BaseException:
 class Operator:
     """Changes adapters while requests run: one call after the other, drawn at random."""
 
-    #: Names whose versions come from memory, of which no copy on disk can be made again.
-    _NUM_PUSHED = 16
+    #: One in so many names has versions from memory; their copies cannot be made again, and take the disk's room.
+    _PUSHED = 12
     _MAX_PINNED = 3
 
     def __init__(self, traffic: Traffic, seed: int) -> None:
@@ -436,7 +436,7 @@ class Operator:
 
     def push(self) -> None:
         """Replace the content of a name by tensors in memory, as a trainer does."""
-        name = self.random.choice(self._traffic.names[: self._NUM_PUSHED])
+        name = self.random.choice(self._traffic.names[:: self._PUSHED])
         content = self.random.choice(self._traffic.contents)
         loaded = self._engine.load_adapter(name, tensors=content.tensors(), config=content.config())
         self._traffic.versions.add(loaded, content)

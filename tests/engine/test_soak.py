@@ -11,7 +11,7 @@ def test_a_minute_of_traffic_loses_and_leaves_nothing(awq, tmp_path):
     from soak import Load, soak
     from soak_adapters import broken_adapters, demo_contents
 
-    contents = demo_contents(12, tmp_path / "contents")
+    contents = demo_contents(8, tmp_path / "contents")
     broken = broken_adapters(contents[0], tmp_path / "broken")
     load = Load(minutes=1, interval=5)
     verdict = soak(awq, contents, broken, load, max_model_len=512, write=lambda line: None)
