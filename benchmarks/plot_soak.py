@@ -29,7 +29,8 @@ TITLES = {
     "processes": "processes of the engine",
     "segments": "segments of shared memory",
     "resident": "adapters in host memory",
-    "kv_usage": "share of KV blocks in use",
+    "kv_usage": "share of KV blocks in use, no request running",
+    "kv_busy": "share of KV blocks in use, before",
 }
 COLUMNS = 4
 
@@ -82,11 +83,13 @@ def draw(panels: Sequence[Panel], output: Path) -> None:
     from matplotlib import pyplot as plt
 
     num_rows = math.ceil(len(panels) / COLUMNS)
-    figure, axes = plt.subplots(num_rows, COLUMNS, figsize=(3.2 * COLUMNS, 2.2 * num_rows), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(num_rows, COLUMNS, figsize=(3.2 * COLUMNS, 2.2 * num_rows), squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         _draw_panel(axis, panel)
-    for axis in axes[-1]:
+    for axis in axes.flat[: len(panels)][-COLUMNS:]:
         axis.set_xlabel("hours")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(output, metadata={"Date": None})
     plt.close(figure)

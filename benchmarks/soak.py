@@ -38,7 +38,7 @@ from soak_adapters import (
 from soak_samples import Growth, Sample, growths, sample_line
 from soak_traffic import Counts, Traffic, balance, ledger_lines, too_long_prompt
 
-from qlora_infer import QuantizedLoRAEngine
+from qlora_infer import QLoRAInferError, QuantizedLoRAEngine
 from qlora_infer.testing import fake_engine
 
 MAX_MODEL_LEN = 128
@@ -142,6 +142,8 @@ def soak(
             time.sleep(load.interval)
             samples.append(_sample(traffic, names, began))
             write(sample_line(samples[-1]))
+    except QLoRAInferError as error:
+        traffic.ledger.fault(f"the run ended early: {error!r}")
     finally:
         traffic.stop()
     _wait_until_idle(traffic, names)
@@ -160,6 +162,7 @@ def soak(
 
 
 def _sample(traffic: Traffic, names: Mapping[str, Content], began: float) -> Sample:
+    kv_busy = traffic.engine.stats().kv_cache_usage
     with traffic.gate.closed() as is_empty:
         if not is_empty:
             traffic.ledger.fault("calls have not ended when a sample was due")
@@ -169,7 +172,7 @@ def _sample(traffic: Traffic, names: Mapping[str, Content], began: float) -> Sam
         traffic.ledger.submitted()
         traffic.ledger.ends["output"] += 1
         hours = (time.monotonic() - began) / 3600
-        sample = Sample.take(traffic.engine, hours=hours, requests=traffic.ledger.num_submitted)
+        sample = Sample.take(traffic.engine, hours=hours, requests=traffic.ledger.num_submitted, kv_busy=kv_busy)
     if sample.kv_usage:
         traffic.ledger.fault(f"{sample.kv_usage:.2%} of the KV blocks are in use, and no request runs")
     _report(

@@ -60,6 +60,7 @@ class Sample:
         files_engine: Open files and sockets of the others.
         processes: How many the others are.
         kv_usage: The share of KV blocks in use.
+        kv_busy: That share a moment before, while requests ran.
         resident: Versions of adapters in host memory.
         store: MiB of copies on disk.
         segments: Segments of shared memory that these processes have mapped.
@@ -76,13 +77,14 @@ class Sample:
     files_engine: int
     processes: int
     kv_usage: float
+    kv_busy: float
     resident: int
     store: float
     segments: int
     objects: int
 
     @classmethod
-    def take(cls, engine: QuantizedLoRAEngine, *, hours: float, requests: int) -> Sample:
+    def take(cls, engine: QuantizedLoRAEngine, *, hours: float, requests: int, kv_busy: float) -> Sample:
         """Look at the engine and the processes."""
         gc.collect()
         caller, stats = psutil.Process(), engine.stats()
@@ -98,6 +100,7 @@ class Sample:
             files_engine=others.files,
             processes=others.number,
             kv_usage=stats.kv_cache_usage,
+            kv_busy=kv_busy,
             resident=sum(adapter.num_resident for adapter in stats.residency.values()),
             store=_size(scratch_folder()) / MEBIBYTE,
             segments=len(segments_of([caller.pid, *others.pids])),

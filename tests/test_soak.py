@@ -57,7 +57,7 @@ def start(backend):
 
 def test_two_minutes_of_traffic_lose_and_leave_nothing(run, tmp_path):
     """Each request ends once, each text is its version's own, and neither threads nor files nor copies grow."""
-    verdict, lines = run(100, minutes=2, interval=5, pause=0.3)
+    verdict, lines = run(60, minutes=2, interval=5, pause=0.3)
     assert verdict.passed, str(verdict)
     assert {"output", "RequestCancelledError", "RequestTimeoutError", "RequestRejectedError"} == set(
         verdict.counts["ends"]
@@ -70,6 +70,25 @@ def test_two_minutes_of_traffic_lose_and_leave_nothing(run, tmp_path):
     pytest.importorskip("matplotlib")
     draw(panels(lines), tmp_path / "soak.svg")
     assert "open files of the caller" in (tmp_path / "soak.svg").read_text()
+
+
+def test_an_engine_that_dies_ends_the_run(run):
+    """The run does not go on to its end, and its verdict names the error."""
+    from soak_adapters import ContentFake
+
+    class Mortal(ContentFake):
+        num_requests = 0
+
+        def add_request(self, request):
+            self.num_requests += 1
+            if self.num_requests > 60:  # 12 texts alone, and some traffic
+                self.die()
+            return super().add_request(request)
+
+    verdict, lines = run(3, backend=Mortal(step_seconds=0.001), minutes=5, interval=1, pause=0.05)
+    assert not verdict.passed
+    assert "EngineDeadError" in str(verdict)
+    assert lines[-1]["kind"] == "verdict"
 
 
 SHORT = {"minutes": 0.05, "interval": 1, "pause": 0.01}
@@ -117,7 +136,7 @@ def some_samples(soak, **quantities):
     """Forty samples of two hours; each quantity as a function of the sample's number."""
     from soak_samples import FLOORS, Sample
 
-    fixed = dict.fromkeys(FLOORS, lambda number: 100)
+    fixed = dict.fromkeys([*FLOORS, "kv_busy"], lambda number: 100)
     return [
         Sample(hours=number / 20, requests=number, **{n: f(number) for n, f in {**fixed, **quantities}.items()})
         for number in range(1, 41)
