@@ -142,6 +142,8 @@ def soak(
             time.sleep(load.interval)
             samples.append(_sample(traffic, names, began))
             write(sample_line(samples[-1]))
+    except KeyboardInterrupt:
+        _report("interrupted: what has been sampled is judged")
     except QLoRAInferError as error:
         traffic.ledger.fault(f"the run ended early: {error!r}")
     finally:
