@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import frozen
 
-from qlora_infer import GenerationOutput, LoadedAdapter, QuantizedLoRAEngine
+from qlora_infer import AdapterLoadError, GenerationOutput, LoadedAdapter, QuantizedLoRAEngine
 from qlora_infer.demo import demo_adapters, demo_model
 from qlora_infer.testing import FakeEngine, write_adapter
 
@@ -138,8 +138,11 @@ class ContentFake(FakeEngine):
         self._alpha: float | None = None
 
     def load_adapter(self, version: Any) -> None:
-        """Read the configuration of the copy on disk."""
-        self._alphas[version.int_id] = json.loads((version.path / CONFIG).read_text())["lora_alpha"]
+        """Read the configuration of the copy on disk, which may have made room for others, as vLLM's workers do."""
+        try:
+            self._alphas[version.int_id] = json.loads((version.path / CONFIG).read_text())["lora_alpha"]
+        except OSError as error:
+            raise AdapterLoadError(version.name, f"{version.path} cannot be read: {error}") from error
         super().load_adapter(version)
 
     def remove_adapter(self, version: Any) -> None:

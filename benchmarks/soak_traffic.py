@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -114,6 +115,7 @@ class Ledger:
             self.num_faults += 1
             if len(self.faults) < 100:
                 self.faults.append(text)
+                print(text, file=sys.stderr, flush=True)
 
 
 class Gate:
