@@ -15,9 +15,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from qlora_infer import AdapterLoadError, QuantizedLoRAEngine, StorageError, _scratch
+from qlora_infer import AdapterLoadError, MissingDependencyError, QuantizedLoRAEngine, StorageError, _scratch
 from qlora_infer.adapters.cache import HELD_VERSIONS
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
@@ -129,6 +130,30 @@ def test_a_thousand_loads_of_one_name_leave_one_adapter(scratch, tmp_path):
         require_serving(engine, "same")
         (store,) = scratch.glob("*/store-*")
         assert len(list(store.iterdir())) <= HELD_VERSIONS
+
+
+@pytest.mark.parametrize(
+    ("call", "packages"),
+    [
+        (lambda engine, _: engine.load_adapter("new", tensors={"a": np.zeros(1)}, config={}), "safetensors"),
+        (lambda engine, pickled: engine.load_adapter("new", pickled, allow_pickle=True), "torch safetensors"),
+        (lambda engine, _: engine.load_blend("new", {"pirate": 0.5, "other": 0.5}), "torch safetensors"),
+    ],
+    ids=["memory", "pickle", "blend"],
+)
+def test_a_package_that_is_missing_is_no_fault_of_the_adapter(call, packages, tmp_path, monkeypatch):
+    """A light install has neither torch nor safetensors: the error has the command, and what is loaded serves."""
+    pickled = tmp_path / "pickled"
+    write_adapter(pickled)
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    adapters = {"pirate": write_adapter(tmp_path / "pirate"), "other": write_adapter(tmp_path / "other")}
+    for package in packages.split():
+        monkeypatch.setitem(sys.modules, package, None)
+    with fake_engine(adapters=adapters) as engine:
+        with pytest.raises(MissingDependencyError, match=f"pip install {packages}$"):
+            call(engine, pickled)
+        assert set(engine.adapters) == set(adapters)
+        require_serving(engine, "pirate")
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(scratch):

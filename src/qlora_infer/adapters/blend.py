@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from attrs import frozen
 
+from qlora_infer._packages import require
 from qlora_infer.adapters.manifest import AdapterManifest
 from qlora_infer.adapters.peft_config import read_config, scaling
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
@@ -104,7 +105,9 @@ def write_blend(
     Raises:
         ValueError: An argument is wrong, or the adapters cannot be blended this way; nothing is written.
         IncompatibleAdapterError: An adapter is more than plain LoRA factors, which are all that is blended.
+        MissingDependencyError: torch or safetensors is not installed.
     """
+    require("adapters are blended", "torch", "safetensors")
     import torch
     from safetensors.torch import save_file
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from attrs import Attribute, field, frozen
 
+from qlora_infer._packages import require
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.errors import CorruptAdapterError
 
@@ -54,7 +55,9 @@ class AdapterTensors:
 
         Raises:
             CorruptAdapterError: They cannot be written as JSON and safetensors, or are those of several adapters.
+            MissingDependencyError: safetensors is not installed.
         """
+        require("an adapter from memory is written", "safetensors")
         _check_one_adapter(adapter, self.tensors)
         folder.mkdir(parents=True)
         tensors = {_ADAPTER_NAME.sub("", name): tensor for name, tensor in self.tensors.items()}

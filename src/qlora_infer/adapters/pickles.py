@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_infer._packages import require
 from qlora_infer.adapters.manifest import checked_file
 from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError
@@ -32,7 +33,9 @@ def convert_pickle(adapter: str, source: Path, folder: Path) -> Path:
         AdapterSourceError: A file may not be read by this user.
         UnsafeAdapterError: A file is a link that leaves the folder, or no regular file.
         CorruptAdapterError: The file holds anything but tensors by name, or would take more memory than it has bytes.
+        MissingDependencyError: torch or safetensors is not installed.
     """
+    require("pickled weights are converted", "torch", "safetensors")
     from safetensors.torch import save_file
 
     name = next((name for name in PICKLE_NAMES if os.path.lexists(source / name)), None)
