@@ -16,7 +16,7 @@ from typing import Any
 from qlora_infer import _lora_layers, _start_fault, kernels
 from qlora_infer._short_turns import ShortTurns
 from qlora_infer.kernels import bitsandbytes_cpu, logits
-from qlora_infer.kernels.lora_model import NamedLoRAModel, PinnedLoRAModel, merge
+from qlora_infer.kernels.lora_model import PinnedLoRAModel, merge
 from qlora_infer.kernels.slots import move_at_once
 
 logger = logging.getLogger("qlora_infer")
@@ -55,10 +55,9 @@ class WorkerExtension:
         computed_by_vllm = kernels.watch(manager)
         logits.follow(self.model_runner)
         moved = move_at_once(manager)
-        if self.device.type == "cuda":
-            lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(moved)
-        else:
-            lora_manager._lora_model_cls = NamedLoRAModel
+        # A CPU casts when it reads, not in the middle of a step.
+        cast_late = moved if self.device.type == "cuda" else frozenset()
+        lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(cast_late)
         return {**_lora_layers.describe(manager), "computed_by_vllm": computed_by_vllm}
 
     def qlora_read(self, begin: list[tuple[str, int, str]], int_ids: list[int]) -> dict[int, bool]:
