@@ -63,6 +63,19 @@ def test_a_store_that_is_deleted_costs_no_adapter_that_serves(scratch, tmp_path)
     assert not list(scratch.glob("*/store-*"))
 
 
+def test_a_copy_that_is_gone_is_made_again_when_it_is_needed(scratch, tmp_path, caplog):
+    """As where old temporary files are removed each night: an adapter that must be read again comes from its source."""
+    sources = {name: write_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("pirate", "other"))}
+    with fake_engine(adapters=sources, max_loras=1, max_cpu_loras=1) as engine:
+        require_serving(engine, "other")
+        (store,) = scratch.glob("*/store-*")
+        for path in store.rglob("*.safetensors"):
+            path.unlink()
+        require_serving(engine, "pirate")
+        assert "the copy of adapter pirate is gone" in caplog.text
+        assert len(list(store.rglob("*.safetensors"))) == 1
+
+
 @pytest.fixture
 def small_disk(scratch):
     """A filesystem of 8 MiB for temporary files."""
@@ -157,7 +170,7 @@ def test_a_package_that_is_missing_is_no_fault_of_the_adapter(call, packages, tm
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(scratch):
-    """Its folder of temporary files goes, those of living processes and of others stay."""
+    """Its folder of temporary files goes; those of living processes stay, and whatever is new or has another name."""
     program = "import os; from qlora_infer._scratch import scratch_folder; print(scratch_folder()); os.abort()"
     environment = {**os.environ, "TMPDIR": str(scratch)}
     ended = subprocess.run(
@@ -165,12 +178,16 @@ def test_what_a_killed_process_left_is_removed_by_the_next(scratch):
     )
     left = Path(ended.stdout.strip())
     assert left.is_dir()
-    other = scratch / "qlora-infer-of-somebody"
-    other.mkdir()
-    with (other / "in-use").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    new, living, other = (scratch / name for name in ("qlora-infer-run-new", "qlora-infer-run-living", "qlora-infer-x"))
+    for folder in (new, living, other):
+        folder.mkdir()
+    for folder in (left, living, other):
+        os.utime(folder, (0, 0))
+    holder = os.open(living, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
         mine = _scratch.scratch_folder()
-        assert not left.exists()
-        assert other.is_dir()
-    assert mine.is_dir()
+    finally:
+        os.close(holder)
+    assert set(scratch.iterdir()) == {new, living, other, mine}
     assert _scratch.scratch_folder() == mine

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from qlora_infer.errors import StorageError
@@ -20,7 +21,10 @@ from qlora_infer.errors import StorageError
 #: Where the processes that this one starts find the folder's name.
 VARIABLE = "QLORA_INFER_SCRATCH"
 
-_PREFIX, _LOCK = "qlora-infer-", "in-use"
+_PREFIX = "qlora-infer-run-"
+
+#: Seconds within which a folder that is new may not be locked yet.
+_NEW = 60
 
 _making = threading.Lock()
 _folders: dict[int, Path] = {}  # by process id: a forked process has one of its own
@@ -37,13 +41,14 @@ def scratch_folder() -> Path:
         if pid not in _folders or not _folders[pid].is_dir():
             try:
                 _remove_left()
-                _folders[pid] = folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-                _hold(folder / _LOCK)
+                folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+                _lock(folder)
             except OSError as error:
                 raise StorageError(
                     f"no folder for temporary files can be written ({error.strerror}), and adapters are copied into "
                     "one: set TMPDIR to a folder that can, with room for your adapters"
                 ) from error
+            _folders[pid] = folder
             os.environ[VARIABLE] = str(folder)
             atexit.register(_remove, pid, folder)
         return _folders[pid]
@@ -54,9 +59,12 @@ def new_folder(prefix: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix, dir=scratch_folder()))
 
 
-def _hold(lock: Path) -> None:
-    """Lock a file until this process ends, whatever ends it; processes that are executed do not inherit the lock."""
-    fcntl.flock(os.open(lock, os.O_CREAT | os.O_WRONLY, 0o600), fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _lock(folder: Path) -> None:
+    """Lock a folder until this process ends, whatever ends it; programs that it executes do not inherit the lock.
+
+    systemd-tmpfiles, which removes what is old from /tmp, passes over folders that are locked, too (tmpfiles.d(5)).
+    """
+    fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_left() -> None:
@@ -64,15 +72,16 @@ def _remove_left() -> None:
 
     A lock says so, and no process id: containers that share the folder of temporary files do not share those.
     """
-    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            file = os.open(lock, os.O_WRONLY | os.O_NOFOLLOW)
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(file).st_uid == os.getuid():
-                    shutil.rmtree(lock.parent, ignore_errors=True)
+                status = os.fstat(opened)
+                if status.st_uid == os.getuid() and time.time() - status.st_mtime > _NEW:
+                    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
             finally:
-                os.close(file)
+                os.close(opened)
 
 
 def _remove(pid: int, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import shutil
 import threading
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -39,6 +40,8 @@ MAX_FETCHES = 4
 
 #: Seconds that a copy may take to be made again, for those who wait for it.
 FETCH_TIMEOUT = 300.0
+
+logger = logging.getLogger("qlora_infer")
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -166,7 +169,7 @@ class Copies:
             EngineClosedError: This object was closed.
         """
         with self._lock:
-            if version in self._sizes or not isinstance(version.origin, AdapterSource):
+            if not isinstance(version.origin, AdapterSource) or self._is_there(version):
                 return None
             if self._closed:
                 raise _closed()
@@ -247,8 +250,8 @@ class Copies:
             self._delete(version.snapshot.folder)
             raise CorruptAdapterError(
                 version.name,
-                f"its copy on disk had made room for others (max_disk_bytes), and {version.source} holds another "
-                "content now: load it again",
+                f"its copy on disk is gone (max_disk_bytes, or somebody removed it), and {version.source} holds "
+                "another content now: load it again",
             )
         if version.served is not None:
             self._write_served(version)
@@ -261,6 +264,17 @@ class Copies:
             raise AdapterLoadError(
                 version.name, f"adapter {version.name!r} could not be written for vLLM into {self._store}: {error}"
             ) from error
+
+    def _is_there(self, version: AdapterVersion) -> bool:
+        """Whether a copy is on disk; what cleans up old temporary files may have taken one that was counted."""
+        if version not in self._sizes:
+            return False
+        if version.path.joinpath(WEIGHTS_NAME).exists():
+            return True
+        logger.warning("the copy of adapter %s is gone from %s: it is made again", version.name, self._store)
+        self._num_bytes -= self._sizes.pop(version)
+        shutil.rmtree(version.snapshot.folder, ignore_errors=True)
+        return False
 
     def _delete(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
