@@ -49,7 +49,7 @@ SLOTS, IN_MEMORY, ON_DISK = 4, 16, 0.75
 
 @frozen(kw_only=True)
 class Load:
-    """How much traffic, for how long.
+    """Say how much traffic there is, and for how long.
 
     Attributes:
         minutes: How long.
@@ -72,7 +72,7 @@ class Load:
 
 @frozen
 class Verdict:
-    """What a run has shown.
+    """Judge a run.
 
     Attributes:
         faults: Texts that were others, requests that ended otherwise than they had to, errors; the first hundred.

@@ -1,4 +1,4 @@
-"""What a forked process has of its parent's engines: an error, at once, where it would wait for ever.
+"""The error that a forked process gets from its parent's engines, at once, where it would wait for ever.
 
 Nothing of an engine runs in a process that was forked from the one that made it: the thread that drives vLLM stays
 behind, and locks stay as they were. And what the parent has must be left alone: its processes and its files.

@@ -52,10 +52,10 @@ def guarded_cores() -> Iterator[None]:
 
 
 class _GuardedCore:
-    """What a core's process runs: vLLM's own, with a guard beside it.
+    """Run vLLM's core in its process, with a guard beside it.
 
-    A process that is spawned unpickles this before its arguments, which import vLLM, and has its guard from then on:
-    the imports alone may take 20 s.
+    A process that is spawned unpickles this before its arguments, which import vLLM, and has its guard from then on.
+    The imports can take longer than an orphan may live.
     """
 
     def __init__(self, caller: int, guard: subprocess.Popen[bytes] | None = None) -> None:

@@ -75,6 +75,12 @@ class Caller:
     def wait_until_it_serves(self):
         self.wait_for_line("the caller serves")
 
+    def wait_until_a_core_starts(self):
+        """Return when the core's process is there, before it has imported anything."""
+        while not any(is_core(pid) for pid in self.engine_pids()):
+            assert self.process.poll() is None
+            time.sleep(0.02)
+
     def engine_pids(self):
         """All that the caller has started, and those have, whichever thread did."""
         return [process.pid for process in psutil.Process(self.pid).children(recursive=True)]
@@ -126,9 +132,7 @@ def test_a_caller_that_is_terminated_takes_its_engine_along(call):
 def test_a_caller_that_is_killed_during_the_start_leaves_nothing(call, seconds):
     """So many seconds after the core's process is there: while it imports, reads weights, or captures."""
     caller = call("serves")
-    while not any(is_core(pid) for pid in caller.engine_pids()):
-        assert caller.process.poll() is None
-        time.sleep(0.02)
+    caller.wait_until_a_core_starts()
     time.sleep(seconds)
     pids = caller.engine_pids()
     caller.process.kill()

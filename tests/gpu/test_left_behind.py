@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from engine.test_left_behind import LIMIT, call, is_core  # noqa: F401  # a fixture
+from engine.test_left_behind import LIMIT, call  # noqa: F401  # a fixture
 
 from gpu.conftest import LEFT_OVER, used_memory
 
@@ -44,9 +44,7 @@ def test_a_caller_that_is_killed_during_the_start_frees_the_gpu(call, seconds): 
     """While weights are read or graphs are captured."""
     before = used_memory()
     caller = call("serves", **ONE)
-    while not any(is_core(pid) for pid in caller.engine_pids()):
-        assert caller.process.poll() is None
-        time.sleep(0.02)
+    caller.wait_until_a_core_starts()
     time.sleep(seconds)
     pids = caller.engine_pids()
     caller.process.kill()

@@ -266,7 +266,7 @@ class Copies:
             ) from error
 
     def _is_there(self, version: AdapterVersion) -> bool:
-        """Whether a copy is on disk; what cleans up old temporary files may have taken one that was counted."""
+        """Return whether a copy is on disk: a cleaner of temporary files may have taken one that was counted."""
         if version not in self._sizes:
             return False
         if version.path.joinpath(WEIGHTS_NAME).exists():

@@ -1,4 +1,4 @@
-"""An adapter in pinned host memory, as vLLM's manager of adapters wants it.
+"""An adapter in host memory, pinned where there is a GPU, as vLLM's manager of adapters wants it.
 
 vLLM reads, casts, pins and scales tensor by tensor; here that is a few calls for all of them (``pinned.py``). Read in
 vLLM 0.32.0, ``vllm/lora/lora_model.py`` and ``vllm/lora/model_manager.py``.
@@ -25,8 +25,7 @@ CAST_LATER = (torch.float16, torch.bfloat16)
 class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
     """An adapter in host memory, brought there in a few calls of torch instead of thousands (``kernels/pinned.py``).
 
-    vLLM reads with ``safe_open``, which keeps some 9 KiB at each reading for good (safetensors 0.8.0, an adapter of 120
-    tensors).
+    vLLM reads with ``safe_open``, which loses memory at each reading (seen with safetensors 0.8.0).
 
     Attributes:
         moved: The kinds of modules that ``kernels/slots.py`` moves into slots, and casts on the GPU. vLLM casts what it
