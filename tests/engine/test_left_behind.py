@@ -18,6 +18,7 @@ from engine.conftest import ENGINE_ARGS
 from engine.test_life import children, is_alive, shared_memory, start, wait_for_end
 from engine.twelve_heads import their_adapters, twelve_heads
 from qlora_infer import EngineStartError, ForkedEngineError, QuantizedLoRAEngine
+from qlora_infer._shared_memory import segments_of
 from qlora_infer.demo import demo_adapters, demo_model
 
 CALLER = Path(__file__).with_name("caller.py")
@@ -63,7 +64,7 @@ class Caller:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self.pid = self.process.pid
         self.scratch = Path(self.wait_for_line("qlora-infer-"))
-        self.shared = shared_memory()
+        self.segments = set()
 
     def wait_for_line(self, words):
         """Read on until a line with these words; vLLM prints, too."""
@@ -83,17 +84,19 @@ class Caller:
 
     def engine_pids(self):
         """All that the caller has started, and those have, whichever thread did."""
-        return [process.pid for process in psutil.Process(self.pid).children(recursive=True)]
+        pids = [process.pid for process in psutil.Process(self.pid).children(recursive=True)]
+        self.segments |= segments_of(pids)  # theirs, because other engines of this machine have some, too
+        return pids
 
     def require_nothing_left(self, pids):
         """What the caller had started is gone in time, and so are its files and what was shared in memory."""
         self.process.wait(LIMIT)
         wait_for_end(pids, LIMIT)
         deadline = time.monotonic() + LIMIT
-        while (self.scratch.exists() or shared_memory() - self.shared) and time.monotonic() < deadline:
+        while (self.scratch.exists() or shared_memory() & self.segments) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not self.scratch.exists()
-        assert not shared_memory() - self.shared
+        assert not shared_memory() & self.segments
 
 
 @pytest.mark.parametrize(
