@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from engine.conftest import ENGINE_ARGS
 from engine.test_life import children, is_alive, shared_memory, start, wait_for_end
 from engine.twelve_heads import their_adapters, twelve_heads
@@ -42,8 +41,8 @@ def call(tmp_path):
     """Start callers that a failing test does not leave behind."""
     callers = []
 
-    def start(what, **engine_args):
-        callers.append(Caller(what, tmp_path, engine_args))
+    def start(what, kind=Caller, **engine_args):
+        callers.append(kind(what, tmp_path, engine_args))
         return callers[-1]
 
     yield start
@@ -59,16 +58,20 @@ class Caller:
         if engine_args.get("tensor_parallel_size"):
             model, adapters = twelve_heads(folder, "awq"), their_adapters(folder)
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two workers, and maybe no core for each
-        arguments = [model, json.dumps({**ENGINE_ARGS, **engine_args}), json.dumps(adapters, default=str)]
-        command = [sys.executable, str(CALLER), what, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        arguments = [what, model, json.dumps({**ENGINE_ARGS, **engine_args}), json.dumps(adapters, default=str)]
+        self.process, self.lines = self.begin([str(CALLER), *map(str, arguments)], environment)
         self.pid = self.process.pid
         self.scratch = Path(self.wait_for_line("qlora-infer-"))
         self.segments = set()
 
+    def begin(self, command, environment):
+        """Return the process and what it prints."""
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment)
+        return process, process.stdout
+
     def wait_for_line(self, words):
         """Read on until a line with these words; vLLM prints, too."""
-        for line in self.process.stdout:
+        for line in self.lines:
             if words in line:
                 return line.strip()
         raise AssertionError(f"it ended with {self.process.wait()} without printing {words}")
@@ -99,6 +102,26 @@ class Caller:
         assert not shared_memory() & self.segments
 
 
+class NotebookKernel(Caller):
+    """The same program in a cell of a notebook."""
+
+    def begin(self, command, environment):
+        from jupyter_client import KernelManager  # which a machine that runs other tests may lack
+
+        kernel = KernelManager()
+        kernel.start_kernel(env=environment)
+        client = kernel.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        client.execute(f"import runpy, sys; sys.argv = {command}; runpy.run_path(sys.argv[0], run_name='__main__')")
+        return kernel.provisioner.process, self.printed(client)
+
+    def printed(self, client):
+        while True:
+            content = client.get_iopub_msg(timeout=120)["content"]
+            yield from content.get("text", "").splitlines()
+
+
 @pytest.mark.parametrize(
     ("what", "engine_args"), [("serves", {}), ("loads", {}), ("serves", TWO)], ids=["serving", "loading", "two"]
 )
@@ -112,10 +135,12 @@ def test_a_caller_that_is_killed_takes_its_engine_along(call, what, engine_args)
     caller.require_nothing_left(pids)
 
 
-@pytest.mark.parametrize(("what", "status"), [("exits", 1), ("aborts", -signal.SIGABRT)])
-def test_a_caller_that_ends_without_python_noticing_takes_its_engine_along(call, what, status):
-    """os._exit, and a crash, as that of a notebook's kernel in some library's code."""
-    caller = call(what)
+@pytest.mark.parametrize(
+    ("kind", "what", "status"), [(Caller, "exits", 1), (NotebookKernel, "aborts", -signal.SIGABRT)]
+)
+def test_a_caller_that_ends_without_python_noticing_takes_its_engine_along(call, kind, what, status):
+    """os._exit in a program, and the crash of a notebook's kernel in some library's code."""
+    caller = call(what, kind=kind)
     caller.wait_until_it_serves()
     pids = caller.engine_pids()
     assert caller.process.wait(LIMIT) == status
