@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from engine.conftest import ENGINE_ARGS
 from engine.test_life import children, is_alive, shared_memory, start, wait_for_end
 from engine.twelve_heads import their_adapters, twelve_heads
