@@ -27,12 +27,12 @@ from typing import Any
 import model_configs
 
 from qlora_infer import _lora_layers
-from qlora_infer.adapters import architectures
-from qlora_infer.adapters.architectures import kind_of
 from qlora_infer.kernels.routers import hand_on_routers
+from qlora_infer.model import architectures
+from qlora_infer.model.architectures import kind_of
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "src" / "qlora_infer" / "adapters" / architectures.FILE_NAME
+DATA = ROOT / "src" / "qlora_infer" / "model" / architectures.FILE_NAME
 PAGE = ROOT / "docs" / "models.md"
 #: A model is given up after these seconds.
 TIME_LIMIT = 90.0

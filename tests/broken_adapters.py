@@ -12,7 +12,6 @@ from typing import Any
 from attrs import frozen
 
 from qlora_infer.adapters.manifest import read_manifest
-from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
 from qlora_infer.adapters.preflight import Fit, check
 from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.errors import (
@@ -22,6 +21,7 @@ from qlora_infer.errors import (
     IncompatibleAdapterError,
     UnsafeAdapterError,
 )
+from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.testing import write_adapter
 
 Modules = Mapping[str, tuple[int, int]]

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from qlora_infer.adapters.checkpoint import modules_of_tensors, read_checkpoint
 from qlora_infer.errors import ModelNotFoundError
+from qlora_infer.model.checkpoint import modules_of_tensors, read_checkpoint
 from qlora_infer.testing import TINY_MODEL
 
 #: The config of the fake engine's model.

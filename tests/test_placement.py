@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from qlora_infer.adapters.manifest import LoRAModule, read_manifest
-from qlora_infer.adapters.model_modules import ModelModules, ModuleShape, Renames
 from qlora_infer.adapters.placement import place
 from qlora_infer.adapters.preflight import check
 from qlora_infer.adapters.served import write_served
 from qlora_infer.adapters.tensors import map_tensors, write_tensors
 from qlora_infer.errors import IncompatibleAdapterError
+from qlora_infer.model.modules import ModelModules, ModuleShape, Renames
 from qlora_infer.testing import write_adapter
 
 PROJECTIONS = {"self_attn.q_proj": ModuleShape(8, 16), "mlp.down_proj": ModuleShape(12, 8)}

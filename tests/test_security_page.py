@@ -11,11 +11,11 @@ from qlora_infer.adapters import (
     added_tokens,
     carried,
     chat_template,
-    checkpoint,
     peft_config,
     template_process,
     tensors,
 )
+from qlora_infer.model import checkpoint
 from qlora_infer.quantization import _checkpoint
 
 ROWS = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+(?: MiB| KiB| GiB| s)?) \|$", text_of("docs/security.md"), re.M))

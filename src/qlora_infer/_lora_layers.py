@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_infer.adapters.model_modules import DOWN
+from qlora_infer.model.modules import DOWN
 
 #: A module's input and output sizes, and how many experts its factors hold one behind the other (0 for none).
 Sizes = tuple[int, int, int]

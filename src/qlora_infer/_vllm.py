@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import define, field, frozen
 
 from qlora_infer import _guarded_core, _scratch, _secrets, _shared_memory, _start_fault, _torchvision, startup
-from qlora_infer.adapters.model_modules import ModelModules
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterError,
@@ -41,6 +40,7 @@ from qlora_infer.errors import (
     RequestRejectedError,
     UnsupportedModelError,
 )
+from qlora_infer.model.modules import ModelModules
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 
 if TYPE_CHECKING:

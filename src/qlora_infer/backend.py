@@ -9,9 +9,9 @@ from attrs import field, frozen
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.carried import Carried
-    from qlora_infer.adapters.model_modules import ModelModules
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
+    from qlora_infer.model.modules import ModelModules
     from qlora_infer.quantization import Platform
     from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 

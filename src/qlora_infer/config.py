@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, validators
 
-from qlora_infer.startup import LoraKernels, Startup
+#: How an engine on a GPU starts: with CUDA graphs alone, or compiled by torch too, as vLLM does by default.
+Startup = Literal["fast", "compiled"]
+
+#: Whose LoRA kernels a GPU computes with.
+LoraKernels = Literal["auto", "vllm"]
 
 #: The ranks that vLLM takes for ``max_lora_rank`` (read in vLLM 0.32, ``vllm/config/lora.py``).
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

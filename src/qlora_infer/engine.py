@@ -32,7 +32,7 @@ from qlora_infer.adapters.room import choose_room, linear_parameters
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.backend import Backend
-from qlora_infer.config import EngineConfig
+from qlora_infer.config import EngineConfig, LoraKernels, Startup
 from qlora_infer.display import Displayed, Table
 from qlora_infer.errors import EngineClosedError, EngineDeadError, EngineStartError, ForkedEngineError
 from qlora_infer.requests.arguments import conversation_list, prompt_list
@@ -42,7 +42,7 @@ from qlora_infer.requests.intake import Intake
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
-from qlora_infer.startup import LoraKernels, Startup, with_cpu_memory, with_defaults, with_kernels
+from qlora_infer.startup import with_cpu_memory, with_defaults, with_kernels
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -7,15 +7,11 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from qlora_infer.config import LoraKernels, Startup
 
 logger = logging.getLogger("qlora_infer")
-
-#: How an engine on a GPU starts: with CUDA graphs alone, or compiled by torch too, as vLLM does by default.
-Startup = Literal["fast", "compiled"]
-
-#: Whose LoRA kernels a GPU computes with.
-LoraKernels = Literal["auto", "vllm"]
 
 #: Where vLLM's ``additional_config`` tells the workers that vLLM's own kernels are wanted (``kernels.install``).
 KERNELS_KEY = "qlora_infer_lora_kernels"

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from engine.conftest import vllm_release
-from qlora_infer.adapters import architectures
-from qlora_infer.adapters.model_modules import Renames
+from qlora_infer.model import architectures
+from qlora_infer.model.modules import Renames
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -3,7 +3,7 @@
 import pytest
 from models import catalog, quantized, tiny
 
-from qlora_infer.adapters.checkpoint import read_checkpoint
+from qlora_infer.model.checkpoint import read_checkpoint
 
 torch = pytest.importorskip("torch")
 

@@ -14,11 +14,11 @@ from qlora_infer.adapters.blend import AdapterBlend, AdapterPart, BlendMethod
 from qlora_infer.adapters.cache import AdapterCache
 from qlora_infer.adapters.carried import check_tokens, with_end_token
 from qlora_infer.adapters.lineage import lineage
-from qlora_infer.adapters.model_modules import ModelModules
 from qlora_infer.adapters.residency import Residency
 from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
+from qlora_infer.model.modules import ModelModules
 
 logger = logging.getLogger("qlora_infer")
 

@@ -16,7 +16,6 @@ from attrs import asdict, evolve, frozen
 from qlora_infer._scratch import scratch_folder
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.carried import Carried
-from qlora_infer.adapters.checkpoint import read_checkpoint
 from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.lineage import lineage
 from qlora_infer.adapters.manifest import AdapterManifest
@@ -25,6 +24,7 @@ from qlora_infer.adapters.snapshot import CONFIG_NAME
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
+from qlora_infer.model.checkpoint import read_checkpoint
 
 
 class BaseDevice(StrEnum):

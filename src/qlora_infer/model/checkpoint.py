@@ -14,11 +14,11 @@ from typing import Any
 from attrs import frozen
 
 from qlora_infer import _hub
-from qlora_infer.adapters import architectures, packed
-from qlora_infer.adapters.architectures import Architecture, kind_of
-from qlora_infer.adapters.model_modules import ModelModules, ModuleShape
-from qlora_infer.adapters.packed import Shape
 from qlora_infer.errors import ModelNotFoundError
+from qlora_infer.model import architectures, packed
+from qlora_infer.model.architectures import Architecture, kind_of
+from qlora_infer.model.modules import ModelModules, ModuleShape
+from qlora_infer.model.packed import Shape
 from qlora_infer.quantization._checkpoint import size_of
 
 #: What an architecture that vLLM does not list is taken for: all linear layers are adapted, as by vLLM's fallback.

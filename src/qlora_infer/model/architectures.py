@@ -10,7 +10,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from qlora_infer.adapters.model_modules import Renames
+from qlora_infer.model.modules import Renames
 
 FILE_NAME = "architectures.json"
 
@@ -87,5 +87,5 @@ _PLACES = frozenset({"model", "language_model", "text_model", "transformer", "th
 
 @cache
 def _read() -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads(files("qlora_infer.adapters").joinpath(FILE_NAME).read_text())
+    found: Mapping[str, Any] = json.loads(files("qlora_infer.model").joinpath(FILE_NAME).read_text())
     return found
