@@ -11,9 +11,7 @@ from typing import Any
 
 from attrs import frozen
 
-from qlora_infer.adapters.manifest import read_manifest
 from qlora_infer.adapters.preflight import Fit, check
-from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.errors import (
     AdapterError,
     AdapterNotFoundError,
@@ -21,6 +19,8 @@ from qlora_infer.errors import (
     IncompatibleAdapterError,
     UnsafeAdapterError,
 )
+from qlora_infer.files.manifest import read_manifest
+from qlora_infer.files.safetensors import check_finite
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.testing import write_adapter
 

@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_infer.adapters.blend import AdapterPart, write_blend
-from qlora_infer.adapters.manifest import read_manifest
-from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.adapters.ties import keep_largest, keep_random, mean_of_majority
 from qlora_infer.errors import IncompatibleAdapterError
+from qlora_infer.files.manifest import read_manifest
+from qlora_infer.files.safetensors import check_finite
 from qlora_infer.testing import write_adapter
 
 pytest.importorskip("torch")

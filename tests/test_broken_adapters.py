@@ -8,9 +8,9 @@ from broken_adapters import BROKEN, BrokenAdapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.adapters.manifest import read_manifest
-from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.errors import AdapterError, IncompatibleAdapterError
+from qlora_infer.files.manifest import read_manifest
+from qlora_infer.files.safetensors import check_finite
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 
 

@@ -17,8 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.adapters import added_tokens, carried, chat_template, template_process
-from qlora_infer.adapters.carried import Carried, check_tokens, read_carried
+from qlora_infer.adapters import chat_template, template_process
 from qlora_infer.adapters.chat_template import check_template, render
 from qlora_infer.adapters.template_process import TemplateProcess, TemplateProcesses
 from qlora_infer.errors import (
@@ -28,6 +27,8 @@ from qlora_infer.errors import (
     MissingDependencyError,
     UnsafeAdapterError,
 )
+from qlora_infer.files import added_tokens, carried
+from qlora_infer.files.carried import Carried, check_tokens, read_carried
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "

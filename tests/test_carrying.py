@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_infer import CorruptAdapterError, IncompatibleAdapterError, UnsafeAdapterError
-from qlora_infer.adapters.carried import Carried
+from qlora_infer.files.carried import Carried
 from qlora_infer.testing import FakeEngine, FakeSamplingParams, fake_engine, write_adapter
 
 LOUD = "{% for message in messages %}{{ message['content'] | upper }}!{% endfor %}"

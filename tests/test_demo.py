@@ -10,10 +10,10 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from qlora_infer.adapters.manifest import read_manifest  # noqa: E402
-from qlora_infer.adapters.tensors import check_finite  # noqa: E402
 from qlora_infer.demo import _build, _pack, demo_adapters, demo_model  # noqa: E402
 from qlora_infer.errors import MissingDependencyError  # noqa: E402
+from qlora_infer.files.manifest import read_manifest  # noqa: E402
+from qlora_infer.files.safetensors import check_finite  # noqa: E402
 
 shapes = st.tuples(st.integers(1, 3).map(lambda n: n * _pack.GROUP_SIZE), st.integers(1, 4).map(lambda n: n * 8))
 

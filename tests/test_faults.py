@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_infer import AdapterLoadError, MissingDependencyError, QuantizedLoRAEngine, StorageError, _scratch
+from qlora_infer import AdapterLoadError, MissingDependencyError, QuantizedLoRAEngine, StorageError
 from qlora_infer.adapters.cache import HELD_VERSIONS
+from qlora_infer.files import scratch as _scratch
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 LONG = {"max_tokens": 64}
@@ -171,7 +172,7 @@ def test_a_package_that_is_missing_is_no_fault_of_the_adapter(call, packages, tm
 
 def test_what_a_killed_process_left_is_removed_by_the_next(scratch):
     """Its folder of temporary files goes; those of living processes stay, and whatever is new or has another name."""
-    program = "import os; from qlora_infer._scratch import scratch_folder; print(scratch_folder()); os.abort()"
+    program = "import os; from qlora_infer.files.scratch import scratch_folder; print(scratch_folder()); os.abort()"
     environment = {**os.environ, "TMPDIR": str(scratch)}
     ended = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from test_hub import everything_told
 
 from qlora_infer import AdapterSource, _fsspec, _hub
-from qlora_infer.adapters.carried import MAX_BYTES
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -21,6 +20,7 @@ from qlora_infer.errors import (
     CorruptAdapterError,
     UnsafeAdapterError,
 )
+from qlora_infer.files.carried import MAX_BYTES
 from qlora_infer.testing import fake_engine, write_adapter
 
 SECRET = "s3cr3t/with+signs="

@@ -8,8 +8,8 @@ import pytest
 from file_server import FileServer
 
 from qlora_infer import AdapterSource, _fsspec
-from qlora_infer.adapters.carried import MAX_BYTES
 from qlora_infer.errors import AdapterDownloadError, CorruptAdapterError
+from qlora_infer.files.carried import MAX_BYTES
 from qlora_infer.testing import fake_engine, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, Repository
 
-from qlora_infer import AdapterSource, _hub, _scratch
+from qlora_infer import AdapterSource, _hub
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -23,6 +23,7 @@ from qlora_infer.errors import (
     QuantizationError,
     UnsafeAdapterError,
 )
+from qlora_infer.files import scratch
 from qlora_infer.testing import fake_engine, write_adapter
 
 TOKEN = "hf_this_is_a_secret"
@@ -123,7 +124,7 @@ def public_folder(monkeypatch):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         monkeypatch.setattr(tempfile, "tempdir", folder)
-        monkeypatch.setattr(_scratch, "_folders", {})
+        monkeypatch.setattr(scratch, "_folders", {})
         # huggingface_hub has read at its import where a token may be.
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", f"{folder}/token")
         yield Path(folder)

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.adapters.manifest import LoRAModule, read_manifest
-from qlora_infer.adapters.peft_config import MAX_MATCHES
 from qlora_infer.adapters.preflight import check
-from qlora_infer.adapters.tensors import check_finite, read_header
 from qlora_infer.errors import AdapterError, AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
+from qlora_infer.files.manifest import LoRAModule, read_manifest
+from qlora_infer.files.peft_config import MAX_MATCHES
+from qlora_infer.files.safetensors import check_finite, read_header
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.testing import TINY_MODEL, write_adapter
 

@@ -6,12 +6,12 @@ import logging
 import numpy as np
 import pytest
 
-from qlora_infer.adapters.manifest import LoRAModule, read_manifest
 from qlora_infer.adapters.placement import place
 from qlora_infer.adapters.preflight import check
 from qlora_infer.adapters.served import write_served
-from qlora_infer.adapters.tensors import map_tensors, write_tensors
 from qlora_infer.errors import IncompatibleAdapterError
+from qlora_infer.files.manifest import LoRAModule, read_manifest
+from qlora_infer.files.safetensors import map_tensors, write_tensors
 from qlora_infer.model.modules import ModelModules, ModuleShape, Renames
 from qlora_infer.testing import write_adapter
 

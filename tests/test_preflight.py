@@ -6,10 +6,10 @@ from typing import get_args
 import pytest
 from broken_adapters import BROKEN, BrokenAdapter, inspect
 
-from qlora_infer.adapters.manifest import AdapterManifest, LoRAModule
 from qlora_infer.adapters.preflight import MAX_KINDS, Fit, check, lora_rank_for
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError
+from qlora_infer.files.manifest import AdapterManifest, LoRAModule
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.testing import TINY_MODEL, write_adapter
 

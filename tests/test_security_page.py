@@ -6,15 +6,8 @@ import pytest
 from doc_blocks import text_of
 
 from qlora_infer import _fsspec, _hub
-from qlora_infer.adapters import (
-    _template_worker,
-    added_tokens,
-    carried,
-    chat_template,
-    peft_config,
-    template_process,
-    tensors,
-)
+from qlora_infer.adapters import _template_worker, chat_template, template_process
+from qlora_infer.files import added_tokens, carried, peft_config, safetensors
 from qlora_infer.model import checkpoint
 from qlora_infer.quantization import _checkpoint
 
@@ -23,9 +16,9 @@ UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "s": 1, "": 1}
 LIMITS = {
     "`adapter_config.json`": peft_config.MAX_CONFIG_BYTES,
     "weights, from a URL": _fsspec.MAX_WEIGHTS_BYTES,
-    "header of the weights": tensors.MAX_HEADER_BYTES,
-    "tensors": tensors.MAX_TENSORS,
-    "dimension of a tensor": tensors.MAX_DIMENSION,
+    "header of the weights": safetensors.MAX_HEADER_BYTES,
+    "tensors": safetensors.MAX_TENSORS,
+    "dimension of a tensor": safetensors.MAX_DIMENSION,
     "characters of a name in the config": peft_config.MAX_NAME_LENGTH,
     "steps of matching its patterns": peft_config.MAX_MATCH_STEPS,
     "chat template": chat_template.MAX_TEMPLATE_BYTES,

@@ -229,7 +229,7 @@ def test_links_inside_the_folder_are_followed(tmp_path):
 
 def test_a_folder_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     """A trainer that writes while the adapter is copied gets an error, not a mixture served."""
-    from qlora_infer.adapters import snapshot
+    from qlora_infer.files import snapshot
 
     folder = write_adapter(tmp_path / "moving")
     copy = snapshot._copy
@@ -360,7 +360,7 @@ def test_the_tensors_of_two_adapters_are_not_mixed(other, tmp_path):
 def test_a_config_is_read_as_peft_writes_it(tmp_path):
     """Every field that PEFT's LoraConfig writes is understood, and none of its defaults is taken for a fault."""
     peft = pytest.importorskip("peft")
-    from qlora_infer.adapters.manifest import read_manifest
+    from qlora_infer.files.manifest import read_manifest
 
     folder = write_adapter(tmp_path / "peft")
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], use_rslora=True).to_dict()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_infer._scratch import VARIABLE
+from qlora_infer.files.scratch import VARIABLE
 
 #: A guard that is not scheduled for so long is left to itself; it ends when it is.
 SECONDS_TO_DISMISS = 2.0

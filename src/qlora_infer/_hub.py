@@ -24,11 +24,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from qlora_infer._scratch import scratch_folder
 from qlora_infer._secrets import without_secrets
-from qlora_infer.adapters.pickles import PICKLE_NAMES
-from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
-from qlora_infer.adapters.tensors import MAX_DIMENSION, read_header
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -39,6 +35,10 @@ from qlora_infer.errors import (
     QLoRAInferError,
     UnsafeAdapterError,
 )
+from qlora_infer.files.pickles import PICKLE_NAMES
+from qlora_infer.files.safetensors import MAX_DIMENSION, read_header
+from qlora_infer.files.scratch import scratch_folder
+from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
 from qlora_infer.quantization._checkpoint import QUANTIZATION_FILES, complete, quantization_config
 
 logger = logging.getLogger("qlora_infer")

@@ -18,7 +18,7 @@ from pathlib import Path
 from attrs import frozen
 
 from qlora_infer import _secrets
-from qlora_infer._scratch import scratch_folder
+from qlora_infer.files.scratch import scratch_folder
 
 #: Where vLLM's processes find the folder's name.
 FOLDER = "QLORA_INFER_START_FAULT"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 
-from qlora_infer import _guarded_core, _scratch, _secrets, _shared_memory, _start_fault, _torchvision, startup
+from qlora_infer import _guarded_core, _secrets, _shared_memory, _start_fault, _torchvision, startup
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterError,
@@ -40,13 +40,14 @@ from qlora_infer.errors import (
     RequestRejectedError,
     UnsupportedModelError,
 )
+from qlora_infer.files import scratch
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.carried import Carried
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
+    from qlora_infer.files.carried import Carried
     from qlora_infer.quantization import Platform
 
 logger = logging.getLogger("qlora_infer")
@@ -157,7 +158,7 @@ class VLLMBackend:
 
         startup.set_environment(device=current_platform.device_type)
         own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
-        self._sockets = _scratch.new_folder("sockets-")
+        self._sockets = scratch.new_folder("sockets-")
         with (
             _shielded_from_ctrl_c(),
             startup.breakable_graphs(engine_args),

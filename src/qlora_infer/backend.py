@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.carried import Carried
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
+    from qlora_infer.files.carried import Carried
     from qlora_infer.model.modules import ModelModules
     from qlora_infer.quantization import Platform
     from qlora_infer.requests.request import GenerationOutput, GenerationRequest

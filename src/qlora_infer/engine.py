@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
 from qlora_infer._forked import LivingEngines
-from qlora_infer._scratch import new_folder
 from qlora_infer.adapters.blend import BlendMethod
 from qlora_infer.adapters.cache import AdapterCache
 from qlora_infer.adapters.copies import Copies
@@ -35,6 +34,7 @@ from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig, LoraKernels, Startup
 from qlora_infer.display import Displayed, Table
 from qlora_infer.errors import EngineClosedError, EngineDeadError, EngineStartError, ForkedEngineError
+from qlora_infer.files.scratch import new_folder
 from qlora_infer.requests.arguments import conversation_list, prompt_list
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle

@@ -14,7 +14,7 @@ import threading
 import time
 
 from qlora_infer import QuantizedLoRAEngine
-from qlora_infer._scratch import scratch_folder
+from qlora_infer.files.scratch import scratch_folder
 
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
 ENDLESS = {"temperature": 0.0, "max_tokens": 400, "ignore_eos": True}

@@ -11,14 +11,9 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_infer.adapters.carried import Carried, read_carried
 from qlora_infer.adapters.chat_template import check_template
-from qlora_infer.adapters.manifest import AdapterManifest, read_manifest
-from qlora_infer.adapters.pickles import convert_pickle
 from qlora_infer.adapters.served import write_served
-from qlora_infer.adapters.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
 from qlora_infer.adapters.source import AdapterSource, Writable
-from qlora_infer.adapters.tensors import check_finite
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -27,6 +22,11 @@ from qlora_infer.errors import (
     CorruptAdapterError,
     EngineClosedError,
 )
+from qlora_infer.files.carried import Carried, read_carried
+from qlora_infer.files.manifest import AdapterManifest, read_manifest
+from qlora_infer.files.pickles import convert_pickle
+from qlora_infer.files.safetensors import check_finite
+from qlora_infer.files.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion

@@ -11,8 +11,8 @@ from typing import Any
 from attrs import Attribute, field, frozen
 
 from qlora_infer._packages import require
-from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.errors import CorruptAdapterError
+from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 
 # A model's own state_dict has the adapter's name in the name of each factor; a saved adapter has nothing there.
 _ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])(?:\.[^.]+)?(?=\.weight$)|(?<=\.lora_embedding_[AB])(?:\.[^.]+)?$")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import evolve, frozen
 
-from qlora_infer.adapters.manifest import LoRAModule
+from qlora_infer.files.manifest import LoRAModule
 from qlora_infer.model.modules import ModelModules, ModuleShape
 
 

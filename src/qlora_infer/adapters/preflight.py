@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from attrs import field, frozen
 
-from qlora_infer.adapters.manifest import AdapterManifest, LoRAModule
 from qlora_infer.adapters.placement import Placement, place
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError
+from qlora_infer.files.manifest import AdapterManifest, LoRAModule
 from qlora_infer.model.modules import ModelModules, ModuleShape
 
 #: As many kinds of modules with another shape are told one by one; a model has seven or so.

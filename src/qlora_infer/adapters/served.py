@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_infer.adapters.manifest import factor_of
-from qlora_infer.adapters.peft_config import module_alpha, read_config
 from qlora_infer.adapters.placement import Piece, Placement
-from qlora_infer.adapters.snapshot import CONFIG_NAME, SERVED_NAME, WEIGHTS_NAME
-from qlora_infer.adapters.tensors import map_tensors, write_tensors
+from qlora_infer.files.manifest import factor_of
+from qlora_infer.files.peft_config import module_alpha, read_config
+from qlora_infer.files.safetensors import map_tensors, write_tensors
+from qlora_infer.files.snapshot import CONFIG_NAME, SERVED_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from attrs import evolve, field, frozen
 from attrs.validators import optional
 
-from qlora_infer.adapters.snapshot import CONFIG_NAME, where_else
 from qlora_infer.adapters.url import SourceURL
 from qlora_infer.errors import AdapterNotFoundError
+from qlora_infer.files.snapshot import CONFIG_NAME, where_else
 
 _REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _HUB = re.compile(rf"(?P<repo>{_REPOSITORY.pattern})(?:@(?P<revision>[^:]+))?(?::(?P<subfolder>[^:]+))?", re.ASCII)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from attrs import define, field, frozen
 
-from qlora_infer.adapters.carried import Carried
-from qlora_infer.adapters.lineage import Lineage
-from qlora_infer.adapters.manifest import AdapterManifest
 from qlora_infer.adapters.preflight import Fit
-from qlora_infer.adapters.snapshot import Snapshot
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.display import Displayed, DisplayedCollection, Table
+from qlora_infer.files.carried import Carried
+from qlora_infer.files.lineage import Lineage
+from qlora_infer.files.manifest import AdapterManifest
+from qlora_infer.files.snapshot import Snapshot
 
 
 @frozen

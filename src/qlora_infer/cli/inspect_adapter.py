@@ -13,17 +13,17 @@ from typing import Annotated
 import typer
 from attrs import asdict, evolve, frozen
 
-from qlora_infer._scratch import scratch_folder
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.carried import Carried
 from qlora_infer.adapters.copies import Copies
-from qlora_infer.adapters.lineage import lineage
-from qlora_infer.adapters.manifest import AdapterManifest
-from qlora_infer.adapters.peft_config import read_config
-from qlora_infer.adapters.snapshot import CONFIG_NAME
 from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
+from qlora_infer.files.carried import Carried
+from qlora_infer.files.lineage import lineage
+from qlora_infer.files.manifest import AdapterManifest
+from qlora_infer.files.peft_config import read_config
+from qlora_infer.files.scratch import scratch_folder
+from qlora_infer.files.snapshot import CONFIG_NAME
 from qlora_infer.model.checkpoint import read_checkpoint
 
 

@@ -15,7 +15,7 @@ import torch
 from attrs import frozen
 from vllm.lora.lora_model import LoRAModel
 
-from qlora_infer.adapters.snapshot import SERVED_NAME, WEIGHTS_NAME
+from qlora_infer.files.snapshot import SERVED_NAME, WEIGHTS_NAME
 from qlora_infer.kernels.pinned import read_weights
 
 #: What is cast when an adapter is moved into a slot, by the device, which is faster at it.

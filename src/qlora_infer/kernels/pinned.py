@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_infer.adapters.tensors import TensorEntry, read_header
+from qlora_infer.files.safetensors import TensorEntry, read_header
 
 #: Bytes that are pinned at a time. torch's allocator of pinned memory rounds up to powers of two.
 PIECE = 1 << 24

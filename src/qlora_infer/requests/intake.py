@@ -26,8 +26,8 @@ from qlora_infer.requests.window import answered
 from qlora_infer.tracing import RequestTracer
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.carried import Carried
     from qlora_infer.adapters.version import AdapterVersion
+    from qlora_infer.files.carried import Carried
 
 
 class AdapterNames(Protocol):

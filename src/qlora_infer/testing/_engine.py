@@ -20,9 +20,9 @@ from qlora_infer.requests.request import Completion, GenerationOutput, Generatio
 from qlora_infer.testing._adapter import TINY_MODEL
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.carried import Carried
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
+    from qlora_infer.files.carried import Carried
 
 #: What answers a prompt: called with the prompt's text and the adapter's name, ``None`` for the base model.
 Reply = Callable[[str, str | None], str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qlora_infer.adapters.added_tokens import as_id
+from qlora_infer.files.added_tokens import as_id
 
 #: vLLM 0.32.0 has room for 128 of one request (MAX_NUM_STOP_TOKEN_IDS), and its caller may name some, too.
 MAX_STOP_TOKEN_IDS = 64

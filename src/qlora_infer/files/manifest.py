@@ -19,8 +19,9 @@ from typing import Any
 
 from attrs import frozen
 
-from qlora_infer.adapters.features import unsupported_features
-from qlora_infer.adapters.peft_config import (
+from qlora_infer.errors import AdapterNotFoundError, AdapterSourceError, CorruptAdapterError, UnsafeAdapterError
+from qlora_infer.files.features import unsupported_features
+from qlora_infer.files.peft_config import (
     MAX_NAME_LENGTH,
     base_model,
     check_matches,
@@ -30,9 +31,8 @@ from qlora_infer.adapters.peft_config import (
     read_config,
     scaling,
 )
-from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
-from qlora_infer.adapters.tensors import TensorEntry, read_header
-from qlora_infer.errors import AdapterNotFoundError, AdapterSourceError, CorruptAdapterError, UnsafeAdapterError
+from qlora_infer.files.safetensors import TensorEntry, read_header
+from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_infer.adapters.snapshot import CONFIG_NAME
 from qlora_infer.errors import CorruptAdapterError
+from qlora_infer.files.snapshot import CONFIG_NAME
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from attrs import field, frozen
 
-from qlora_infer.adapters.peft_config import parse_json
 from qlora_infer.errors import CorruptAdapterError
+from qlora_infer.files.peft_config import parse_json
 
 if TYPE_CHECKING:
     import numpy as np

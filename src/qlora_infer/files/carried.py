@@ -16,17 +16,17 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from qlora_infer.adapters.added_tokens import added_tokens_part, read_decoder, read_encoder, read_list
 from qlora_infer.adapters.chat_template import MAX_TEMPLATE_BYTES, checked_template, template_field
-from qlora_infer.adapters.generation_defaults import sampling_defaults, shown, stop_token_ids
-from qlora_infer.adapters.manifest import checked_file
-from qlora_infer.adapters.peft_config import parse_json
 from qlora_infer.errors import (
     AdapterNotFoundError,
     AdapterSourceError,
     CorruptAdapterError,
     IncompatibleAdapterError,
 )
+from qlora_infer.files.added_tokens import added_tokens_part, read_decoder, read_encoder, read_list
+from qlora_infer.files.generation_defaults import sampling_defaults, shown, stop_token_ids
+from qlora_infer.files.manifest import checked_file
+from qlora_infer.files.peft_config import parse_json
 
 TEMPLATE_NAME = "chat_template.jinja"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_infer._packages import require
-from qlora_infer.adapters.manifest import checked_file
-from qlora_infer.adapters.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError
+from qlora_infer.files.manifest import checked_file
+from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import torch
