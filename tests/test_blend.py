@@ -20,11 +20,11 @@ from attrs import evolve, frozen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.adapters.blend import AdapterPart, write_blend
-from qlora_infer.adapters.ties import keep_largest, keep_random, mean_of_majority
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.files.manifest import read_manifest
 from qlora_infer.files.safetensors import check_finite
+from qlora_infer.sources.blend import AdapterPart, write_blend
+from qlora_infer.sources.ties import keep_largest, keep_random, mean_of_majority
 from qlora_infer.testing import write_adapter
 
 pytest.importorskip("torch")
@@ -581,5 +581,5 @@ def test_the_blend_says_its_base_model(tmp_path):
 
 def test_torch_is_not_loaded_before_something_is_blended():
     """Importing the library stays cheap."""
-    code = "import sys, qlora_infer.adapters.blend; sys.exit('torch' in sys.modules)"
+    code = "import sys, qlora_infer.sources.blend; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

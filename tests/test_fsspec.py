@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_hub import everything_told
 
-from qlora_infer import AdapterSource, _fsspec, _hub
+from qlora_infer import AdapterSource
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -21,6 +21,8 @@ from qlora_infer.errors import (
     UnsafeAdapterError,
 )
 from qlora_infer.files.carried import MAX_BYTES
+from qlora_infer.sources import filesystem as _fsspec
+from qlora_infer.sources import hub
 from qlora_infer.testing import fake_engine, write_adapter
 
 SECRET = "s3cr3t/with+signs="
@@ -146,7 +148,7 @@ def test_a_missing_file_is_named(kind, missing, server, memory, folder):
 @pytest.mark.parametrize("text", ["memory://no/such", "file:///no/such", "/no/such", "./no", "no/such/folder"])
 def test_what_does_not_exist_is_never_taken_for_a_hub_id(text, folder, monkeypatch):
     """A path or URL that is not there is an error, and the Hub is not asked."""
-    monkeypatch.setattr(_hub, "download_adapter", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(hub, "download_adapter", lambda *_, **__: pytest.fail("the Hub was asked"))
     fails(AdapterNotFoundError, text, folder)
 
 

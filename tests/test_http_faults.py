@@ -7,9 +7,10 @@ import time
 import pytest
 from file_server import FileServer
 
-from qlora_infer import AdapterSource, _fsspec
+from qlora_infer import AdapterSource
 from qlora_infer.errors import AdapterDownloadError, CorruptAdapterError
 from qlora_infer.files.carried import MAX_BYTES
+from qlora_infer.sources import filesystem
 from qlora_infer.testing import fake_engine, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -212,8 +213,8 @@ def test_a_server_that_stalls_is_left_in_time_and_changes_nothing(name, afterwar
     """Silence, and a byte now and then, end in an error in bounded time, whichever file they are in."""
     with fake_engine() as engine:
         before = engine.load_adapter("pirate", f"{server.url}/pirate")
-        monkeypatch.setattr(_fsspec, "TIMEOUT", 0.3)
-        monkeypatch.setattr(_fsspec, "STEP_TIMEOUT", 0.6)
+        monkeypatch.setattr(filesystem, "TIMEOUT", 0.3)
+        monkeypatch.setattr(filesystem, "STEP_TIMEOUT", 0.6)
         server.afterwards = afterwards
         server.stop_at = 1 if name == CONFIG else len(server.files[f"/pirate/{CONFIG}"])
         started = time.monotonic()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, Repository
 
-from qlora_infer import AdapterSource, _hub
+from qlora_infer import AdapterSource
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -24,6 +24,7 @@ from qlora_infer.errors import (
     UnsafeAdapterError,
 )
 from qlora_infer.files import scratch
+from qlora_infer.sources import hub as _hub
 from qlora_infer.testing import fake_engine, write_adapter
 
 TOKEN = "hf_this_is_a_secret"
@@ -561,7 +562,7 @@ def test_offline_from_the_start_works_like_offline_later(hub, repository):
 
 def test_importing_the_module_does_not_import_huggingface_hub():
     """Who uses local adapters does not pay for the Hub's library."""
-    code = "import json, sys, qlora_infer._hub; print(json.dumps('huggingface_hub' in sys.modules))"
+    code = "import json, sys, qlora_infer.sources.hub; print(json.dumps('huggingface_hub' in sys.modules))"
     assert in_subprocess(code) is False
 
 

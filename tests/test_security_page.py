@@ -5,17 +5,17 @@ import re
 import pytest
 from doc_blocks import text_of
 
-from qlora_infer import _fsspec, _hub
 from qlora_infer.adapters import _template_worker, chat_template, template_process
 from qlora_infer.files import added_tokens, carried, peft_config, safetensors
 from qlora_infer.model import checkpoint
 from qlora_infer.quantization import _checkpoint
+from qlora_infer.sources import filesystem, hub
 
 ROWS = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+(?: MiB| KiB| GiB| s)?) \|$", text_of("docs/security.md"), re.M))
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "s": 1, "": 1}
 LIMITS = {
     "`adapter_config.json`": peft_config.MAX_CONFIG_BYTES,
-    "weights, from a URL": _fsspec.MAX_WEIGHTS_BYTES,
+    "weights, from a URL": filesystem.MAX_WEIGHTS_BYTES,
     "header of the weights": safetensors.MAX_HEADER_BYTES,
     "tensors": safetensors.MAX_TENSORS,
     "dimension of a tensor": safetensors.MAX_DIMENSION,
@@ -30,11 +30,11 @@ LIMITS = {
     "memory of its process": _template_worker.MAX_MEMORY,
     "processes at a time": template_process.MAX_PROCESSES,
     "conversation, as JSON": chat_template.MAX_MESSAGES_BYTES,
-    "silence of an HTTP server": _fsspec.TIMEOUT,
-    "time to connect, to open a file, or for one mebibyte": _fsspec.STEP_TIMEOUT,
-    "`config.json` and the files beside it": _hub.MAX_JSON_BYTES,
-    "index of the weights": _hub.MAX_INDEX_BYTES,
-    "objects and lists inside each other": _hub.MAX_JSON_DEPTH,
+    "silence of an HTTP server": filesystem.TIMEOUT,
+    "time to connect, to open a file, or for one mebibyte": filesystem.STEP_TIMEOUT,
+    "`config.json` and the files beside it": hub.MAX_JSON_BYTES,
+    "index of the weights": hub.MAX_INDEX_BYTES,
+    "objects and lists inside each other": hub.MAX_JSON_DEPTH,
     "layers": _checkpoint.MAX_LAYERS,
     "experts of a layer": checkpoint.MAX_EXPERTS,
 }

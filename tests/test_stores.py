@@ -16,8 +16,9 @@ import pytest
 from attrs import frozen
 from test_hub import everything_told
 
-from qlora_infer import AdapterSource, _fsspec
+from qlora_infer import AdapterSource
 from qlora_infer.errors import AdapterAccessError, AdapterDownloadError, AdapterNotFoundError, CorruptAdapterError
+from qlora_infer.sources import filesystem
 from qlora_infer.testing import fake_engine, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -175,7 +176,7 @@ def test_an_object_that_changes_while_it_is_read_is_never_put_together(s3, folde
     """An object that is written between two blocks is an error: no file has the beginning of one and the end of another."""
     s3.put(f"large/{CONFIG}", b"{}")
     s3.put(f"large/{WEIGHTS}", b"a" * (3 << 20))
-    read = _fsspec._read
+    read = filesystem._read
 
     def read_and_replace(file):
         chunk = read(file)
@@ -183,7 +184,7 @@ def test_an_object_that_changes_while_it_is_read_is_never_put_together(s3, folde
             s3.put(f"large/{WEIGHTS}", b"b" * (3 << 20))
         return chunk
 
-    monkeypatch.setattr(_fsspec, "_read", read_and_replace)
+    monkeypatch.setattr(filesystem, "_read", read_and_replace)
     options = {"default_block_size": 1 << 20, "default_fill_cache": False}
     with pytest.raises(AdapterDownloadError):
         s3.source("adapters/large", **options).resolve("x", download_to=folder)
@@ -205,7 +206,7 @@ def test_an_s3_server_that_hangs_or_is_gone_is_given_up(adapter, monkeypatch):
     """A server that accepts and never answers, and one that has ended, are download errors in bounded time."""
     pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
-    monkeypatch.setattr(_fsspec, "STEP_TIMEOUT", 5.0)
+    monkeypatch.setattr(filesystem, "STEP_TIMEOUT", 5.0)
     with running_s3("adapters") as s3, fake_engine() as engine:
         for name, content in contents(adapter).items():
             s3.put(f"pirate/{name}", content)

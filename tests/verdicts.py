@@ -7,10 +7,10 @@ from pathlib import Path
 
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.copies import Copies
-from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.model.checkpoint import read_checkpoint
 from qlora_infer.model.modules import ModelModules
+from qlora_infer.sources.source import AdapterSource
 
 
 def differences(running: ModelModules, checkpoint: Path) -> list[str]:

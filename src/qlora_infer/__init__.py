@@ -2,7 +2,6 @@
 
 from qlora_infer.adapters.effect import AdapterEffect
 from qlora_infer.adapters.residency_stats import AdapterResidency
-from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.durations import Durations
 from qlora_infer.engine import QuantizedLoRAEngine
@@ -38,6 +37,7 @@ from qlora_infer.errors import (
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.request import Completion, GenerationOutput, RequestTimes
 from qlora_infer.requests.stats import AdapterStats, EngineStats
+from qlora_infer.sources.source import AdapterSource
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from attrs import frozen
 
-from qlora_infer import _secrets
 from qlora_infer.files.scratch import scratch_folder
+from qlora_infer.sources import secrets as _secrets
 
 #: Where vLLM's processes find the folder's name.
 FOLDER = "QLORA_INFER_START_FAULT"

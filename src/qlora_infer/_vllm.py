@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 
-from qlora_infer import _guarded_core, _secrets, _shared_memory, _start_fault, _torchvision, startup
+from qlora_infer import _guarded_core, _shared_memory, _start_fault, _torchvision, startup
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterError,
@@ -43,6 +43,7 @@ from qlora_infer.errors import (
 from qlora_infer.files import scratch
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
+from qlora_infer.sources import secrets
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
@@ -146,10 +147,10 @@ class VLLMBackend:
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
         """The model's ``config.json``, from its folder or the Hub."""
-        from qlora_infer import _hub
+        from qlora_infer.sources import hub
 
         source = config.engine_args.get("hf_config_path") or config.engine_args.get("tokenizer")
-        return _hub.read_model_config(config.model, revision=config.revision, token=config.token, config_source=source)
+        return hub.read_model_config(config.model, revision=config.revision, token=config.token, config_source=source)
 
     def start(self, engine_args: Mapping[str, Any]) -> None:
         """Start vLLM with our worker extension; the core is a child process."""
@@ -172,7 +173,7 @@ class VLLMBackend:
             except UnsupportedModelError:
                 raise
             except Exception as error:
-                cause = _secrets.without_secrets(error, [engine_args.get("hf_token") or ""])
+                cause = secrets.without_secrets(error, [engine_args.get("hf_token") or ""])
                 raise _start_error(error, folder.read(), engine_args) from cause
         # LLMEngine.logger_manager writes to vLLM's log and to Prometheus' global registry; in its place stands what
         # keeps the scheduler's numbers of the newest step.

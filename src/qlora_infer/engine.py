@@ -20,15 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
 from qlora_infer._forked import LivingEngines
-from qlora_infer.adapters.blend import BlendMethod
 from qlora_infer.adapters.cache import AdapterCache
 from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
-from qlora_infer.adapters.in_memory import AdapterTensors
 from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.residency import Residency
 from qlora_infer.adapters.room import choose_room, linear_parameters
-from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig, LoraKernels, Startup
@@ -42,6 +39,9 @@ from qlora_infer.requests.intake import Intake
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
+from qlora_infer.sources.blend import BlendMethod
+from qlora_infer.sources.source import AdapterSource, Writable
+from qlora_infer.sources.tensors import AdapterTensors
 from qlora_infer.startup import with_cpu_memory, with_defaults, with_kernels
 
 if TYPE_CHECKING:

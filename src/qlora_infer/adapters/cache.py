@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.name_locks import NameLocks
-from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
 from qlora_infer.adapters.version_numbers import VersionNumbers
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
+from qlora_infer.sources.source import AdapterSource, Writable
 
 #: Versions of a name that are held: the one that serves, and the one before it.
 HELD_VERSIONS = 2

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from qlora_infer.adapters.chat_template import check_template
 from qlora_infer.adapters.served import write_served
-from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -27,6 +26,7 @@ from qlora_infer.files.manifest import AdapterManifest, read_manifest
 from qlora_infer.files.pickles import convert_pickle
 from qlora_infer.files.safetensors import check_finite
 from qlora_infer.files.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
+from qlora_infer.sources.source import AdapterSource, Writable
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion

@@ -10,15 +10,15 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.blend import AdapterBlend, AdapterPart, BlendMethod
 from qlora_infer.adapters.cache import AdapterCache
 from qlora_infer.adapters.residency import Residency
-from qlora_infer.adapters.source import AdapterSource, Writable
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
 from qlora_infer.files.carried import check_tokens, with_end_token
 from qlora_infer.files.lineage import lineage
 from qlora_infer.model.modules import ModelModules
+from qlora_infer.sources.blend import AdapterBlend, AdapterPart, BlendMethod
+from qlora_infer.sources.source import AdapterSource, Writable
 
 logger = logging.getLogger("qlora_infer")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from attrs import define, field, frozen
 
 from qlora_infer.adapters.preflight import Fit
-from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.display import Displayed, DisplayedCollection, Table
 from qlora_infer.files.carried import Carried
 from qlora_infer.files.lineage import Lineage
 from qlora_infer.files.manifest import AdapterManifest
 from qlora_infer.files.snapshot import Snapshot
+from qlora_infer.sources.source import AdapterSource
 
 
 @frozen

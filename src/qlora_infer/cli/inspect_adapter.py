@@ -15,7 +15,6 @@ from attrs import asdict, evolve, frozen
 
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.copies import Copies
-from qlora_infer.adapters.source import AdapterSource
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
 from qlora_infer.files.carried import Carried
@@ -25,6 +24,7 @@ from qlora_infer.files.peft_config import read_config
 from qlora_infer.files.scratch import scratch_folder
 from qlora_infer.files.snapshot import CONFIG_NAME
 from qlora_infer.model.checkpoint import read_checkpoint
+from qlora_infer.sources.source import AdapterSource
 
 
 class BaseDevice(StrEnum):

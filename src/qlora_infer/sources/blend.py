@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from attrs import frozen
 
 from qlora_infer._packages import require
-from qlora_infer.adapters.ties import keep_largest, keep_random, mean_of_majority
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.files.manifest import AdapterManifest
 from qlora_infer.files.peft_config import read_config, scaling
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
+from qlora_infer.sources.ties import keep_largest, keep_random, mean_of_majority
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,6 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from qlora_infer._secrets import without_secrets
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -40,6 +39,7 @@ from qlora_infer.files.safetensors import MAX_DIMENSION, read_header
 from qlora_infer.files.scratch import scratch_folder
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
 from qlora_infer.quantization._checkpoint import QUANTIZATION_FILES, complete, quantization_config
+from qlora_infer.sources.secrets import without_secrets
 
 logger = logging.getLogger("qlora_infer")
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from attrs import evolve, field, frozen
 from attrs.validators import optional
 
-from qlora_infer.adapters.url import SourceURL
 from qlora_infer.errors import AdapterNotFoundError
 from qlora_infer.files.snapshot import CONFIG_NAME, where_else
+from qlora_infer.sources.url import SourceURL
 
 _REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _HUB = re.compile(rf"(?P<repo>{_REPOSITORY.pattern})(?:@(?P<revision>[^:]+))?(?::(?P<subfolder>[^:]+))?", re.ASCII)
@@ -34,9 +34,9 @@ def _check_location(source: AdapterSource, attribute: Any, location: Any) -> Non
     if url := SourceURL.read(location):
         url.check()
         if not url.is_file:
-            from qlora_infer import _fsspec
+            from qlora_infer.sources import filesystem
 
-            _fsspec.check_scheme(url.scheme)
+            filesystem.check_scheme(url.scheme)
     elif not _REPOSITORY.fullmatch(location) and not _is_written_as_path(location):
         raise ValueError(
             f"location must be 'org/repo', a URL, or a path that begins with './' or '/', got {_beginning(location)}"
@@ -207,9 +207,9 @@ class AdapterSource:
         """
         url = self._url()
         if url and not url.is_file:
-            from qlora_infer import _fsspec
+            from qlora_infer.sources import filesystem
 
-            return _fsspec.download_adapter(
+            return filesystem.download_adapter(
                 adapter,
                 url,
                 download_to or Path(tempfile.mkdtemp(prefix="qlora-infer-")),
@@ -218,9 +218,9 @@ class AdapterSource:
                 allow_pickle=allow_pickle,
             )
         if not url and not self.is_local:
-            from qlora_infer import _hub
+            from qlora_infer.sources import hub
 
-            return _hub.download_adapter(
+            return hub.download_adapter(
                 adapter,
                 self.location,
                 revision=self.revision,

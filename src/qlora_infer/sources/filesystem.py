@@ -23,8 +23,6 @@ from urllib.parse import unquote
 
 from attrs import evolve, frozen
 
-from qlora_infer._secrets import without_secrets
-from qlora_infer.adapters.url import SourceURL
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -39,6 +37,8 @@ from qlora_infer.files.carried import MAX_BYTES
 from qlora_infer.files.peft_config import MAX_CONFIG_BYTES
 from qlora_infer.files.pickles import PICKLE_NAMES
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
+from qlora_infer.sources.secrets import without_secrets
+from qlora_infer.sources.url import SourceURL
 
 T = TypeVar("T")
 
