@@ -17,9 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.adapters import chat_template, template_process
-from qlora_infer.adapters.chat_template import check_template, render
-from qlora_infer.adapters.template_process import TemplateProcess, TemplateProcesses
+from qlora_infer.chat import process as template_process
+from qlora_infer.chat import template as chat_template
+from qlora_infer.chat.process import TemplateProcess, TemplateProcesses
+from qlora_infer.chat.template import check_template, render
 from qlora_infer.errors import (
     AdapterError,
     CorruptAdapterError,
@@ -888,7 +889,7 @@ def test_a_process_that_answers_nonsense_is_not_believed(
 
 
 def run_script(script: str) -> subprocess.Popen[bytes]:
-    prelude = f"import os, sys, time; sys.path[:0] = {sys.path!r}\nfrom qlora_infer.adapters.chat_template import *\n"
+    prelude = f"import os, sys, time; sys.path[:0] = {sys.path!r}\nfrom qlora_infer.chat.template import *\n"
     return subprocess.Popen([sys.executable, "-c", prelude + script], stdout=subprocess.PIPE)
 
 
@@ -903,8 +904,8 @@ def is_running(pid: int) -> bool:
 def test_no_process_outlives_a_killed_server(template: str) -> None:
     """Not even in the middle of an endless template."""
     script = f"""
-from qlora_infer.adapters.chat_template import _request
-from qlora_infer.adapters.template_process import TemplateProcess
+from qlora_infer.chat.template import _request
+from qlora_infer.chat.process import TemplateProcess
 process = TemplateProcess()
 print(process._popen.pid, flush=True)
 process.ask(_request({template!r}, {{"messages": []}}), max_bytes=99)

@@ -5,7 +5,7 @@ import re
 import pytest
 from doc_blocks import text_of
 
-from qlora_infer.adapters import _template_worker, chat_template, template_process
+from qlora_infer.chat import process, template, worker
 from qlora_infer.files import added_tokens, carried, peft_config, safetensors
 from qlora_infer.model import checkpoint
 from qlora_infer.quantization import _checkpoint
@@ -21,15 +21,15 @@ LIMITS = {
     "dimension of a tensor": safetensors.MAX_DIMENSION,
     "characters of a name in the config": peft_config.MAX_NAME_LENGTH,
     "steps of matching its patterns": peft_config.MAX_MATCH_STEPS,
-    "chat template": chat_template.MAX_TEMPLATE_BYTES,
+    "chat template": template.MAX_TEMPLATE_BYTES,
     "`tokenizer.json`": carried.MAX_BYTES["tokenizer.json"],
     "`tokenizer_config.json`": carried.MAX_BYTES["tokenizer_config.json"],
     "`generation_config.json`": carried.MAX_BYTES["generation_config.json"],
     "added tokens": added_tokens.MAX_ADDED_TOKENS,
-    "time for a conversation": template_process.RENDER_SECONDS,
-    "memory of its process": _template_worker.MAX_MEMORY,
-    "processes at a time": template_process.MAX_PROCESSES,
-    "conversation, as JSON": chat_template.MAX_MESSAGES_BYTES,
+    "time for a conversation": process.RENDER_SECONDS,
+    "memory of its process": worker.MAX_MEMORY,
+    "processes at a time": process.MAX_PROCESSES,
+    "conversation, as JSON": template.MAX_MESSAGES_BYTES,
     "silence of an HTTP server": filesystem.TIMEOUT,
     "time to connect, to open a file, or for one mebibyte": filesystem.STEP_TIMEOUT,
     "`config.json` and the files beside it": hub.MAX_JSON_BYTES,

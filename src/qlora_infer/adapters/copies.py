@@ -11,8 +11,8 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_infer.adapters.chat_template import check_template
 from qlora_infer.adapters.served import write_served
+from qlora_infer.chat.template import check_template
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,

@@ -16,7 +16,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from qlora_infer.adapters.chat_template import MAX_TEMPLATE_BYTES, checked_template, template_field
+from qlora_infer.chat.template import MAX_TEMPLATE_BYTES, checked_template, template_field
 from qlora_infer.errors import (
     AdapterNotFoundError,
     AdapterSourceError,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qlora_infer.adapters.chat_template import render
+from qlora_infer.chat.template import render
 from qlora_infer.requests.arguments import (
     along,
     checked_priority,

@@ -24,7 +24,7 @@ MAX_IDLE_BYTES = 128 << 20
 
 # A process ends itself in time; this is for one that does not even start or listen.
 _GRACE_SECONDS = 10.0
-_WORKER = Path(__file__).with_name("_template_worker.py")
+_WORKER = Path(__file__).with_name("worker.py")
 # Beside these a process gets nothing of the environment, where tokens and keys are.
 _ENVIRONMENT_NAMES = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
 

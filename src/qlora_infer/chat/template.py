@@ -1,6 +1,6 @@
 """Conversations written with an adapter's own chat template, which may be hostile: bounded in time and memory.
 
-Templates are rendered as transformers does it, but in processes of their own (``_template_worker.py``), because what
+Templates are rendered as transformers does it, but in processes of their own (``worker.py``), because what
 a template spends inside of one call into C can be stopped by no check in Python and no watchdog thread:
 ``tokenizer.apply_chat_template(chat_template=...)`` would hang or fill the memory of the whole server. A process takes
 some 0.1 s to start and stays for the next conversations, which then take less than a millisecond.
@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_infer.adapters.template_process import processes
+from qlora_infer.chat.process import processes
 from qlora_infer.errors import CorruptAdapterError, UnsafeAdapterError
 
 #: Real templates have up to some 25,000 characters.

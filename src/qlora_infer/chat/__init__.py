@@ -1,0 +1,1 @@
+"""Conversations written as prompts, with chat templates that nobody trusts."""
