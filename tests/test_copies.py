@@ -18,7 +18,7 @@ from qlora_infer import (
     CorruptAdapterError,
     EngineClosedError,
 )
-from qlora_infer.adapters import copies as copies_module
+from qlora_infer.adapters import store as copies_module
 from qlora_infer.files import manifest, snapshot
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 

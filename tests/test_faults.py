@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from qlora_infer import AdapterLoadError, MissingDependencyError, QuantizedLoRAEngine, StorageError
-from qlora_infer.adapters.cache import HELD_VERSIONS
+from qlora_infer.adapters.registry import HELD_VERSIONS
 from qlora_infer.files import scratch as _scratch
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_infer.adapters.residency import Residency
+from qlora_infer.adapters.memory import Residency
 from qlora_infer.errors import AdapterLoadError, AdapterNotFoundError
 
 

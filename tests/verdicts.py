@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.copies import Copies
+from qlora_infer.adapters.store import Copies
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.model.checkpoint import read_checkpoint
 from qlora_infer.model.modules import ModelModules

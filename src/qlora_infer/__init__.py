@@ -1,7 +1,7 @@
 """Serve one quantized base model on vLLM with many LoRA adapters that come and go while it runs."""
 
 from qlora_infer.adapters.effect import AdapterEffect
-from qlora_infer.adapters.residency_stats import AdapterResidency
+from qlora_infer.adapters.memory_stats import AdapterResidency
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.durations import Durations
 from qlora_infer.engine import QuantizedLoRAEngine

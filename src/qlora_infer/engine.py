@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from qlora_infer import quantization as strategies
 from qlora_infer._forked import LivingEngines
-from qlora_infer.adapters.cache import AdapterCache
-from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
 from qlora_infer.adapters.loader import AdapterLoader
-from qlora_infer.adapters.residency import Residency
+from qlora_infer.adapters.memory import Residency
+from qlora_infer.adapters.registry import AdapterCache
 from qlora_infer.adapters.room import choose_room, linear_parameters
+from qlora_infer.adapters.store import Copies
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig, LoraKernels, Startup

@@ -25,7 +25,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.residency_stats import AdapterResidency
+    from qlora_infer.adapters.memory_stats import AdapterResidency
     from qlora_infer.engine import QuantizedLoRAEngine
     from qlora_infer.requests.stats import AdapterStats, EngineStats
 

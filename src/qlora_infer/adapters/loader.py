@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.cache import AdapterCache
-from qlora_infer.adapters.residency import Residency
+from qlora_infer.adapters.memory import Residency
+from qlora_infer.adapters.registry import AdapterCache
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
 from qlora_infer.files.carried import check_tokens, with_end_token

@@ -14,7 +14,7 @@ import typer
 from attrs import asdict, evolve, frozen
 
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.copies import Copies
+from qlora_infer.adapters.store import Copies
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
 from qlora_infer.files.carried import Carried

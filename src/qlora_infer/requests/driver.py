@@ -29,7 +29,7 @@ from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 from qlora_infer.requests.stats import EngineStats, StatsRecorder
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.residency import Residency
+    from qlora_infer.adapters.memory import Residency
     from qlora_infer.adapters.version import AdapterVersion
 
 logger = logging.getLogger("qlora_infer")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from attrs import define, field, frozen
 
-from qlora_infer.adapters.residency_stats import AdapterResidency
+from qlora_infer.adapters.memory_stats import AdapterResidency
 from qlora_infer.display import BASE_MODEL, Displayed, Table
 from qlora_infer.durations import NONE, Durations
 from qlora_infer.requests.pending import PendingRequest

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
-from qlora_infer.adapters.residency_stats import ResidencyRecorder
+from qlora_infer.adapters.memory_stats import ResidencyRecorder
 from qlora_infer.errors import AdapterLoadError
 
 if TYPE_CHECKING:

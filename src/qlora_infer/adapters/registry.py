@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from qlora_infer.adapters.copies import Copies
 from qlora_infer.adapters.name_locks import NameLocks
+from qlora_infer.adapters.store import Copies
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
 from qlora_infer.adapters.version_numbers import VersionNumbers
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
