@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_infer import QuantizedLoRAEngine, startup
+from qlora_infer import QuantizedLoRAEngine
 from qlora_infer.cli.machine import this_machine
 from qlora_infer.demo import demo_model
+from qlora_infer.plan import startup
 from qlora_infer.testing import write_adapter
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")

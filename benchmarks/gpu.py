@@ -26,7 +26,7 @@ import runs
 from llama_shapes import QUANTIZATIONS, SHAPES, model_and_adapters
 from runs import Cell, Comparison, Timed
 
-from qlora_infer import startup
+from qlora_infer.plan import startup
 
 #: What is asked of the original example's settings, which are slow.
 EXAMPLE_CELLS = [Cell(1, 1), Cell(1, 64), Cell(4, 64), Cell(32, 128)]

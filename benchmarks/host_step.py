@@ -19,8 +19,8 @@ import runs
 from gpu import prompts
 from runs import Comparison, Timed
 
-from qlora_infer import startup
 from qlora_infer.demo import demo_adapters
+from qlora_infer.plan import startup
 
 
 def main() -> None:

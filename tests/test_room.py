@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from qlora_infer.adapters.room import adapter_bytes, weight_bytes
+from qlora_infer.plan.room import adapter_bytes, weight_bytes
 from qlora_infer.quantization import Platform
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 

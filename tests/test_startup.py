@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from qlora_infer import startup
+from qlora_infer.plan import startup
 from qlora_infer.quantization import Platform
 from qlora_infer.testing import FakeEngine, fake_engine
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 
-from qlora_infer import _guarded_core, _shared_memory, _start_fault, _torchvision, startup
+from qlora_infer import _guarded_core, _shared_memory, _start_fault, _torchvision
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterError,
@@ -42,6 +42,7 @@ from qlora_infer.errors import (
 )
 from qlora_infer.files import scratch
 from qlora_infer.model.modules import ModelModules
+from qlora_infer.plan import startup
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 from qlora_infer.sources import secrets
 

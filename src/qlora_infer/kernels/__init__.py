@@ -9,7 +9,7 @@ from typing import Any
 from qlora_infer.kernels.experts_cpu import leave_out_experts
 from qlora_infer.kernels.rotary_cpu import flatten_heads
 from qlora_infer.kernels.routers import hand_on_routers
-from qlora_infer.startup import KERNELS_KEY
+from qlora_infer.plan.startup import KERNELS_KEY
 
 logger = logging.getLogger("qlora_infer")
 
