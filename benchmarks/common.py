@@ -122,7 +122,7 @@ class Plain:
 
             startup.set_environment(device=current_platform.device_type)
             arguments = startup.with_defaults(arguments, device=current_platform.device_type)
-            arguments["worker_extension_cls"] = "qlora_infer._worker.WorkerExtension"
+            arguments["worker_extension_cls"] = "qlora_infer._vllm.worker.WorkerExtension"
         else:
             arguments["worker_extension_cls"] = "swap_counter.SwapCounter"
         arguments |= IN_FLIGHT.get(quantization, {})

@@ -189,7 +189,7 @@ def _layer(
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from qlora_infer.kernels.cpu import GroupedPunicaWrapper
+    from qlora_infer._vllm.kernels.cpu.lora import GroupedPunicaWrapper
 
     x = torch.randn(num_rows, in_size).bfloat16()
     y = torch.zeros(num_rows, sum(out_sizes)).bfloat16()
@@ -258,9 +258,9 @@ def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
         # After vLLM's start, which looks through all modules that are there and fails at one of numba's.
         import torch
 
-        from qlora_infer.kernels import cpu, rows
+        from qlora_infer._vllm.kernels.cpu import lora, rows
 
-        spent = [_timed(cpu.GroupedPunicaWrapper, "_add_lora"), _timed(rows.Rows, "add")]
+        spent = [_timed(lora.GroupedPunicaWrapper, "_add_lora"), _timed(rows.Rows, "add")]
         peak, bandwidth = _peak(torch), _bandwidth(torch)
 
         def measured(texts: Sequence[str], names: Sequence[str | None], num_tokens: int) -> list[float]:

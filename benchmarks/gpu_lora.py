@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_infer.kernels import fused
-from qlora_infer.kernels.fused import Batch, Module, Scratch, Settings
+from qlora_infer._vllm.kernels.cuda import fused
+from qlora_infer._vllm.kernels.cuda.fused import Batch, Module, Scratch, Settings
 
 #: The linear modules of a layer of Llama-3 8B: inputs, and the outputs of each slice.
 MODULES = {

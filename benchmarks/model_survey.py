@@ -26,8 +26,8 @@ from typing import Any
 
 import model_configs
 
-from qlora_infer import _lora_layers
-from qlora_infer.kernels.routers import hand_on_routers
+from qlora_infer._vllm import lora_layers
+from qlora_infer._vllm.kernels.routers import hand_on_routers
 from qlora_infer.model import architectures
 from qlora_infer.model.architectures import kind_of
 
@@ -94,7 +94,7 @@ def attributes_of(model: Any) -> dict[str, Any]:
     record: dict[str, Any] = {"model": model.__name__}
     if not supports_lora(model):
         return {**record, "lora": False}
-    renames = _lora_layers.rename_rules(getattr(model, "hf_to_vllm_mapper", None))
+    renames = lora_layers.rename_rules(getattr(model, "hf_to_vllm_mapper", None))
     return {
         **record,
         "renames": {key: rules for key, rules in renames.items() if rules not in ([], True)},
@@ -195,7 +195,7 @@ def describe(checkpoint: Path) -> dict[str, Any]:
             model = initialize_model(config)
             vocabulary = getattr(config.model_config.hf_text_config, "vocab_size", 0)
             manager = LoRAModelManager(model, 1, 8, vocabulary, config.lora_config, torch.device("meta"), config)
-        return _lora_layers.describe(manager)
+        return lora_layers.describe(manager)
 
 
 def build_experts_without_kernels() -> None:

@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]  # vLLM depends on it
 from attrs import asdict, frozen
 
 from qlora_infer import QuantizedLoRAEngine
-from qlora_infer._shared_memory import segments_of
+from qlora_infer._vllm.shared_memory import segments_of
 from qlora_infer.files.scratch import scratch_folder
 
 MEBIBYTE = 1 << 20

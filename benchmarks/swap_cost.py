@@ -27,8 +27,8 @@ from llama_shapes import SHAPES
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
 
-from qlora_infer.kernels.pinned import PIECE
-from qlora_infer.kernels.slots import move_at_once
+from qlora_infer._vllm.kernels.loading.pinned import PIECE
+from qlora_infer._vllm.kernels.loading.slots import move_at_once
 
 NUM_SLOTS = 8
 #: What slots are made of.

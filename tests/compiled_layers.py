@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 
-from qlora_infer.kernels.gpu import FusedPunicaWrapper
+from qlora_infer._vllm.kernels.cuda.lora import FusedPunicaWrapper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 512

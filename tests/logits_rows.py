@@ -20,7 +20,7 @@ import pytest
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 
-from qlora_infer.kernels.logits import PromptLogits, VllmsKernels, slots_of
+from qlora_infer._vllm.kernels.logits import PromptLogits, VllmsKernels, slots_of
 
 HIDDEN, VOCABULARY, RANK, SLOTS = 64, 80, 8, 3
 IDS = [101, None, 103]
@@ -103,7 +103,7 @@ def check_lengths(head, rows):
 
 def main():
     """The kernels for GPUs: ours, and vLLM's own, which need one."""
-    from qlora_infer.kernels.gpu import FusedPunicaWrapper, PunicaWrapperGPU
+    from qlora_infer._vllm.kernels.cuda.lora import FusedPunicaWrapper, PunicaWrapperGPU
 
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"

@@ -18,7 +18,7 @@ from test_checkpoint import TINY_CONFIG, quantized, tensors, write_model
 from typer.testing import CliRunner
 
 from qlora_infer import QuantizedLoRAEngine, __version__
-from qlora_infer._torchvision import install_command
+from qlora_infer._vllm.torchvision import install_command
 from qlora_infer.cli import app
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 

@@ -19,8 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as environment:
     if DEVICE == "cpu":
         environment.setenv("TRITON_INTERPRET", "1")  # read where kernels are decorated, and when they run
-    from qlora_infer.kernels import fused
-    from qlora_infer.kernels.tiles import tiles_of
+    from qlora_infer._vllm.kernels.cpu.tiles import tiles_of
+    from qlora_infer._vllm.kernels.cuda import fused
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -199,7 +199,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from qlora_infer.kernels import fused
+from qlora_infer._vllm.kernels import fused
 
 kernel, chosen = fused.lora_kernel, fused.settings_for(64, 16)
 names = kernel.arg_names

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import numpy as np  # noqa: E402
 
-from qlora_infer.kernels.logits import PromptLogits, first_row, follow, slots_of  # noqa: E402
+from qlora_infer._vllm.kernels.logits import PromptLogits, first_row, follow, slots_of  # noqa: E402
 
 
 class Kernels:

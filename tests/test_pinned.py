@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from qlora_infer._vllm.kernels.loading import pinned
 from qlora_infer.errors import CorruptAdapterError
-from qlora_infer.kernels import pinned
 
 
 @settings(max_examples=50, deadline=None)

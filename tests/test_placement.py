@@ -303,7 +303,7 @@ def test_experts_are_found_by_their_layer_whatever_it_calls_their_home(tmp_path)
 
 def test_layers_of_vllms_own_kernels_are_named_in_the_log(caplog):
     """Whose LoRA falls back to vLLM's kernels, and what cannot be adapted at all, stands in the log, kind by kind."""
-    from qlora_infer._vllm import VLLMBackend
+    from qlora_infer._vllm.engine import VLLMBackend
 
     class Answering(VLLMBackend):
         def _rpc(self, method, *arguments):

@@ -4,19 +4,19 @@ import os
 import subprocess
 import sys
 
-from qlora_infer import _shared_memory
+from qlora_infer._vllm import shared_memory
 
 SCRIPT = """
 import os
 from multiprocessing.shared_memory import SharedMemory
-from qlora_infer import _shared_memory
+from qlora_infer import shared_memory
 segment = SharedMemory(create=True, size=4096)
-found = _shared_memory.segments_of([os.getpid()])
+found = shared_memory.segments_of([os.getpid()])
 assert found == {segment.name}, (found, segment.name)
 segment.close()
-_shared_memory.remove(found)
+shared_memory.remove(found)
 assert not os.path.exists("/dev/shm/" + segment.name)
-_shared_memory.remove(found)  # nothing is there any more
+shared_memory.remove(found)  # nothing is there any more
 """
 
 
@@ -30,4 +30,4 @@ def test_a_process_that_has_ended_shares_nothing():
     """Asking for it is no error."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    assert _shared_memory.segments_of([child.pid, os.getpid()]) == _shared_memory.segments_of([os.getpid()])
+    assert shared_memory.segments_of([child.pid, os.getpid()]) == shared_memory.segments_of([os.getpid()])

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from qlora_infer._short_turns import ShortTurns
+from qlora_infer._vllm.short_turns import ShortTurns
 
 
 @pytest.fixture

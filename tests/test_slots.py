@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.kernels.slots import Move, Slots
+from qlora_infer._vllm.kernels.loading.slots import Move, Slots
 
 NUM_SLOTS, RANK, INPUTS, SIZES = 3, 4, 5, (6, 2)
 
@@ -117,7 +117,7 @@ def test_vllms_modules_are_moved_at_once():
         MergedColumnParallelLinearWithLoRA,
     )
 
-    from qlora_infer.kernels.slots import move_at_once
+    from qlora_infer._vllm.kernels.loading.slots import move_at_once
 
     def module(kind, sizes, *, tp_size=1):
         class Layer(kind):

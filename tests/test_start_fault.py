@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from qlora_infer import _start_fault
-from qlora_infer._start_fault import fault_folder, format_error, leave_fault, shorten
+from qlora_infer._vllm import start_fault
+from qlora_infer._vllm.start_fault import fault_folder, format_error, leave_fault, shorten
 
 TOKEN = "hf_" + "Qx7" * 12
 
@@ -42,8 +42,8 @@ def test_nothing_is_left_after_the_start(vllm_log):
     """The folder and its name in the environment go with the start, and later errors write nothing."""
     with fault_folder() as folder:
         leave_fault()
-        assert os.environ[_start_fault.FOLDER] == str(folder.path)
-    assert _start_fault.FOLDER not in os.environ
+        assert os.environ[start_fault.FOLDER] == str(folder.path)
+    assert start_fault.FOLDER not in os.environ
     fail(vllm_log, "WorkerProc hit an exception.", ValueError("an adapter that does not fit"))
     assert not folder.path.exists()
 

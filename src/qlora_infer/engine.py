@@ -729,7 +729,7 @@ def _unless_ended(function: Callable[..., Any], *args: Any) -> None:
 
 def _vllm_backend() -> Backend:
     _require_children()
-    from qlora_infer._vllm import VLLMBackend, require_vllm
+    from qlora_infer._vllm.engine import VLLMBackend, require_vllm
 
     require_vllm()
     return VLLMBackend()

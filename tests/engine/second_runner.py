@@ -34,7 +34,7 @@ def main(model, jobs, folders):
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=False,
-        worker_extension_cls="qlora_infer._worker.WorkerExtension",
+        worker_extension_cls="qlora_infer._vllm.worker.WorkerExtension",
         speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
     )
     llm.collective_rpc("qlora_lora_modules")

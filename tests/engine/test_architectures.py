@@ -54,14 +54,14 @@ def classes():
 
 def test_modules_are_renamed_as_vllm_renames_them(classes):
     """Renames gives what WeightsMapper.map_name gives, with the rules of every class and every form of names."""
-    from qlora_infer import _lora_layers
+    from qlora_infer._vllm import lora_layers
 
     num_compared = 0
     for name, model in classes.items():
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         if mapper is None:
             continue
-        ours, theirs = Renames(**_lora_layers.rename_rules(mapper)), mapper.get_rename_mapper()
+        ours, theirs = Renames(**lora_layers.rename_rules(mapper)), mapper.get_rename_mapper()
         for module in NAMES:
             for suffix in (".lora_A.weight", ".lora_B.weight", ".weight"):
                 assert ours.of_tensor(module + suffix) == theirs.map_name(module + suffix), (name, module)

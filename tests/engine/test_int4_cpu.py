@@ -1,4 +1,4 @@
-"""4-bit weights on a CPU without AVX-512: the arithmetic of kernels/int4_cpu.py, on any CPU; no engine is started."""
+"""4-bit weights on a CPU without AVX-512: the arithmetic of _vllm/kernels/cpu/int4.py, on any CPU; no engine is started."""
 
 import subprocess
 import sys
@@ -21,10 +21,10 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMPa
 from vllm.platforms import PlatformEnum, current_platform  # noqa: E402
 from vllm.scalar_type import scalar_types  # noqa: E402
 
-from qlora_infer import kernels  # noqa: E402
+from qlora_infer._vllm import kernels  # noqa: E402
+from qlora_infer._vllm.kernels.cpu import int4  # noqa: E402
+from qlora_infer._vllm.kernels.cpu.products import product  # noqa: E402
 from qlora_infer.demo._pack import GROUP_SIZE, pack_awq, pack_compressed, pack_gptq, quantize  # noqa: E402
-from qlora_infer.kernels import int4_cpu  # noqa: E402
-from qlora_infer.kernels.products import product  # noqa: E402
 
 K, N = 192, 96
 
@@ -80,7 +80,7 @@ def test_a_layer_is_what_its_steps_stand_for(quantization, num_rows, monkeypatch
         layer = layer_of(pack_awq(matrix) if is_awq else pack_gptq(matrix), packed_dim=1 if is_awq else 0)
     if is_awq:
         _convert_awq_to_standard_format(layer, "qweight", "qzeros", 4)
-    kernel = int4_cpu.ExpandedLinearKernel(config, "qweight", "scales", "qzeros")
+    kernel = int4.ExpandedLinearKernel(config, "qweight", "scales", "qzeros")
     kernel.process_weights_after_loading(layer)
 
     x, bias = torch.randn(num_rows, K).bfloat16(), torch.randn(N).bfloat16()
@@ -94,12 +94,12 @@ def test_vllms_kernel_is_used_where_there_is_one(monkeypatch):
     """With the operator that vLLM's kernel calls, install changes nothing; without it, vLLM chooses ours."""
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", "")
     registered = []
-    monkeypatch.setattr(int4_cpu, "register_linear_kernel", lambda kernel, *where: registered.append((kernel, *where)))
+    monkeypatch.setattr(int4, "register_linear_kernel", lambda kernel, *where: registered.append((kernel, *where)))
     kernels._complete_4_bit_weights()
     if hasattr(torch.ops._C, "cpu_gemm_wna16"):
         assert not registered
     else:
-        assert registered == [(int4_cpu.ExpandedLinearKernel, PlatformEnum.CPU, "mp")]
+        assert registered == [(int4.ExpandedLinearKernel, PlatformEnum.CPU, "mp")]
 
 
 def test_vllm_still_chooses_as_we_know_it(monkeypatch):
@@ -132,7 +132,7 @@ def test_reordered_inputs_are_refused():
     """GPTQ with desc_act, whose groups are not of neighbours, would give wrong text: refused by vLLM, until 0.31 by us."""
     if "has_g_idx" in MPLinearLayerConfig.__dataclass_fields__:
         config = config_of(scalar_types.uint4b8, zero_points=False, is_reordered=True)
-        is_possible, reason = int4_cpu.ExpandedLinearKernel.can_implement(config)
+        is_possible, reason = int4.ExpandedLinearKernel.can_implement(config)
         assert not is_possible
         assert "desc_act" in reason
     else:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st  # noqa: E402
 from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
 
-from qlora_infer import kernels  # noqa: E402
-from qlora_infer.kernels import bitsandbytes_cpu, cpu, rows, vectors  # noqa: E402
-from qlora_infer.kernels.cpu import GroupedPunicaWrapper, group_rows  # noqa: E402
-from qlora_infer.kernels.rows import Layer, Rows, Tiles  # noqa: E402
+from qlora_infer._vllm import kernels  # noqa: E402
+from qlora_infer._vllm.kernels.cpu import bitsandbytes, lora, rows, vectors  # noqa: E402
+from qlora_infer._vllm.kernels.cpu.lora import GroupedPunicaWrapper, group_rows  # noqa: E402
+from qlora_infer._vllm.kernels.cpu.rows import Layer, Rows, Tiles  # noqa: E402
 
 SLOTS = 4
 slots_of_rows = st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=24)
@@ -50,7 +50,7 @@ def test_every_row_with_an_adapter_is_in_its_slots_group_and_no_other(slots):
 @pytest.fixture(params=["compiled, one thread", "compiled, all threads", "by group"])
 def way(request, monkeypatch):
     """Each of the ways in which a layer is computed, whatever its size."""
-    monkeypatch.setattr(cpu, "ROWS_UP_TO", -1 if request.param == "by group" else 2**62)
+    monkeypatch.setattr(lora, "ROWS_UP_TO", -1 if request.param == "by group" else 2**62)
     monkeypatch.setattr(rows, "ALONE_UP_TO", 2**62 if request.param == "compiled, one thread" else -1)
 
 
@@ -332,7 +332,7 @@ def test_bitsandbytes_weights_answer_alike_once_they_are_packed():
 
     before = answers()
     expected = 3 if functional.has_avx512bf16() else 0
-    assert bitsandbytes_cpu.pack_weights(model) == expected
+    assert bitsandbytes.pack_weights(model) == expected
     torch.testing.assert_close(answers().float(), before.float(), rtol=0.02, atol=0.2)
-    assert bitsandbytes_cpu.pack_weights(model) == 0  # a second time changes nothing
+    assert bitsandbytes.pack_weights(model) == 0  # a second time changes nothing
     torch.testing.assert_close(answers().float(), before.float(), rtol=0.02, atol=0.2)

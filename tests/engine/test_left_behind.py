@@ -18,7 +18,7 @@ from engine.conftest import ENGINE_ARGS
 from engine.test_life import children, is_alive, shared_memory, start, wait_for_end
 from engine.twelve_heads import their_adapters, twelve_heads
 from qlora_infer import EngineStartError, ForkedEngineError, QuantizedLoRAEngine
-from qlora_infer._shared_memory import segments_of
+from qlora_infer._vllm.shared_memory import segments_of
 from qlora_infer.demo import demo_adapters, demo_model
 
 CALLER = Path(__file__).with_name("caller.py")
@@ -290,7 +290,7 @@ def test_a_core_that_is_killed_takes_its_workers_and_its_guard_along(lone):
     pids = children(core)
     assert len(pids) >= 2
     for pid in pids:
-        if b"_guard.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"_vllm/guard.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGSTOP)
     os.kill(core, signal.SIGKILL)
     wait_for_end(pids, LIMIT)

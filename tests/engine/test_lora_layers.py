@@ -15,8 +15,8 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from qlora_infer._lora_layers import row_orders, sizes_of
-from qlora_infer.kernels.rotary_cpu import flatten_heads
+from qlora_infer._vllm.kernels.cpu.rotary import flatten_heads
+from qlora_infer._vllm.lora_layers import row_orders, sizes_of
 
 INPUTS, HEAD, HEADS, KV_HEADS, VOCABULARY = 64, 16, 8, 2, 192
 QKV = [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD]

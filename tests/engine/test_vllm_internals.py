@@ -26,7 +26,7 @@ def test_the_cpu_kernels_interface_is_the_one_that_we_replace():
     """The methods of vLLM's CPU wrapper have the parameters that ours take."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as Theirs
 
-    from qlora_infer.kernels.cpu import GroupedPunicaWrapper as Ours
+    from qlora_infer._vllm.kernels.cpu.lora import GroupedPunicaWrapper as Ours
 
     for name in ("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"):
         theirs, ours = parameters(getattr(Theirs, name)), parameters(getattr(Ours, name))
@@ -51,8 +51,8 @@ def test_the_gpu_kernels_interface_is_the_one_that_we_replace():
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as Theirs
 
-    from qlora_infer.kernels import differences_between
-    from qlora_infer.kernels.gpu import FusedPunicaWrapper as Ours
+    from qlora_infer._vllm.kernels import differences_between
+    from qlora_infer._vllm.kernels.cuda.lora import FusedPunicaWrapper as Ours
 
     assert differences_between(Theirs, Ours) == []
     import vllm
@@ -114,7 +114,7 @@ def test_the_client_of_the_core_has_what_the_watch_needs(awq):
 
 
 def test_the_renderer_turns_prompts_into_what_add_request_takes(awq):
-    """The renderer's methods that _vllm.py uses have their names and parameters."""
+    """The renderer's methods that _vllm/engine.py uses have their names and parameters."""
     from vllm.renderers.inputs.preprocess import parse_model_prompt
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -282,8 +282,8 @@ def test_an_adapter_read_in_few_calls_is_what_vllm_reads(tmp_path, change, moved
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
+    from qlora_infer._vllm.kernels.loading.lora_model import PinnedLoRAModel
     from qlora_infer.demo import demo_adapters
-    from qlora_infer.kernels.lora_model import PinnedLoRAModel
 
     if vllm_release() < (0, 32) and "alpha_pattern" in change:
         is_kept = True  # it is not read
@@ -322,7 +322,7 @@ from vllm.lora.request import LoRARequest
 folder, in_float16, nowhere = sys.argv[2:]
 llm = LLM(
     sys.argv[1], max_model_len=256, enable_lora=True, max_loras=1, max_lora_rank=16, max_cpu_loras=4,
-    kv_cache_memory_bytes=1 << 28, worker_extension_cls="qlora_infer._worker.WorkerExtension",
+    kv_cache_memory_bytes=1 << 28, worker_extension_cls="qlora_infer._vllm.worker.WorkerExtension",
 )
 before, found, has_ended = sys.getswitchinterval(), [], threading.Event()
 
@@ -346,8 +346,8 @@ assert sys.getswitchinterval() == before
 #: What readers do for a GPU, for which there has to be vLLM 0.32.
 FOR_A_GPU = """
 def compare(worker):
-    from qlora_infer.kernels.lora_model import PinnedLoRAModel
-    from qlora_infer.kernels.slots import move_at_once
+    from qlora_infer._vllm.kernels.loading.lora_model import PinnedLoRAModel
+    from qlora_infer._vllm.kernels.loading.slots import move_at_once
 
     manager = worker.model_runner.lora_manager
     theirs, aside = manager._load_adapter(LoRARequest("theirs", 3, folder)), copy.copy(manager._adapter_manager)
@@ -437,7 +437,7 @@ def test_vllm_logs_what_ends_a_start():
     import vllm.v1.engine.core
     import vllm.v1.executor.multiproc_executor
 
-    from qlora_infer._start_fault import ENDINGS
+    from qlora_infer._vllm.start_fault import ENDINGS
 
     modules = (vllm.v1.engine.core, vllm.v1.executor.multiproc_executor)
     sources = [Path(module.__file__).read_text() for module in modules]
@@ -451,7 +451,7 @@ def test_an_engine_is_made_of_a_configuration_and_an_executor():
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.abstract import Executor
 
-    from qlora_infer._executor import FaultLeavingExecutor
+    from qlora_infer._vllm.executor import FaultLeavingExecutor
 
     wanted = {"vllm_config", "executor_class", "log_stats", "usage_context", "multiprocess_mode"}
     assert wanted <= set(parameters(LLMEngine))
@@ -562,7 +562,7 @@ def test_rows_are_reordered_where_we_know_of_it():
     """vLLM's loaders that put queries and keys in another order are Llama 4's, which is asked, and K2-Horizon's."""
     from vllm.model_executor import models
 
-    from qlora_infer._lora_layers import is_reordered
+    from qlora_infer._vllm.lora_layers import is_reordered
 
     sources = {path.stem: path.read_text() for path in Path(models.__file__).parent.glob("*.py")}
     names = ("rope_perm_idx", "permute_qk_weight_for_rotary")

@@ -21,7 +21,7 @@ from test_fused import (
 )
 
 from gpu.test_gpu import GREEDY, TOLERANCE, distance
-from qlora_infer.kernels import fused
+from qlora_infer._vllm.kernels.cuda import fused
 
 __all__ = [
     "interpreter",

@@ -14,8 +14,9 @@ from attrs import asdict, fields, frozen
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from qlora_infer import __version__, _torchvision, quantization
-from qlora_infer._vllm import require_vllm
+from qlora_infer import __version__, quantization
+from qlora_infer._vllm import torchvision_package
+from qlora_infer._vllm.engine import require_vllm
 from qlora_infer.cli.machine import Machine, installed_packages, this_machine
 from qlora_infer.config import EngineConfig
 from qlora_infer.engine import QuantizedLoRAEngine
@@ -143,11 +144,11 @@ def _torchvision_fault(installed: Mapping[str, str]) -> str | None:
     torch, torchvision = installed.get("torch", ""), installed.get("torchvision")
     if torchvision is None:
         fault = "torchvision is not installed"
-    elif _torchvision.matching_release(torch) in (None, ".".join(torchvision.split(".")[:2])):
+    elif torchvision_package.matching_release(torch) in (None, ".".join(torchvision.split(".")[:2])):
         return None
     else:
         fault = f"torchvision {torchvision} does not belong to torch {torch}"
-    return f"{fault}, and {_torchvision.NEEDED_BY}: {_torchvision.install_command(torch or None)}"
+    return f"{fault}, and {torchvision_package.NEEDED_BY}: {torchvision_package.install_command(torch or None)}"
 
 
 def _default_config(name: str) -> EngineConfig:

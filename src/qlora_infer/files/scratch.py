@@ -1,6 +1,6 @@
 """The folder of this process's temporary files: copies of adapters, vLLM's sockets, the error of a start.
 
-All of them are in one folder, so that what a killed process leaves is removed at once: by ``_guard.py``, or, where
+All of them are in one folder, so that what a killed process leaves is removed at once: by ``_vllm/guard.py``, or, where
 there was no engine yet, by the next process that makes such a folder.
 """
 

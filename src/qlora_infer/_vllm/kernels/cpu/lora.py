@@ -21,7 +21,7 @@ import torch
 from attrs import define, field
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from qlora_infer.kernels.rows import Layer, Rows, Tiles
+from qlora_infer._vllm.kernels.cpu.rows import Layer, Rows, Tiles
 
 #: A slot and the rows of the batch that use it.
 Group = tuple[int, slice | torch.Tensor]

@@ -15,20 +15,20 @@ import torch
 from attrs import frozen
 from vllm.lora.lora_model import LoRAModel
 
+from qlora_infer._vllm.kernels.loading.pinned import read_weights
 from qlora_infer.files.snapshot import SERVED_NAME, WEIGHTS_NAME
-from qlora_infer.kernels.pinned import read_weights
 
 #: What is cast when an adapter is moved into a slot, by the device, which is faster at it.
 CAST_LATER = (torch.float16, torch.bfloat16)
 
 
 class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
-    """An adapter in host memory, brought there in a few calls of torch instead of thousands (``kernels/pinned.py``).
+    """An adapter in host memory, brought there in a few calls of torch instead of thousands (``pinned.py``).
 
     vLLM reads with ``safe_open``, which loses memory at each reading (seen with safetensors 0.8.0).
 
     Attributes:
-        moved: The kinds of modules that ``kernels/slots.py`` moves into slots, and casts on the GPU. vLLM casts what it
+        moved: The kinds of modules that ``slots.py`` moves into slots, and casts on the GPU. vLLM casts what it
             moves on the CPU, in the middle of a step; so an adapter of others is cast when it is read.
     """
 

@@ -22,7 +22,7 @@ from qlora_infer.files.scratch import VARIABLE
 #: A guard that is not scheduled for so long is left to itself; it ends when it is.
 SECONDS_TO_DISMISS = 2.0
 
-_GUARD = Path(__file__).with_name("_guard.py")
+_GUARD = Path(__file__).with_name("guard.py")
 _lock = threading.Lock()
 _starting = 0
 _vllms_own: Any = None

@@ -1,6 +1,6 @@
 """The executor inside vLLM's engine core where the workers are processes of their own.
 
-Elsewhere the core imports ``_worker.py``, because it is the worker. Read in vLLM 0.32.0,
+Elsewhere the core imports ``worker.py``, because it is the worker. Read in vLLM 0.32.0,
 ``vllm/v1/executor/abstract.py``.
 """
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from qlora_infer import _start_fault
+from qlora_infer._vllm import start_fault
 
 
 class FaultLeavingExecutor(MultiprocExecutor):  # type: ignore[misc]
     """vLLM's own, in a core whose errors reach the process that starts it, such as too little room for a KV cache."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _start_fault.leave_fault()
+        start_fault.leave_fault()
         super().__init__(*args, **kwargs)

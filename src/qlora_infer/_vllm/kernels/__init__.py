@@ -6,9 +6,9 @@ import inspect
 import logging
 from typing import Any
 
-from qlora_infer.kernels.experts_cpu import leave_out_experts
-from qlora_infer.kernels.rotary_cpu import flatten_heads
-from qlora_infer.kernels.routers import hand_on_routers
+from qlora_infer._vllm.kernels.cpu.experts import leave_out_experts
+from qlora_infer._vllm.kernels.cpu.rotary import flatten_heads
+from qlora_infer._vllm.kernels.routers import hand_on_routers
 from qlora_infer.plan.startup import KERNELS_KEY
 
 logger = logging.getLogger("qlora_infer")
@@ -66,9 +66,9 @@ def _complete_4_bit_weights() -> None:
     from vllm import _custom_ops  # noqa: F401  # loads the operators that were compiled for this CPU
 
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        from qlora_infer.kernels import int4_cpu
+        from qlora_infer._vllm.kernels.cpu import int4
 
-        int4_cpu.install()
+        int4.install()
 
 
 def _request_amx() -> None:
@@ -86,7 +86,7 @@ def _request_amx() -> None:
 def _for_a_cpu() -> str | None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    return "qlora_infer.kernels.cpu.GroupedPunicaWrapper" if ours_can_replace(PunicaWrapperCPU) else None
+    return "qlora_infer._vllm.kernels.cpu.lora.GroupedPunicaWrapper" if ours_can_replace(PunicaWrapperCPU) else None
 
 
 def _for_a_gpu(platform: Any) -> str | None:
@@ -96,13 +96,13 @@ def _for_a_gpu(platform: Any) -> str | None:
         return None
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-    from qlora_infer.kernels.gpu import FusedPunicaWrapper
+    from qlora_infer._vllm.kernels.cuda.lora import FusedPunicaWrapper
 
     differences = differences_between(PunicaWrapperGPU, FusedPunicaWrapper)
     if differences:
         logger.warning("vLLM's own LoRA kernels are used, ours do not know this vLLM: %s", "; ".join(differences))
         return None
-    return "qlora_infer.kernels.gpu.FusedPunicaWrapper"
+    return "qlora_infer._vllm.kernels.cuda.lora.FusedPunicaWrapper"
 
 
 def watch(manager: Any) -> list[str]:
@@ -121,7 +121,7 @@ def ours_can_replace(theirs: type[Any]) -> bool:
     Raises:
         RuntimeError: Neither.
     """
-    from qlora_infer.kernels.cpu import GroupedPunicaWrapper
+    from qlora_infer._vllm.kernels.cpu.lora import GroupedPunicaWrapper
 
     differences = differences_between(theirs, GroupedPunicaWrapper)
     if differences and not is_right(theirs):

@@ -1,6 +1,6 @@
 """The process that ends what an engine leaves; each engine core starts one as a script, and nobody imports it.
 
-    python -I -S _guard.py GROUP SCRATCH CALLER END
+    python -I -S guard.py GROUP SCRATCH CALLER END
 
 It sleeps until one of three things happens: the process CALLER, whose engine it is, ends (END is a pidfd of it, or -1),
 the core ends (the end of its standard input), or the core says that it ended as it should (a byte there). In the first

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from numba import cfunc, types
 
-from qlora_infer.kernels.rows import count_up, int64s, openmp
-from qlora_infer.kernels.vectors import ROWS, Numbers, dots
+from qlora_infer._vllm.kernels.cpu.rows import count_up, int64s, openmp
+from qlora_infer._vllm.kernels.cpu.vectors import ROWS, Numbers, dots
 
 #: What a call is told. The counter of pieces, which all threads write, has a cache line of its own.
 X, X_STRIDE, NUM_ROWS, WEIGHT, NUM_OUTPUTS, NUM_INPUTS, Y, PIECES, CALL = *range(7), 16, 24

@@ -17,8 +17,8 @@ import torch
 import triton
 from attrs import define, field, frozen
 
-from qlora_infer.kernels.fused_triton import lora_kernel
-from qlora_infer.kernels.tiles import TILE_HEAD, tiles_of
+from qlora_infer._vllm.kernels.cpu.tiles import TILE_HEAD, tiles_of
+from qlora_infer._vllm.kernels.cuda.fused_triton import lora_kernel
 
 #: The sizes of tiles that a batch is cut into, and the most rows of a step that is cut so (``settings_for``).
 MOST_ROWS = {16: 512, 32: 1024, 64: 1 << 20}

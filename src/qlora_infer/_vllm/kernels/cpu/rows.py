@@ -22,8 +22,8 @@ import torch
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from qlora_infer.kernels.tiles import TILE_HEAD, tiles_of
-from qlora_infer.kernels.vectors import ROWS, WIDTH, Numbers, dots, outers
+from qlora_infer._vllm.kernels.cpu.tiles import TILE_HEAD, tiles_of
+from qlora_infer._vllm.kernels.cpu.vectors import ROWS, WIDTH, Numbers, dots, outers
 
 #: What a call is told: 64-bit numbers, addresses among them, and one float. The three counters are written by all
 #: threads, and each has a cache line of its own.

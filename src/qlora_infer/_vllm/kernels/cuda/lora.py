@@ -16,9 +16,9 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from qlora_infer.kernels.fused import Batch, Module, Scratch, add_lora, warm_up
-from qlora_infer.kernels.logits import Slots, put_sampler_indices, slots_of
-from qlora_infer.kernels.slots import spread
+from qlora_infer._vllm.kernels.cuda.fused import Batch, Module, Scratch, add_lora, warm_up
+from qlora_infer._vllm.kernels.loading.slots import spread
+from qlora_infer._vllm.kernels.logits import Slots, put_sampler_indices, slots_of
 
 #: Slices of the modules that our kernel takes, a Mamba's five among them; vLLM's own take modules of more.
 MOST_SLICES = 8

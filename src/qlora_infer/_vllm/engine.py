@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 
-from qlora_infer import _guarded_core, _shared_memory, _start_fault, _torchvision
+from qlora_infer._vllm import guarded_core, shared_memory, start_fault, torchvision_package
 from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterError,
@@ -159,14 +159,14 @@ class VLLMBackend:
         from vllm.platforms import current_platform
 
         startup.set_environment(device=current_platform.device_type)
-        own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._worker.WorkerExtension"}
+        own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._vllm.worker.WorkerExtension"}
         self._sockets = scratch.new_folder("sockets-")
         with (
             _shielded_from_ctrl_c(),
             startup.breakable_graphs(engine_args),
             startup.sockets_in(self._sockets),
-            _start_fault.fault_folder() as folder,
-            _guarded_core.guarded_cores(),
+            start_fault.fault_folder() as folder,
+            guarded_core.guarded_cores(),
         ):
             try:
                 self._engine = _start_engine(EngineArgs(**{**engine_args, **own}))
@@ -183,7 +183,7 @@ class VLLMBackend:
         self._tokenizer = self._engine.get_tokenizer()
         self._default_sampling_params = self._engine.model_config.get_diff_sampling_param()
         self._processes = self._engine.engine_core.resources.engine_manager.processes
-        self._shared = _shared_memory.segments_of(self.pids)
+        self._shared = shared_memory.segments_of(self.pids)
         threading.Thread(
             target=_report_death,
             args=(self._engine.engine_core, self._processes),
@@ -366,7 +366,7 @@ class VLLMBackend:
             if process.is_alive():
                 process.kill()
                 process.join(SHUTDOWN_TIMEOUT)
-        _shared_memory.remove(self._shared)  # which a core that was killed has left
+        shared_memory.remove(self._shared)  # which a core that was killed has left
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         with _translated_death():
@@ -418,14 +418,14 @@ def require_vllm() -> None:
 
 def _require_sound_torch_packages() -> None:
     """Raise where one that transformers or vLLM import is built for another torch: they die of it."""
-    if _torchvision.is_installed():
+    if torchvision_package.is_installed():
         try:
-            import torchvision  # noqa: F401
+            pass
         except Exception as error:
             raise MissingDependencyError(
                 "the installed torchvision does not belong to the installed torch: "
-                f"{_torchvision.install_command()} ({_torchvision.NEEDED_BY}); other models need none, and for them "
-                "this is enough: pip uninstall -y torchvision torchaudio torchcodec"
+                f"{torchvision_package.install_command()} ({torchvision_package.NEEDED_BY}); other models need none, and "
+                "for them this is enough: pip uninstall -y torchvision torchaudio torchcodec"
             ) from error
     # vLLM does without a torchcodec that has no FFmpeg (``vllm/multimodal/media/audio.py`` in 0.32.0).
     for name, caught in (("torchaudio", ()), ("torchcodec", (ImportError, RuntimeError))):
@@ -448,7 +448,7 @@ def _start_engine(engine_args: Any) -> Any:
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-    from qlora_infer._executor import FaultLeavingExecutor
+    from qlora_infer._vllm.executor import FaultLeavingExecutor
 
     # LLM_CLASS chooses the batch sizes that ``vllm.LLM`` has.
     vllm_config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
@@ -493,14 +493,14 @@ def _start_error(error: Exception, fault: str | None, engine_args: Mapping[str, 
         fault: What its processes left.
         engine_args: vLLM's arguments.
     """
-    model, reason = engine_args["model"], fault or _start_fault.format_error(error)
+    model, reason = engine_args["model"], fault or start_fault.format_error(error)
     if unimportable := UNIMPORTABLE.search(reason):
         reason = _import_error(re.findall(r"\w+", unimportable[1])) or reason
-    reason = _start_fault.shorten(reason, [engine_args.get("hf_token")])
-    if "torchvision" in reason.lower() and not _torchvision.is_installed():
+    reason = start_fault.shorten(reason, [engine_args.get("hf_token")])
+    if "torchvision" in reason.lower() and not torchvision_package.is_installed():
         return MissingDependencyError(
             f"{model} needs torchvision, also for text alone, and it is not installed ({reason}): "
-            f"{_torchvision.install_command()}"
+            f"{torchvision_package.install_command()}"
         )
     if UNKNOWN_ARCHITECTURE.search(reason):
         return _unsupported(model, reason.partition(": ")[2])
@@ -520,7 +520,7 @@ def _import_error(architectures: Collection[str]) -> str | None:
             try:
                 ModelRegistry.models[architecture].load_model_cls()
             except Exception as error:
-                return _start_fault.format_error(error)
+                return start_fault.format_error(error)
     return None
 
 

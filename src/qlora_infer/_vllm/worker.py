@@ -13,15 +13,16 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from qlora_infer import _lora_layers, _start_fault, kernels
-from qlora_infer._short_turns import ShortTurns
-from qlora_infer.kernels import bitsandbytes_cpu, logits
-from qlora_infer.kernels.lora_model import PinnedLoRAModel, merge
-from qlora_infer.kernels.slots import move_at_once
+from qlora_infer._vllm import kernels, lora_layers, start_fault
+from qlora_infer._vllm.kernels import logits
+from qlora_infer._vllm.kernels.cpu import bitsandbytes
+from qlora_infer._vllm.kernels.loading.lora_model import PinnedLoRAModel, merge
+from qlora_infer._vllm.kernels.loading.slots import move_at_once
+from qlora_infer._vllm.short_turns import ShortTurns
 
 logger = logging.getLogger("qlora_infer")
 
-_start_fault.leave_fault()
+start_fault.leave_fault()
 kernels.install()
 
 #: Adapters that are read at a time, at most. Steps are slower while any is read: the sooner all are there, the better.
@@ -41,7 +42,7 @@ class WorkerExtension:
     def qlora_pack_weights(self) -> None:
         """Lay the base model's weights out as this machine's CPU reads them fastest."""
         if self.device.type == "cpu":
-            num_packed = bitsandbytes_cpu.pack_weights(self.model_runner.model)
+            num_packed = bitsandbytes.pack_weights(self.model_runner.model)
             if num_packed:
                 logger.info("%d bitsandbytes weights are packed for this CPU's AVX512-BF16 kernel", num_packed)
 
@@ -58,7 +59,7 @@ class WorkerExtension:
         # A CPU casts when it reads, not in the middle of a step.
         cast_late = moved if self.device.type == "cuda" else frozenset()
         lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(cast_late)
-        return {**_lora_layers.describe(manager), "computed_by_vllm": computed_by_vllm}
+        return {**lora_layers.describe(manager), "computed_by_vllm": computed_by_vllm}
 
     def qlora_read(self, begin: list[tuple[str, int, str]], int_ids: list[int]) -> dict[int, bool]:
         """Begin to read some adapters (name, id, path), and tell which of some readings have ended.

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
 from vllm.platforms import PlatformEnum
 
-from qlora_infer.kernels.products import product
+from qlora_infer._vllm.kernels.cpu.products import product
 
 logger = logging.getLogger("qlora_infer")
 

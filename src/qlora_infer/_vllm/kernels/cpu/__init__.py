@@ -1,0 +1,1 @@
+"""LoRA, and what vLLM lacks or gets wrong, on the CPU."""

@@ -1,0 +1,1 @@
+"""LoRA on a GPU: both products in one launch."""

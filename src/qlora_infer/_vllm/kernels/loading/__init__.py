@@ -1,0 +1,1 @@
+"""An adapter on its way from its file to a slot."""
