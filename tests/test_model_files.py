@@ -15,7 +15,7 @@ from qlora_infer.errors import ModelNotFoundError, QLoRAInferError, Quantization
 from qlora_infer.model.checkpoint import modules_of_tensors, read_checkpoint
 from qlora_infer.plan.room import adapter_bytes, weight_bytes
 from qlora_infer.quantization import Platform
-from qlora_infer.quantization._checkpoint import QUANTIZATION_FILES
+from qlora_infer.quantization.checkpoint import QUANTIZATION_FILES
 from qlora_infer.sources import hub
 
 HERE = Platform("cuda", 90, frozenset({"bitsandbytes", "vllm-bnb-plugin", "vllm-gguf-plugin", "torchao"}))

@@ -8,7 +8,7 @@ from doc_blocks import text_of
 from qlora_infer.chat import process, template, worker
 from qlora_infer.files import added_tokens, carried, peft_config, safetensors
 from qlora_infer.model import checkpoint
-from qlora_infer.quantization import _checkpoint
+from qlora_infer.quantization import checkpoint as _checkpoint
 from qlora_infer.sources import filesystem, hub
 
 ROWS = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+(?: MiB| KiB| GiB| s)?) \|$", text_of("docs/security.md"), re.M))

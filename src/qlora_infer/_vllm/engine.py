@@ -424,8 +424,8 @@ def _require_sound_torch_packages() -> None:
         except Exception as error:
             raise MissingDependencyError(
                 "the installed torchvision does not belong to the installed torch: "
-                f"{torchvision_package.install_command()} ({torchvision_package.NEEDED_BY}); other models need none, and "
-                "for them this is enough: pip uninstall -y torchvision torchaudio torchcodec"
+                f"{torchvision_package.install_command()} ({torchvision_package.NEEDED_BY}); other models need none, "
+                "and for them this is enough: pip uninstall -y torchvision torchaudio torchcodec"
             ) from error
     # vLLM does without a torchcodec that has no FFmpeg (``vllm/multimodal/media/audio.py`` in 0.32.0).
     for name, caught in (("torchaudio", ()), ("torchcodec", (ImportError, RuntimeError))):

@@ -18,7 +18,7 @@ from qlora_infer.model import architectures, packed
 from qlora_infer.model.architectures import Architecture, kind_of
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.model.packed import Shape
-from qlora_infer.quantization._checkpoint import size_of
+from qlora_infer.quantization.checkpoint import size_of
 from qlora_infer.sources import hub
 
 #: What an architecture that vLLM does not list is taken for: all linear layers are adapted, as by vLLM's fallback.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_infer.quantization._checkpoint import quant_method, quantization_config
+from qlora_infer.quantization.checkpoint import quant_method, quantization_config
 
 Shape = tuple[int, ...]
 

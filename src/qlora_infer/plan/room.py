@@ -10,7 +10,7 @@ from attrs import evolve
 
 from qlora_infer.config import EngineConfig
 from qlora_infer.quantization import Platform
-from qlora_infer.quantization._checkpoint import size_of, weight_bits
+from qlora_infer.quantization.checkpoint import size_of, weight_bits
 
 logger = logging.getLogger("qlora_infer")
 

@@ -1,9 +1,9 @@
-"""Quantization strategies, one a file; the file's name is the strategy's.
+"""How a base model is quantized: strategies, found by name or by what a checkpoint says of itself.
 
-To add one, write a file here (or a class in your own code) and decorate the class with ``register``.
+To add one, write a file in ``strategies/`` (or a class in your own code) and decorate the class with ``register``.
 """
 
-from qlora_infer.quantization._base import (
+from qlora_infer.quantization.strategy import (
     Platform,
     QuantizationStrategy,
     choose,
@@ -14,19 +14,19 @@ from qlora_infer.quantization._base import (
 
 # "auto" asks the newest registration first. Of those for unquantized checkpoints it takes the last of these three.
 # isort: off
-from qlora_infer.quantization.none import Unquantized
-from qlora_infer.quantization.fp8 import FP8
-from qlora_infer.quantization.bitsandbytes import BitsAndBytes
+from qlora_infer.quantization.strategies.none import Unquantized
+from qlora_infer.quantization.strategies.fp8 import FP8
+from qlora_infer.quantization.strategies.bitsandbytes import BitsAndBytes
 # isort: on
 
-from qlora_infer.quantization.auto_round import AutoRound
-from qlora_infer.quantization.awq import AWQ
-from qlora_infer.quantization.compressed_tensors import CompressedTensors
-from qlora_infer.quantization.gguf import GGUF
-from qlora_infer.quantization.gptq import GPTQ
-from qlora_infer.quantization.modelopt import ModelOpt
-from qlora_infer.quantization.mxfp4 import MXFP4
-from qlora_infer.quantization.torchao import TorchAO
+from qlora_infer.quantization.strategies.auto_round import AutoRound
+from qlora_infer.quantization.strategies.awq import AWQ
+from qlora_infer.quantization.strategies.compressed_tensors import CompressedTensors
+from qlora_infer.quantization.strategies.gguf import GGUF
+from qlora_infer.quantization.strategies.gptq import GPTQ
+from qlora_infer.quantization.strategies.modelopt import ModelOpt
+from qlora_infer.quantization.strategies.mxfp4 import MXFP4
+from qlora_infer.quantization.strategies.torchao import TorchAO
 
 __all__ = [
     "AWQ",

@@ -38,7 +38,7 @@ from qlora_infer.files.pickles import PICKLE_NAMES
 from qlora_infer.files.safetensors import MAX_DIMENSION, read_header
 from qlora_infer.files.scratch import scratch_folder
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
-from qlora_infer.quantization._checkpoint import QUANTIZATION_FILES, complete, quantization_config
+from qlora_infer.quantization.checkpoint import QUANTIZATION_FILES, complete, quantization_config
 from qlora_infer.sources.secrets import without_secrets
 
 logger = logging.getLogger("qlora_infer")

@@ -10,7 +10,7 @@ from attrs import frozen
 
 from qlora_infer.config import EngineConfig
 from qlora_infer.errors import MissingDependencyError, QuantizationError, UnknownQuantizationError
-from qlora_infer.quantization._checkpoint import quant_method
+from qlora_infer.quantization.checkpoint import quant_method
 
 logger = logging.getLogger("qlora_infer")
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_infer.config import EngineConfig
-from qlora_infer.quantization._base import Platform, register, unserved
-from qlora_infer.quantization._checkpoint import quant_method, quantization_config
+from qlora_infer.quantization.checkpoint import quant_method, quantization_config
+from qlora_infer.quantization.strategy import Platform, register, unserved
 
 
 @register

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_infer.config import EngineConfig
-from qlora_infer.quantization._base import Platform, register, unserved
-from qlora_infer.quantization._checkpoint import quant_method, quantization_config
+from qlora_infer.quantization.checkpoint import quant_method, quantization_config
+from qlora_infer.quantization.strategy import Platform, register, unserved
 
 #: Bits that vLLM 0.32 has kernels for (``auto_gptq.py``), and those of them that it has on a CPU.
 _BITS, _BITS_ON_A_CPU = (4, 8), (4,)
