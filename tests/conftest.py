@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 if not Path("/dev/nvidiactl").exists():
-    # Triton settles as it is imported whether its own functions are compiled or interpreted. tests/test_fused.py needs
+    # Triton settles as it is imported whether its own functions are compiled or interpreted. tests/_vllm/test_fused.py needs
     # them interpreted, and vLLM, which other tests import before it, would have them compiled.
     with pytest.MonkeyPatch.context() as environment, contextlib.suppress(ImportError):
         environment.setenv("TRITON_INTERPRET", "1")
@@ -25,3 +25,14 @@ def ctrl_c_is_heard():
     """A shell starts what it puts in the background with SIGINT ignored, and children take that over."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def own_strategies():
+    """What a test, or an example that one runs, registers is gone after it."""
+    from qlora_infer.quantization import strategy
+
+    before = dict(strategy._registry)
+    yield
+    strategy._registry.clear()
+    strategy._registry.update(before)

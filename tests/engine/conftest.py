@@ -51,7 +51,7 @@ class Demo:
 @functools.cache
 def demo(form):
     """Return a form of the demo model, which is built where it is not there."""
-    from phi3_demo import phi3_adapters, phi3_model
+    from models.phi3_demo import phi3_adapters, phi3_model
 
     from qlora_infer.demo import demo_adapters, demo_model
 

@@ -118,7 +118,7 @@ def test_a_worker_may_use_amx_before_anything_else_has():
     """The first instruction of a process may be one of a 4-bit kernel: ``kernels.install`` has requested AMX by then."""
     program = (
         "import ctypes, torch\n"
-        "from qlora_infer import kernels\n"
+        "from qlora_infer._vllm import kernels\n"
         "kernels.install()\n"
         "granted = ctypes.c_ulong()\n"
         "ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(granted))\n"  # arch_prctl(ARCH_GET_XCOMP_PERM)

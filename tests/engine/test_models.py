@@ -7,9 +7,8 @@ wrong modules, is off by as much as its effect. ``nox -s models`` runs the model
 import json
 
 import pytest
-import verdicts
 from attrs import frozen
-from models import catalog, checkpoints, quantized
+from models import catalog, checkpoints, quantized, verdicts
 from models.checkpoints import Checkpoint
 from models.comparison import PARAMS, PROMPTS, Answer, Reference
 from typer.testing import CliRunner

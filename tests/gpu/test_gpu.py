@@ -27,7 +27,7 @@ from engine.test_versions import (
     test_an_adapter_from_memory_speaks_like_its_files,
 )
 from engine.twelve_heads import their_adapters, twelve_heads
-from phi3_demo import phi3_adapters, phi3_model
+from models.phi3_demo import phi3_adapters, phi3_model
 
 from gpu.conftest import LEFT_OVER
 from qlora_infer import EngineDeadError

@@ -1,4 +1,4 @@
-"""LoRA's kernel on a real GPU: all of tests/test_fused.py, models' shapes, CUDA graphs, and vLLM's own kernels beside it."""
+"""LoRA's kernel on a real GPU: all of tests/_vllm/test_fused.py, models' shapes, CUDA graphs, and vLLM's own kernels beside it."""
 
 import numpy as np
 import pytest

@@ -18,11 +18,11 @@ from test_checkpoint import TINY_CONFIG, quantized, tensors, write_model
 from typer.testing import CliRunner
 
 from qlora_infer import QuantizedLoRAEngine, __version__
-from qlora_infer._vllm.torchvision import install_command
+from qlora_infer._vllm.torchvision_package import install_command
 from qlora_infer.cli import app
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

@@ -199,7 +199,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from qlora_infer._vllm.kernels import fused
+from qlora_infer._vllm.kernels.cuda import fused
 
 kernel, chosen = fused.lora_kernel, fused.settings_for(64, 16)
 names = kernel.arg_names

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 #: A page that begins with this needs the demo model: its Python runs in tests/engine/test_docs.py, on the real vLLM.
 NEEDS_DEMO_MODEL = "<!-- demo model -->"

@@ -26,7 +26,7 @@ import openai
 
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "fastapi_service.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fastapi_service.py"
 TOKEN, KEY = "an-admin-s-secret", "a-client-s-secret"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 HELLO = [{"role": "user", "content": "ahoy there"}]

@@ -9,7 +9,7 @@ from qlora_infer._vllm import shared_memory
 SCRIPT = """
 import os
 from multiprocessing.shared_memory import SharedMemory
-from qlora_infer import shared_memory
+from qlora_infer._vllm import shared_memory
 segment = SharedMemory(create=True, size=4096)
 found = shared_memory.segments_of([os.getpid()])
 assert found == {segment.name}, (found, segment.name)
