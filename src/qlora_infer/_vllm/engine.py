@@ -420,7 +420,7 @@ def _require_sound_torch_packages() -> None:
     """Raise where one that transformers or vLLM import is built for another torch: they die of it."""
     if torchvision_package.is_installed():
         try:
-            pass
+            import torchvision  # noqa: F401
         except Exception as error:
             raise MissingDependencyError(
                 "the installed torchvision does not belong to the installed torch: "
