@@ -236,11 +236,9 @@ async def events(
     body: Generation, head: Mapping[str, Any], part: ql.GenerationOutput, parts: ql.PartialOutputs
 ) -> AsyncIterator[str]:
     """What each part adds to the one before; an error ends the stream, and is an event too."""
-    num_sent = 0
     try:
         while True:
-            yield event({**head, "choices": [choice(body, part.text[num_sent:], part.finish_reason)]})
-            num_sent = len(part.text)
+            yield event({**head, "choices": [choice(body, part.delta, part.finish_reason)]})
             if part.finished:
                 break
             part = await anext(parts)

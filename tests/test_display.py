@@ -84,6 +84,7 @@ def an_output(text="Ahoy!", prompt="hello", adapter="pirate", **fields):
         "prompt_token_ids": (1, 2),
         "completions": (Completion(0, text, (3, 4, 5), "stop"),),
         "adapter_id": 3 if adapter else 0,
+        "adapter_version": 2 if adapter else None,
         "prompt_logprobs": None,
         "finished": True,
         "times": TIMES,
@@ -129,7 +130,7 @@ def test_adapters_are_a_table_in_a_notebook():
 def test_no_adapters_are_told():
     """An empty table is words."""
     assert str(LoadedAdapters()) == "no adapters"
-    assert LoadedAdapters()._repr_html_() == "<p>no adapters</p>"
+    assert LoadedAdapters({})._repr_html_() == "<p>no adapters</p>"
 
 
 def test_adapters_are_still_a_dict(tmp_path):
@@ -183,7 +184,7 @@ def test_the_repr_of_an_output_is_short():
 def test_an_output_is_printed_line_by_line():
     """Adapter, prompt, text, why it ended, tokens and seconds."""
     assert str(an_output("Ahoy!\nMatey.")) == lines(r"""
-        adapter        pirate (id 3)
+        adapter        pirate@2
         prompt         hello
         text           Ahoy!\nMatey.
         finish reason  stop

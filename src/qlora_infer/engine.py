@@ -39,7 +39,7 @@ from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
-from qlora_infer.requests.submit import Intake
+from qlora_infer.requests.submit import Intake, OnError
 from qlora_infer.sources.blend import BlendMethod
 from qlora_infer.sources.source import AdapterSource, Writable
 from qlora_infer.sources.tensors import AdapterTensors
@@ -552,6 +552,7 @@ class QuantizedLoRAEngine(Displayed):
         timeout: float | None = None,
         in_order: bool = True,
         max_pending: int | None = None,
+        on_error: OnError = "raise",
         use_tqdm: bool = True,
     ) -> Iterator[GenerationOutput]:
         """Answer any number of prompts, and yield outputs while later prompts have not been read yet.
@@ -565,10 +566,13 @@ class QuantizedLoRAEngine(Displayed):
             in_order: Whether outputs come in the order of the prompts; otherwise as they finish.
             max_pending: So many prompts are read ahead of the output that is yielded; ``None`` for four batches
                 (``4 * max_num_seqs``). The more they are, the better adapters can be kept together.
+            on_error: ``"raise"`` ends the loop at the first prompt that fails. ``"return"`` yields an output with its
+                ``error`` in its place, and the others go on; the death of the engine is raised.
             use_tqdm: As in ``generate``.
 
         Yields:
-            One output per prompt. Leaving the loop early cancels what is on its way.
+            One output per prompt; ``output.index`` is its place among the prompts. Leaving the loop early cancels
+            what is on its way.
 
         Raises:
             Exception: What ``generate`` raises, when the prompt in question is read or its output due; the rest is
@@ -590,6 +594,7 @@ class QuantizedLoRAEngine(Displayed):
             timeout,
             in_order=in_order,
             max_pending=max_pending,
+            on_error=on_error,
             use_tqdm=use_tqdm,
         )
         return self._held_by(outputs)

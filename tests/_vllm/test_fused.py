@@ -55,13 +55,14 @@ class Case:
         """Rows that lie further apart than they are long."""
         return self.draw(num_rows, stride or num_columns)[:, :num_columns]
 
-    def expected(self, y, x, slots, changes=None):
-        expected = y.double()
+    def expected(self, y, x, slots, changes=None, signed=torch.Tensor.double):
+        expected = signed(y.double())
         for slot in range(self.num_slots):
             rows = torch.from_numpy(np.flatnonzero(slots == slot)).to(DEVICE)
             for piece, (out, a, b) in enumerate(zip(expected.split(self.sizes, dim=1), self.a, self.b)):
                 if changes is None or (slot, piece) in changes:
-                    out[rows] += x[rows].double() @ a[slot, 0].double().T @ b[slot, 0].double().T
+                    x_rows, a_slot, b_slot = (signed(each.double()) for each in (x[rows], a[slot, 0], b[slot, 0]))
+                    out[rows] += x_rows @ a_slot.T @ b_slot.T
         return expected
 
     def check(self, slots, *, heads=None, changes=None, x=None, y=None):
@@ -71,7 +72,9 @@ class Case:
         before, expected = y.clone(), self.expected(y, x, slots, changes)
         self.batch.update(slots, heads)
         fused.add_lora(y, x, self.module, self.batch, self.scratch, pdl=PDL)
-        assert float((y.double() - expected).norm() / expected.norm()) < TOLERANCE[self.dtype]
+        # Terms that cancel each other leave their roundings: the error is held against what they are without signs.
+        terms = self.expected(before, x, slots, changes, signed=torch.abs).norm()
+        assert float((y.double() - expected).norm() / terms) < TOLERANCE[self.dtype] / 3
         assert torch.equal(y[slots < 0], before[slots < 0])
         return y
 

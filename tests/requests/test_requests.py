@@ -1,11 +1,13 @@
 """How requests wait, run and end, on the fake engine: priorities, deadlines, backpressure, asyncio, restarts, numbers."""
 
 import asyncio
+import concurrent.futures
 import gc
 import itertools
 import math
 import os
 import pty
+import queue
 import subprocess
 import sys
 import termios
@@ -516,6 +518,131 @@ def test_a_prompt_that_fails_ends_generate_iter_and_cancels_the_rest():
         wait_until(lambda: backend.num_unfinished == 0)
 
 
+def test_a_prompt_that_fails_is_an_output_with_an_error(tmp_path):
+    """on_error="return": one bad row among many is a row with an error, in its place, and the others are answered."""
+    rows = ["a b", "a b c d e f g", 7, "x", *["c d"] * 50]
+    adapters = [None, None, None, "parrot", *["pirate"] * 50]
+    for in_order in (True, False):
+        with fake_engine(max_model_len=5, adapters={"pirate": write_adapter(tmp_path / "pirate")}) as engine:
+            outputs = list(
+                engine.generate_iter(rows, LONG, adapter=iter(adapters), on_error="return", in_order=in_order)
+            )
+        assert sorted(output.index for output in outputs) == list(range(54))
+        by_index = {output.index: output for output in outputs}
+        faults = {index: type(output.error) for index, output in by_index.items() if output.error}
+        assert faults == {1: RequestRejectedError, 2: TypeError, 3: AdapterNotLoadedError}
+        assert (by_index[0].text, by_index[53].text) == ("You said: a b", "pirate says: c d")
+        with pytest.raises(RequestRejectedError):
+            _ = by_index[1].text
+        if in_order:
+            assert outputs == [by_index[index] for index in range(54)]
+
+
+def test_an_engine_that_dies_ends_a_batch_that_keeps_errors():
+    """on_error="return" is for rows; what is asked of a dead engine is no row's fault."""
+    backend = FakeEngine()
+    with fake_engine(backend=backend) as engine:
+        outputs = engine.generate_iter(itertools.repeat("a"), LONG, on_error="return", max_pending=4)
+        assert next(outputs).error is None
+        backend.die()
+        with pytest.raises(EngineDeadError):
+            list(outputs)
+
+
+# Futures ----------------------------------------------------------------------------------------------------------
+
+
+def test_handles_are_futures():
+    """concurrent.futures waits for them, and each tells its result, or the error that it ended with."""
+    with fake_engine(max_model_len=5) as engine:
+        handles = [engine.add_request(prompt, LONG) for prompt in ("a", "b", "a b c d e f g")]
+        done, not_done = concurrent.futures.wait(handles, timeout=10)
+        assert (done, not_done) == (set(handles), set())
+        assert set(concurrent.futures.as_completed(handles)) == set(handles)
+        assert handles[0].exception() is None
+        assert isinstance(handles[2].exception(), RequestRejectedError)
+        assert [handle.result().text for handle in handles[:2]] == ["You said: a", "You said: b"]
+        assert not any(handle.running() or handle.cancelled() for handle in handles)
+
+
+def test_a_callback_is_called_although_nobody_holds_the_handle():
+    """Once, with the handle, when the request has ended; and at once where it has already."""
+    found = queue.SimpleQueue()
+    backend, engine = slow_engine()
+    with engine:
+        engine.add_request("a b", LONG).add_done_callback(found.put)
+        gc.collect()
+        handle = found.get(timeout=10)
+        assert handle.result().text == "You said: a b"
+        handle.add_done_callback(found.put)
+        assert found.get(timeout=10) is handle
+        assert found.empty()
+        assert handle._pending._held is None
+    assert backend.num_unfinished == 0
+
+
+def test_a_cancelled_handle_tells_its_callbacks():
+    """cancel() is heard of at once, by callbacks, by as_completed and by asyncio.wrap_future."""
+    backend, engine = slow_engine()
+
+    async def wrapped(handle):
+        handle.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wrap_future(handle)
+
+    with engine:
+        found = []
+        handle = engine.add_request(ENDLESS, LONG)
+        handle.add_done_callback(found.append)
+        wait_until(handle.running)
+        assert handle.cancel()
+        assert found == [handle]
+        assert next(concurrent.futures.as_completed([handle], timeout=10)) is handle
+        assert (handle.done(), handle.cancelled(), handle.running(), handle.cancel()) == (True, True, False, False)
+        asyncio.run(wrapped(engine.add_request(ENDLESS, LONG)))
+        wait_until(lambda: backend.num_unfinished == 0)
+
+
+def test_a_wrapped_future_that_is_cancelled_cancels_its_request():
+    """asyncio.wrap_future(handle): a task that is cancelled while it awaits it stops the request."""
+    backend, engine = slow_engine()
+
+    async def main():
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(engine.add_request(ENDLESS, LONG)), 0.05)
+
+    with engine:
+        asyncio.run(main())
+        wait_until(lambda: backend.num_unfinished == 0)
+
+
+def test_a_callback_that_raises_harms_nobody(caplog):
+    """concurrent.futures logs it; the thread that drives the engine goes on."""
+    with fake_engine() as engine:
+        engine.add_request("a", LONG).add_done_callback(lambda handle: 1 / 0)
+        assert engine.generate("b", LONG)[0].text == "You said: b"
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_parts_have_what_came_since_the_part_before():
+    """The deltas of a stream make up its text; an output outside of a stream has none."""
+    _, engine = slow_engine(step_seconds=0.002)
+    with engine:
+        parts = list(engine.stream(" ".join(f"w{i}" for i in range(30)), {"max_tokens": 30}))
+        assert len(parts) > 1
+        assert all(part.text == "".join(each.delta for each in parts[: i + 1]) for i, part in enumerate(parts))
+        assert engine.generate("a", LONG)[0].delta == ""
+
+
+def test_an_output_tells_which_version_answered(tmp_path):
+    """output.adapter_version is the number after the @, of exactly the version that the request ran on."""
+    with fake_engine(adapters={"pirate": write_adapter(tmp_path / "one")}) as engine:
+        first = engine.generate("a", LONG, adapter="pirate")[0]
+        engine.load_adapter("pirate", write_adapter(tmp_path / "two", rank=4))
+        second, base, exact = engine.generate(["a"] * 3, LONG, adapter=["pirate", None, "pirate@1"])
+    assert [output.adapter_version for output in (first, second, base, exact)] == [1, 2, None, 1]
+
+
 # Letting go -------------------------------------------------------------------------------------------------------
 
 
@@ -689,7 +816,7 @@ def test_an_event_loop_that_is_gone_disturbs_nobody():
         handle = engine.add_request(ENDLESS, {"max_tokens": 30})
 
         async def main():
-            asyncio.get_running_loop().create_task(handle._result())
+            asyncio.get_running_loop().create_task(handle._awaited())
             await asyncio.sleep(0.02)
 
         loop = asyncio.new_event_loop()

@@ -388,13 +388,10 @@ class VLLMBackend:
             del self._requests[output.request_id]
         # Of several completions of a streamed request vLLM tells only the one that has changed.
         begun.completions.update((completion.index, _completion(completion)) for completion in output.outputs)
-        return GenerationOutput(
-            request_id=request.request_id,
-            prompt=request.prompt if isinstance(request.prompt, str) else None,
+        return GenerationOutput.of(
+            request,
             prompt_token_ids=tuple(output.prompt_token_ids or ()),
             completions=tuple(completion for _, completion in sorted(begun.completions.items())),
-            adapter=request.adapter_name,
-            adapter_id=request.adapter.int_id if request.adapter else 0,
             prompt_logprobs=output.prompt_logprobs,
             finished=output.finished,
             times=RequestTimes(

@@ -206,7 +206,7 @@ class AdapterCache:
     def loaded(self) -> LoadedAdapters:
         """What may be named now, in the order of loading."""
         with self._lock:
-            return LoadedAdapters((name, held[-1].loaded()) for name, held in self._held.items())
+            return LoadedAdapters({name: held[-1].loaded() for name, held in self._held.items()})
 
     def held(self, name: str) -> list[LoadedAdapter]:
         """The versions of a name that requests may name exactly, the newest first.

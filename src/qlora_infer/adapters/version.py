@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from attrs import define, field, frozen
@@ -67,8 +67,23 @@ class LoadedAdapter(Displayed):
         return [Table(rows)]
 
 
-class LoadedAdapters(DisplayedCollection, dict[str, LoadedAdapter]):
-    """Adapters by name; a ``dict``, but for how it looks."""
+class LoadedAdapters(DisplayedCollection, Mapping[str, LoadedAdapter]):
+    """Adapters by name, as they were at one moment: reading it changes nothing, and nobody can change it."""
+
+    def __init__(self, loaded: Mapping[str, LoadedAdapter]) -> None:
+        self._loaded = dict(loaded)
+
+    def __getitem__(self, name: str) -> LoadedAdapter:
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def __repr__(self) -> str:
+        return f"LoadedAdapters({self._loaded!r})"
 
     def _tables(self) -> Sequence[Table]:
         header = ("adapter", "version", "rank", "modules", "MiB", "weight", "lineage", "source")

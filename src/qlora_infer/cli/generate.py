@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack
+from itertools import tee
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -15,15 +16,9 @@ from qlora_infer.cli import start
 from qlora_infer.cli.answer_file import answered_lines, unanswered, write_record
 from qlora_infer.cli.prompt_lines import PromptLine, read_lines
 from qlora_infer.engine import QuantizedLoRAEngine
-from qlora_infer.errors import AdapterError, EngineDeadError, RequestError
-from qlora_infer.requests.handle import RequestHandle
 from qlora_infer.requests.request import GenerationOutput
-from qlora_infer.requests.window import ended
 
 STDIN = Path("-")
-
-#: What fails one line and not the others.
-_FAULTS = (AdapterError, RequestError, ValueError, TypeError)
 
 
 def generate(
@@ -174,54 +169,41 @@ class _Answering:
         self._timeout = timeout
         self._file = file
         self._bar = bar
-        self._asked: dict[RequestHandle, PromptLine] = {}
+        self._asked: dict[int, PromptLine] = {}
         self.num_answered = 0
         self.num_failed = 0
 
     def run(self, lines: Iterable[PromptLine], max_pending: int) -> None:
-        """Answer all lines; when that is interrupted, what has finished is written all the same."""
-        try:
-            with closing(ended(self._handles(lines), max_pending=max_pending, in_order=False)) as handles:
-                for handle in handles:
-                    self._finish(handle)
-        except BaseException:
-            self._write_finished()
-            raise
-
-    def _handles(self, lines: Iterable[PromptLine]) -> Iterator[RequestHandle]:
-        for line in lines:
-            try:
-                handle = self._ask(line)
-            except _FAULTS as error:
-                self._fail(line, error)
-                continue
-            self._asked[handle] = line
-            yield handle
-
-    def _ask(self, line: PromptLine) -> RequestHandle:
-        if line.fault:
-            raise ValueError(line.fault)
-        # A mapping that is empty lets an adapter's and the model's own defaults stand, as None does.
-        params = {**self._sampling_params, **(line.sampling_params or {})}
-        return self._engine.add_request(line.prompt, params, adapter=line.adapter, timeout=self._timeout)
-
-    def _finish(self, handle: RequestHandle) -> None:
-        line = self._asked.pop(handle)
-        try:
-            output = handle.result()
-        except (*_FAULTS, EngineDeadError) as error:  # what is asked after the engine's death raises it again
-            self._fail(line, error)
-        else:
-            self._write(line, output)
-
-    def _write_finished(self) -> None:
-        for handle, line in self._asked.items():
-            if handle.done():
-                try:
-                    output = handle.result()
-                except Exception:  # cancelled, most of them: they are asked again
-                    continue
+        """Answer all lines."""
+        prompts, params, adapters = tee(self._sound(lines), 3)
+        outputs = self._engine.generate_iter(
+            (line.prompt for line in prompts),
+            # A mapping that is empty lets an adapter's and the model's own defaults stand, as None does.
+            ({**self._sampling_params, **(line.sampling_params or {})} for line in params),
+            adapter=(line.adapter for line in adapters),
+            timeout=self._timeout,
+            in_order=False,
+            max_pending=max_pending,
+            on_error="return",
+            use_tqdm=False,
+        )
+        for output in outputs:
+            line = self._asked.pop(output.index)
+            if output.error is None:
                 self._write(line, output)
+            else:
+                self._fail(line, output.error)
+
+    def _sound(self, lines: Iterable[PromptLine]) -> Iterator[PromptLine]:
+        """Yield the lines that can be asked, and write what is wrong with the others."""
+        number = 0
+        for line in lines:
+            if line.fault:
+                self._fail(line, ValueError(line.fault))
+                continue
+            self._asked[number] = line
+            number += 1
+            yield line
 
     def _write(self, line: PromptLine, output: GenerationOutput) -> None:
         fields: dict[str, Any] = {

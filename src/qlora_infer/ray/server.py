@@ -139,7 +139,7 @@ class AdapterServer:
             prompt, sampling_params, streamed = _read(await request.body())
             handle = await self._ask(prompt, sampling_params, 0)
             if not streamed:
-                return JSONResponse(_told(await handle))
+                return JSONResponse(_told(output := await handle, output.text))
             parts = aiter(handle)
             # What goes wrong before the first token still has a status of its own.
             first = await anext(parts)
@@ -234,9 +234,9 @@ def _read(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
     return prompt, sampling_params, bool(streamed)
 
 
-def _told(output: GenerationOutput, num_sent: int = 0) -> dict[str, Any]:
+def _told(output: GenerationOutput, text: str) -> dict[str, Any]:
     return {
-        "text": output.text[num_sent:],
+        "text": text,
         "finish_reason": output.finish_reason,
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_tokens": output.num_tokens,
@@ -254,12 +254,10 @@ def _status(error: Exception) -> int:
 
 async def _events(part: GenerationOutput, parts: PartialOutputs) -> AsyncIterator[str]:
     """What each part adds to the one before; an error ends the stream, and is an event too."""
-    num_sent = 0
     with contextlib.closing(parts):  # cancels the request when its reader has gone
         try:
             while True:
-                yield f"data: {json.dumps(_told(part, num_sent))}\n\n"
-                num_sent = len(part.text)
+                yield f"data: {json.dumps(_told(part, part.delta))}\n\n"
                 if part.finished:
                     return
                 part = await anext(parts)

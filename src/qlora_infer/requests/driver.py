@@ -116,11 +116,12 @@ class Driver:
             except (QueueFullError, RequestTimeoutError):
                 self._stats.refused(request)
                 raise
+            handle = RequestHandle(pending, self._let_go)  # now, because the request may end as soon as it is queued
             self._queue.append(pending)
             self._stats.queued(pending)
             self._work.notify()
         self._deadlines.add(pending)
-        return RequestHandle(pending, self._let_go)
+        return handle
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Run a function on the driving thread, between two steps, and return what it returns."""

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from typing import Any, Self
+
+from attrs import evolve
+from typing_extensions import override
 
 from qlora_infer.errors import RequestCancelledError
 from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.request import GenerationOutput
 
 
-class RequestHandle:
-    """The caller's end of a request, for any thread and any event loop.
+class RequestHandle(Future[GenerationOutput]):
+    """A future of a request's output, for any thread and any event loop.
 
     ``handle.result()`` waits in a thread and ``await handle`` in a coroutine. ``for part in handle`` and
     ``async for part in handle`` yield partial outputs as tokens come, each with all the text so far, and the finished
     one last. A reader that is slower than the engine gets the newest output and skips those between.
+    ``concurrent.futures.wait``, ``as_completed`` and ``asyncio.wrap_future`` take handles, too.
 
-    A handle that nobody holds any more cancels its request, since nobody can hear of it.
+    A handle that nobody holds any more cancels its request, since nobody can hear of it; one with a callback is held
+    until it is done.
 
     Example:
         >>> from qlora_infer.testing import fake_engine
@@ -34,21 +41,43 @@ class RequestHandle:
         >>> with fake_engine() as engine:
         ...     asyncio.run(answer(engine))
         'You said: one two'
+
+        Several, the first that ends first:
+
+        >>> from concurrent.futures import as_completed
+        >>> with fake_engine() as engine:
+        ...     handles = [engine.add_request(f"number {i}", {"max_tokens": 8}) for i in range(3)]
+        ...     sorted(handle.result().text for handle in as_completed(handles))
+        ['You said: number 0', 'You said: number 1', 'You said: number 2']
     """
 
     def __init__(self, pending: PendingRequest, end: Callable[[PendingRequest], None]) -> None:
+        super().__init__()
         self._pending = pending
         self._end = end  # makes the driver let go of the request; it neither locks nor waits
+        pending.attach(self)
 
     @property
     def request_id(self) -> str:
         """The request's id, as in its outputs."""
         return self._pending.request.request_id
 
+    @override
     def done(self) -> bool:
-        """Whether the request has finished, failed or been cancelled."""
+        """Return whether the request has finished, failed or been cancelled."""
         return self._pending.done
 
+    @override
+    def running(self) -> bool:
+        """Return whether the engine is at work on it: it has left the queue and not ended."""
+        return self._pending.admitted is not None and not self._pending.done
+
+    @override
+    def cancelled(self) -> bool:
+        """Return whether it was cancelled before it ended."""
+        return isinstance(self._pending.error, RequestCancelledError)
+
+    @override
     def cancel(self) -> bool:
         """Stop the request and free what it holds; the others go on.
 
@@ -60,6 +89,7 @@ class RequestHandle:
             self._end(self._pending)
         return was_unfinished
 
+    @override
     def result(self, timeout: float | None = None) -> GenerationOutput:
         """Wait for the finished output.
 
@@ -76,16 +106,45 @@ class RequestHandle:
             EngineClosedError: The engine was closed first.
             EngineDeadError: The engine core died.
         """
-        if not self._pending.wait(timeout=timeout):
-            raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s; it goes on")
-        return self._pending.last_output()
+        self._wait(timeout)
+        return super().result()
+
+    @override
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the request's end, and return the error that it ended with, or ``None``.
+
+        Args:
+            timeout: As in ``result``.
+
+        Raises:
+            TimeoutError: It has not ended in time; it goes on.
+        """
+        self._wait(timeout)
+        return super().exception()
+
+    @override
+    def add_done_callback(self, fn: Callable[[Future[GenerationOutput]], object]) -> None:
+        """Call ``fn`` with this handle when the request has ended; at once if it has.
+
+        The thread that drives the engine calls it, so ``fn`` must be quick. The request goes on although nobody else
+        holds its handle.
+        """
+        self._pending.hold(self)
+        super().add_done_callback(fn)
+
+    def _wait(self, timeout: float | None) -> None:
+        self._pending.require_own_process()
+        try:
+            super().exception(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        except TimeoutError:
+            raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s; it goes on") from None
 
     def __await__(self) -> Generator[Any, None, GenerationOutput]:
-        return self._result().__await__()
+        return self._awaited().__await__()
 
-    async def _result(self) -> GenerationOutput:
+    async def _awaited(self) -> GenerationOutput:
         await self._pending.wait_async()
-        return self._pending.last_output()
+        return self.result()
 
     def __iter__(self) -> PartialOutputs:
         return PartialOutputs(self)
@@ -111,6 +170,7 @@ class PartialOutputs:
         self._handle = handle
         self._pending = handle._pending
         self._num_seen = 0
+        self._num_characters = 0
         self._ended = False
 
     def __iter__(self) -> Self:
@@ -139,4 +199,6 @@ class PartialOutputs:
     def _newest(self) -> GenerationOutput:
         self._ended = True  # unless there is an output, and it is not the last
         output, self._num_seen, self._ended = self._pending.newest()
-        return output
+        delta = output.text[self._num_characters :]
+        self._num_characters += len(delta)
+        return evolve(output, delta=delta)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 
 from qlora_infer._forked import forked_engine_error
+from qlora_infer.errors import ForkedEngineError
 from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 
 #: More outputs than any request has: whoever waits for more waits for the end.
@@ -19,7 +22,7 @@ class PendingRequest:
     """What the queue and the driver hold of a request, and what its handle reads.
 
     It ends exactly once, with a finished output or with an error, and whoever waits for it then is woken: threads,
-    and tasks of any event loop.
+    and tasks of any event loop. It knows its handle only weakly, so that one that its caller drops is gone.
 
     Attributes:
         request: What is asked.
@@ -51,6 +54,17 @@ class PendingRequest:
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._listeners: list[tuple[float, Callable[[], None]]] = []
+        self._future: Callable[[], Future[GenerationOutput] | None] = lambda: None
+        self._held: Future[GenerationOutput] | None = None
+
+    def attach(self, future: Future[GenerationOutput]) -> None:
+        """Settle this future when the request ends, if anybody still holds it then."""
+        self._future = weakref.ref(future)
+
+    def hold(self, future: Future[GenerationOutput]) -> None:
+        """Keep the future until the request has ended: somebody waits to be called."""
+        with self._changed:
+            self._held = None if self.done else future
 
     def ends_within(self, num_steps: int) -> bool:
         """Whether it reaches its ``max_tokens`` within so many steps."""
@@ -64,6 +78,8 @@ class PendingRequest:
             self.output, self.done = output, output.finished
             self.num_outputs += 1
             self._notify()
+        if output.finished:
+            self._settle()
 
     def fail(self, error: BaseException) -> bool:
         """End with an error, unless the request has ended; whether it did so now."""
@@ -72,32 +88,24 @@ class PendingRequest:
                 return False
             self.error, self.done = error, True
             self._notify()
-            return True
-
-    def last_output(self) -> GenerationOutput:
-        """The output that it ended with; raises the error if it ended with one."""
-        if self.error is not None:
-            raise self.error
-        if self.output is None:
-            raise RuntimeError(f"request {self.request.request_id} has no output")
-        return self.output
+        self._settle()
+        return True
 
     def newest(self) -> tuple[GenerationOutput, int, bool]:
-        """The newest output, how many there have been, and whether it is the last; raises the error of a failed one."""
+        """Return the newest output, how many there have been, and whether it is the last; or raise the error."""
         self._end_if_forked()
         with self._changed:
-            return self.last_output(), self.num_outputs, self.done
+            if self.error is not None:
+                raise self.error
+            if self.output is None:
+                raise RuntimeError(f"request {self.request.request_id} has no output")
+            return self.output, self.num_outputs, self.done
 
-    def wait(self, num_seen: float = END, timeout: float | None = None) -> bool:
-        """Block this thread until there are more outputs than ``num_seen``, or the end.
-
-        Returns:
-            Whether there are, within ``timeout`` seconds.
-        """
+    def wait(self, num_seen: float) -> None:
+        """Block this thread until there are more outputs than ``num_seen``, or the end."""
         self._end_if_forked()
-        limit = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         with self._changed:
-            return self._changed.wait_for(lambda: self._has_news(num_seen), limit)
+            self._changed.wait_for(lambda: self._has_news(num_seen))
 
     async def wait_async(self, num_seen: float = END) -> None:
         """Let the event loop run until there are more outputs than ``num_seen``, or the end."""
@@ -132,6 +140,20 @@ class PendingRequest:
     def _unlisten(self, listener: Callable[[], None]) -> None:
         with self._changed:
             self._listeners = [entry for entry in self._listeners if entry[1] is not listener]
+
+    def require_own_process(self) -> None:
+        """Raise ``ForkedEngineError`` in a process that was forked from its own while the request ran."""
+        self._end_if_forked()
+        if isinstance(self.error, ForkedEngineError):
+            raise self.error
+
+    def _settle(self) -> None:
+        """Pass the end on to the handle, outside of all locks: its callbacks may be anybody's."""
+        future, self._held = self._future(), None
+        if future is not None and self.error is not None:
+            future.set_exception(self.error)
+        elif future is not None:
+            future.set_result(self.output)  # type: ignore[arg-type]  # a request that ends has one
 
     def _end_if_forked(self) -> None:
         """Fail in a process that was forked from the one where the request runs: no output comes here any more."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from attrs import field, frozen
 
-from qlora_infer.display import BASE_MODEL, Displayed, DisplayedCollection, Table, cut
+from qlora_infer.display import BASE_MODEL, Cell, Displayed, DisplayedCollection, Table, cut
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
@@ -31,6 +31,7 @@ class GenerationRequest:
         priority: Lower goes first.
         timeout: Seconds from ``queued`` in which it must finish; ``None`` for no limit.
         queued: When the request was made, in seconds of ``time.monotonic()``.
+        index: The prompt's place among those of one call.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class GenerationRequest:
     priority: int = 0
     timeout: float | None = None
     queued: float = field(factory=time.monotonic)
+    index: int = 0
 
     @property
     def adapter_name(self) -> str | None:
@@ -98,6 +100,7 @@ class Completion:
         stop_reason: The stop string or token id that ended it, if one did.
         logprobs: For each generated token, vLLM's mapping of token id to ``Logprob``; ``None`` unless asked for.
         cumulative_logprob: The sum of the tokens' log-probabilities; ``None`` unless asked for.
+        token_logprobs: The log-probability of each generated token; ``None`` unless asked for.
     """
 
     index: int
@@ -108,12 +111,20 @@ class Completion:
     logprobs: Sequence[Any] | None = field(default=None, repr=False)
     cumulative_logprob: float | None = None
 
+    @property
+    def token_logprobs(self) -> tuple[float, ...] | None:
+        """The log-probability of each generated token; ``None`` unless asked for."""
+        if self.logprobs is None:
+            return None
+        return tuple(each[token].logprob for each, token in zip(self.logprobs, self.token_ids, strict=True))
+
 
 @frozen
 class GenerationOutput(Displayed):
     """What a request has produced: all of it when ``finished``, the beginning of it before.
 
-    ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` are those of the first completion.
+    ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` are those of the first completion. Of a request that
+    failed, where ``on_error="return"`` keeps it among the others, they raise ``error``.
 
     Attributes:
         request_id: The request's id.
@@ -126,6 +137,10 @@ class GenerationOutput(Displayed):
             ``None`` unless asked for.
         finished: Whether this is the last output of the request.
         times: When the request was made, had its first token, and finished.
+        adapter_version: The number of that version, as in ``"name@2"``; ``None`` for the base model.
+        index: The prompt's place among those of one call, from 0.
+        delta: In a stream, the text that came since the part before; otherwise ``""``.
+        error: What the request failed with; ``None`` as a rule.
     """
 
     request_id: str
@@ -137,16 +152,54 @@ class GenerationOutput(Displayed):
     prompt_logprobs: Sequence[Any] | None
     finished: bool
     times: RequestTimes
+    adapter_version: int | None = None
+    index: int = 0
+    delta: str = ""
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, request: GenerationRequest, **produced: Any) -> Self:
+        """Make an output of a request, with what it has produced."""
+        version = request.adapter
+        return cls(
+            request_id=request.request_id,
+            prompt=request.prompt if isinstance(request.prompt, str) else None,
+            adapter=request.adapter_name,
+            adapter_id=version.int_id if version else 0,
+            adapter_version=version.number if version else None,
+            index=request.index,
+            **produced,
+        )
+
+    @classmethod
+    def failed(cls, request: GenerationRequest, error: Exception) -> Self:
+        """Make the output of a request that has failed."""
+        token_ids = () if isinstance(request.prompt, str) else request.prompt
+        return cls.of(
+            request,
+            prompt_token_ids=token_ids,
+            completions=(),
+            prompt_logprobs=None,
+            finished=True,
+            times=RequestTimes(request.queued, finished=time.monotonic()),
+            error=error,
+        )
+
+    @property
+    def _first(self) -> Completion:
+        if self.error is not None:
+            raise self.error
+        return self.completions[0]
 
     @property
     def text(self) -> str:
         """The first completion's text."""
-        return self.completions[0].text
+        return self._first.text
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The first completion's tokens."""
-        return self.completions[0].token_ids
+        return self._first.token_ids
 
     @property
     def num_tokens(self) -> int:
@@ -156,26 +209,33 @@ class GenerationOutput(Displayed):
     @property
     def finish_reason(self) -> str | None:
         """Why the first completion ended: ``"stop"`` or ``"length"``; ``None`` while it runs."""
-        return self.completions[0].finish_reason
+        return self._first.finish_reason
 
     @property
     def logprobs(self) -> Sequence[Any] | None:
         """The first completion's log-probabilities; ``None`` unless asked for."""
-        return self.completions[0].logprobs
+        return self._first.logprobs
 
     def __repr__(self) -> str:
         prompt = self.prompt if self.prompt is None else cut(self.prompt, 60)
+        if self.error is not None:
+            produced = f"error={self.error!r}"
+        else:
+            text = cut(self.text, 60)
+            produced = f"text={text!r}, num_tokens={self.num_tokens}, finish_reason={self.finish_reason!r}"
         return (
-            f"GenerationOutput(request_id={self.request_id!r}, adapter={self.adapter!r}, prompt={prompt!r}, "
-            f"text={cut(self.text, 60)!r}, num_tokens={self.num_tokens}, finish_reason={self.finish_reason!r})"
+            f"GenerationOutput(request_id={self.request_id!r}, adapter={self.adapter!r}, prompt={prompt!r}, {produced})"
         )
 
     def _tables(self) -> Sequence[Table]:
         one = len(self.completions) == 1
         texts = [("text" if one else f"text {each.index + 1}", each.text) for each in self.completions]
         reasons = [each.finish_reason or "unfinished" for each in self.completions]
+        adapter = BASE_MODEL if self.adapter is None else f"{self.adapter}@{self.adapter_version}"
+        if self.error is not None:
+            return [Table([("adapter", adapter), ("prompt", self._shown_prompt()), ("error", repr(self.error))])]
         rows = [
-            ("adapter", BASE_MODEL if self.adapter is None else f"{self.adapter} (id {self.adapter_id})"),
+            ("adapter", adapter),
             ("prompt", self._shown_prompt()),
             *texts,
             ("finish reason", ", ".join(reasons)),
@@ -193,18 +253,15 @@ class GenerationOutputs(DisplayedCollection, list[GenerationOutput]):
 
     def _tables(self) -> Sequence[Table]:
         header = ("adapter", "prompt", "text", "finish reason", "tokens", "seconds")
-        rows = [
-            (
-                BASE_MODEL if output.adapter is None else output.adapter,
-                output._shown_prompt(),
-                each.text,
-                each.finish_reason,
-                len(each.token_ids),
-                None if output.times.total is None else round(output.times.total, 2),
-            )
-            for output in self
-            for each in output.completions
-        ]
+        rows: list[tuple[Cell, ...]] = []
+        for output in self:
+            first = (BASE_MODEL if output.adapter is None else output.adapter, output._shown_prompt())
+            seconds = None if output.times.total is None else round(output.times.total, 2)
+            if output.error is not None:
+                rows.append((*first, None, repr(output.error), 0, seconds))
+            rows += [
+                (*first, each.text, each.finish_reason, len(each.token_ids), seconds) for each in output.completions
+            ]
         return [Table(rows, header, empty="no outputs")]
 
 

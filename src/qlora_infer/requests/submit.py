@@ -6,10 +6,12 @@ import itertools
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from concurrent.futures import as_completed
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qlora_infer.chat.template import render
+from qlora_infer.errors import AdapterError, EngineDeadError, RequestError
 from qlora_infer.requests.arguments import (
     along,
     checked_priority,
@@ -18,16 +20,24 @@ from qlora_infer.requests.arguments import (
     is_conversation,
     one_per_prompt,
 )
+from qlora_infer.requests.batch import as_ended
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import RequestHandle
+from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.progress import with_progress
 from qlora_infer.requests.request import GenerationOutput, GenerationOutputs, GenerationRequest, Prompt
-from qlora_infer.requests.window import answered
 from qlora_infer.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.files.carried import Carried
+
+
+#: What a batch does with a row that fails.
+OnError = Literal["raise", "return"]
+
+#: What fails one row and not the others.
+ROW_FAULTS = (AdapterError, RequestError, ValueError, TypeError)
 
 
 class AdapterNames(Protocol):
@@ -158,20 +168,19 @@ class Intake:
         keys = [(id(params), version) for params, version in zip(given, versions, strict=True)]
         # Usually they are the same for many prompts; what is made once is shared.
         made = {key: self._sampling(params, key[1]) for key, params in dict(zip(keys, given, strict=True)).items()}
-        ids: list[str] = []
-
-        def handles() -> Iterator[RequestHandle]:
-            for prompt, key, value in zip(prompts, keys, priorities, strict=True):
-                version = self._adapters.acquire(key[1])
-                handle = self._submit(
-                    prompt, made[key], version, value, limit, queued=queued, add_special_tokens=add_special_tokens
-                )
-                ids.append(handle.request_id)
-                yield handle
-
-        outputs = answered(handles(), max_pending=None, in_order=False)
-        by_id = {output.request_id: output for output in self._shown(outputs, len(prompts), use_tqdm=use_tqdm)}
-        return GenerationOutputs(by_id[request_id] for request_id in ids)
+        handles: list[RequestHandle] = []
+        try:
+            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+                version, value = self._adapters.acquire(key[1]), priorities[index]
+                how: dict[str, Any] = {"queued": queued, "index": index, "add_special_tokens": add_special_tokens}
+                handles.append(self._submit(prompt, made[key], version, value, limit, **how))
+            outputs = (handle.result() for handle in as_completed(handles))
+            for _ in self._shown(outputs, len(prompts), use_tqdm=use_tqdm):
+                pass  # the first that fails ends it here
+            return GenerationOutputs(handle.result() for handle in handles)
+        finally:  # Ctrl-C too: nothing of this call may show up in the next one
+            for handle in handles:
+                handle.cancel()
 
     def answer_each(
         self,
@@ -183,19 +192,54 @@ class Intake:
         *,
         in_order: bool,
         max_pending: int | None,
+        on_error: OnError,
         use_tqdm: bool,
     ) -> Iterator[GenerationOutput]:
         """Answer any number of prompts, reading them as the outputs are taken."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be an iterable of prompts, got one string: generate and stream take one")
+        if on_error not in ("raise", "return"):
+            raise ValueError(f'on_error must be "raise" or "return", got {on_error!r}')
         value, limit = checked_priority(priority), checked_timeout(timeout)
         if max_pending is not None and max_pending < 1:
             raise ValueError(f"max_pending must be at least 1, got {max_pending}")
         rows = zip(prompts, along("sampling_params", sampling_params), along("adapter", adapter))  # noqa: B905
-        handles = (self._take(checked_prompt(prompt), params, name, value, limit) for prompt, params, name in rows)
+        faults = ROW_FAULTS if on_error == "return" else ()
+
+        def handles() -> Iterator[RequestHandle]:
+            for index, (prompt, params, name) in enumerate(rows):
+                try:
+                    yield self._take(checked_prompt(prompt), params, name, value, limit, index=index)
+                except faults as fault:
+                    yield self._failed(index, prompt, fault)
+
+        def outputs() -> Iterator[GenerationOutput]:
+            pending = max_pending or 4 * self._reader.max_num_seqs
+            with closing(as_ended(handles(), max_pending=pending, in_order=in_order)) as ended:
+                for handle in ended:
+                    yield self._output(handle, faults)
+
         total = len(prompts) if isinstance(prompts, Sized) else None
-        outputs = answered(handles, max_pending=max_pending or 4 * self._reader.max_num_seqs, in_order=in_order)
-        return self._shown(outputs, total, use_tqdm=use_tqdm)
+        return self._shown(outputs(), total, use_tqdm=use_tqdm)
+
+    def _failed(self, index: int, prompt: Any, fault: Exception) -> RequestHandle:
+        """Return the handle of a row that could not be asked."""
+        known = prompt if isinstance(prompt, str) else ()
+        pending = PendingRequest(GenerationRequest(self._new_id(), known, None, index=index))
+        handle = RequestHandle(pending, lambda _: None)
+        pending.fail(fault)
+        return handle
+
+    def _output(self, handle: RequestHandle, faults: tuple[type[Exception], ...]) -> GenerationOutput:
+        """Return what came of a row; raise what is no fault of the row alone."""
+        try:
+            return handle.result()
+        except faults as fault:
+            return GenerationOutput.failed(handle._pending.request, fault)
+        except EngineDeadError as death:
+            if not (faults and self._driver.is_open):
+                raise
+            return GenerationOutput.failed(handle._pending.request, death)  # another core has been started
 
     def _shown(
         self, outputs: Iterator[GenerationOutput], total: int | None, *, use_tqdm: bool
@@ -233,7 +277,7 @@ class Intake:
         name: str | None,
         priority: int,
         timeout: float | None,
-        **how: bool,
+        **how: Any,
     ) -> RequestHandle:
         version = self._adapters.acquire(name)
         try:
@@ -245,6 +289,9 @@ class Intake:
             raise
         return self._submit(prompt, params, version, priority, timeout, **how)
 
+    def _new_id(self) -> str:
+        return f"{self._id_prefix}-{next(self._numbers)}"
+
     def _submit(
         self,
         prompt: str | tuple[int, ...],
@@ -254,13 +301,14 @@ class Intake:
         timeout: float | None,
         *,
         queued: float | None = None,
+        index: int = 0,
         stream: bool = False,
         add_special_tokens: bool = True,
         block: bool = True,
     ) -> RequestHandle:
         """Queue a request, which releases the version when it has ended, or now if it cannot be queued."""
         request = GenerationRequest(
-            request_id=f"{self._id_prefix}-{next(self._numbers)}",
+            request_id=self._new_id(),
             prompt=prompt,
             sampling_params=params,
             adapter=version,
@@ -269,6 +317,7 @@ class Intake:
             priority=priority,
             timeout=timeout,
             queued=time.monotonic() if queued is None else queued,
+            index=index,
         )
         trace = self._tracer.start(request) if self._tracer is not None else None
         try:

@@ -311,16 +311,13 @@ class FakeEngine:
         reason = ("stop" if entry.limit == len(entry.words) else "length") if finished else None
         token_ids = self._encode(" ".join(words))
         logprobs = self._certain(token_ids) if params.logprobs is not None else None
-        return GenerationOutput(
-            request_id=request.request_id,
-            prompt=request.prompt if isinstance(request.prompt, str) else None,
+        return GenerationOutput.of(
+            request,
             prompt_token_ids=tuple(entry.prompt_ids),
             completions=tuple(
                 Completion(index, " ".join(words), token_ids, reason, None, logprobs, 0.0 if logprobs else None)
                 for index in range(params.n)
             ),
-            adapter=request.adapter_name,
-            adapter_id=request.adapter.int_id if request.adapter else 0,
             prompt_logprobs=[None, *self._certain(entry.prompt_ids)[1:]]
             if params.prompt_logprobs is not None
             else None,
