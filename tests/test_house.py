@@ -2,6 +2,7 @@
 
 import ast
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ FLOORS = [
     "sources plan",
     "files",
     "quantization chat demo",
-    "config display durations _forked _packages",
+    "config display durations tracing _forked _packages",
     "errors",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -41,6 +42,7 @@ def room(module):
     return module.split(".")[0]
 
 
+@cache
 def imports(module):
     """The modules that one imports anywhere in it, but for those that only its annotations need."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
@@ -50,13 +52,13 @@ def imports(module):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for part in ast.walk(node)
     }
+    found = []
     for node in ast.walk(tree):
-        if node in for_types:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.Import) and node not in for_types:
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node not in for_types:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def own_imports(module):
@@ -87,5 +89,7 @@ def test_a_library_has_one_door(library, door):
 
 def test_folders_are_small():
     """A folder can be read at a glance."""
-    sizes = Counter(path.parent.relative_to(HOUSE).as_posix() for path in MODULES.values() if path.name != "__init__.py")
+    sizes = Counter(
+        path.parent.relative_to(HOUSE).as_posix() for path in MODULES.values() if path.name != "__init__.py"
+    )
     assert {folder: size for folder, size in sizes.items() if size > LARGEST_FOLDER} == {}

@@ -26,20 +26,19 @@ from qlora_infer.adapters.memory import Residency
 from qlora_infer.adapters.registry import AdapterCache
 from qlora_infer.adapters.store import Copies
 from qlora_infer.adapters.version import LoadedAdapter
-from qlora_infer.backend import Backend
 from qlora_infer.config import EngineConfig, LoraKernels, Startup
 from qlora_infer.display import Displayed, Table
 from qlora_infer.errors import EngineClosedError, EngineDeadError, EngineStartError, ForkedEngineError
 from qlora_infer.files.scratch import new_folder
 from qlora_infer.plan.room import choose_room, linear_parameters
 from qlora_infer.plan.startup import with_cpu_memory, with_defaults, with_kernels
-from qlora_infer.requests.arguments import conversation_list, prompt_list
+from qlora_infer.requests.backend import Backend
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
-from qlora_infer.requests.submit import Intake, OnError
+from qlora_infer.requests.submit import Intake, OnError, conversation_list, prompt_list
 from qlora_infer.sources.blend import BlendMethod
 from qlora_infer.sources.source import AdapterSource, Writable
 from qlora_infer.sources.tensors import AdapterTensors

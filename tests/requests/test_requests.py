@@ -27,8 +27,8 @@ from qlora_infer import (
     RequestRejectedError,
     RequestTimeoutError,
 )
-from qlora_infer.backend import StepOutput
 from qlora_infer.requests.ahead import steps_ahead
+from qlora_infer.requests.backend import StepOutput
 from qlora_infer.requests.deadlines import Deadlines
 from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.request import GenerationRequest

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import define, field, frozen
 
 from qlora_infer._vllm import guarded_core, shared_memory, start_fault, torchvision_package
-from qlora_infer.backend import StepOutput
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -43,6 +42,7 @@ from qlora_infer.errors import (
 from qlora_infer.files import scratch
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.plan import startup
+from qlora_infer.requests.backend import StepOutput
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 from qlora_infer.sources import secrets
 

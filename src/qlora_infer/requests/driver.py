@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_infer.backend import Backend, StepOutput
 from qlora_infer.errors import (
     EngineClosedError,
     EngineDeadError,
@@ -21,6 +20,7 @@ from qlora_infer.errors import (
     RequestTimeoutError,
 )
 from qlora_infer.requests.ahead import LOOK_AHEAD, STEPS_AHEAD, num_spare, steps_ahead
+from qlora_infer.requests.backend import Backend, StepOutput
 from qlora_infer.requests.deadlines import Deadlines
 from qlora_infer.requests.handle import RequestHandle
 from qlora_infer.requests.pending import PendingRequest

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, fields, frozen
 
-from qlora_infer.backend import StepOutput
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import AdapterLoadError, EngineDeadError, RequestRejectedError
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.quantization import Platform
+from qlora_infer.requests.backend import StepOutput
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 from qlora_infer.testing._adapter import TINY_MODEL
 
