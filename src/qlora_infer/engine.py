@@ -647,8 +647,8 @@ class QuantizedLoRAEngine(Displayed):
             adapter: As in ``generate``.
             priority: As in ``generate``.
             timeout: As in ``generate``.
-            block: What happens while ``max_waiting`` requests wait already: wait for room, or raise. In a coroutine,
-                where nothing may block, pass ``False``.
+            block: What happens while ``max_waiting`` requests wait already: wait for room, or raise. A coroutine, which
+                may not block its event loop, is never kept waiting.
 
         Returns:
             A handle: ``handle.result(timeout)``, ``await handle``, ``for`` and ``async for``, ``handle.cancel()``. A
@@ -657,7 +657,7 @@ class QuantizedLoRAEngine(Displayed):
         Raises:
             ValueError: A sampling parameter is out of range, or the template cannot write the conversation.
             AdapterNotLoadedError: The adapter is not loaded.
-            QueueFullError: ``max_waiting`` requests wait, and ``block`` is false.
+            QueueFullError: ``max_waiting`` requests wait, and ``block`` is false, or this is a coroutine.
             RequestTimeoutError: There was no room within ``timeout``.
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
@@ -693,6 +693,18 @@ class QuantizedLoRAEngine(Displayed):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def aclose(self) -> None:
+        """Do what ``close`` does, while the event loop goes on."""
+        import asyncio
+
+        await asyncio.to_thread(self.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
     def __repr__(self) -> str:
         try:

@@ -410,6 +410,22 @@ def test_a_full_queue_raises_or_blocks_as_the_caller_chooses():
         assert "too much" not in backend.order
 
 
+def test_a_coroutine_is_never_kept_waiting_for_room():
+    """Its event loop would stand still: a full queue raises at once, as with block=False."""
+    backend, engine, _blocker = gated(max_waiting=1)
+
+    async def main():
+        async with engine:
+            handle = engine.add_request("first")
+            with pytest.raises(QueueFullError, match="max_waiting=1"):
+                engine.add_request("too much")
+            backend.open.set()
+            assert (await handle).text == "You said: first"
+        assert not engine.is_running
+
+    asyncio.run(main())
+
+
 def test_generate_gets_through_a_small_queue():
     """max_waiting holds up generate, and does not fail it."""
     with fake_engine(max_waiting=3, engine_args={"max_num_seqs": 2}) as engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -193,7 +194,7 @@ class Driver:
     def _wait_for_room(self, request: GenerationRequest, *, block: bool) -> None:
         self.require_open()
         while self._max_waiting is not None and len(self._queue) >= self._max_waiting:
-            if not block:
+            if not block or _in_event_loop():
                 raise QueueFullError(
                     f"{len(self._queue)} requests wait already (max_waiting={self._max_waiting}): try again later"
                 )
@@ -480,6 +481,12 @@ class Driver:
                 self._stats.ended(pending, None, pending.error, was_running=was_running)
                 self._release(pending.request.adapter)
         self._residency.recorder.emptied()
+
+
+def _in_event_loop() -> bool:
+    """Return whether the calling thread runs an event loop, which nothing may hold up."""
+    asyncio = sys.modules.get("asyncio")  # whose import is slow, and who has a loop has it
+    return asyncio is not None and asyncio._get_running_loop() is not None
 
 
 def _dead(cause: BaseException) -> EngineDeadError:
