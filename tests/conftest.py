@@ -20,6 +20,24 @@ if os.environ.get("QLORA_INFER_REQUIRE_PACKAGES"):
     pytest.importorskip = importlib.import_module
 
 
+#: Folders whose tests meet vLLM, or tools that quantize, which warn of themselves.
+WARNED = {"engine", "gpu", "formats"}
+
+WARNINGS = (
+    "error",
+    "ignore:The following alpha_pattern keys:RuntimeWarning",  # of experts, whose patterns PEFT does not match itself
+    "ignore:Detected pickle protocol:UserWarning",
+    r"ignore::DeprecationWarning:ray\..*",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """A warning fails a test."""
+    for item in items:
+        if not WARNED & set(item.path.parts):
+            item.add_marker(pytest.mark.filterwarnings(*WARNINGS))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard():
     """A shell starts what it puts in the background with SIGINT ignored, and children take that over."""

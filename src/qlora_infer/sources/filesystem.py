@@ -299,6 +299,8 @@ def _status(error: BaseException) -> int | None:
             status = getattr(holder, name, None)
             if isinstance(status, int) and 300 <= status < 600:
                 return status
+            if status is not None:
+                break  # aiohttp's ``code`` is its ``status``, and warns
     return None
 
 
