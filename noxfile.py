@@ -149,7 +149,27 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def light(session: nox.Session) -> None:
-    """The tests that need neither vLLM nor torch, with the commands of CONTRIBUTING.md; the others are skipped."""
+    """Run the tests that need neither vLLM nor torch, with the commands of CONTRIBUTING.md; the others are skipped."""
+    run_light_tests(session)
+
+
+@nox.session(python=["3.12", "3.13"])
+def newer(session: nox.Session) -> None:
+    """Run the same on later releases of Python."""
+    run_light_tests(session)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Print which lines and branches of the library the tests without an engine reach."""
+    environment = install_for_tests(session)
+    session.install("pytest-cov>=6")
+    measured = ("--cov=qlora_infer", "--cov-branch", "--cov-report=term:skip-covered")
+    session.run("pytest", "--ignore=tests/engine", *IN_PARALLEL, *measured, *session.posargs, env=environment)
+
+
+def run_light_tests(session: nox.Session) -> None:
+    """Install and run what CONTRIBUTING.md says."""
     text = Path("CONTRIBUTING.md").read_text(encoding="utf-8")
     (requirements,) = re.findall(r"^pip install (-e .*)$", text, re.MULTILINE)
     (arguments,) = re.findall(r"^pytest (tests --ignore .*?) +#", text, re.MULTILINE)
