@@ -218,8 +218,8 @@ class Ours:
 
     def drop_adapters(self) -> None:
         """Take all adapters out of slots and host memory; their copies stay on disk."""
-        residency = self.engine._residency
-        self.engine._driver.call(lambda: [residency.drop(version) for version in list(residency._resident)])
+        memory = self.engine._memory
+        self.engine._driver.call(lambda: [memory.evict(version) for version in list(memory._places)])
 
     def close(self) -> None:
         """End its core."""

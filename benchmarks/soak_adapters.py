@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import frozen
 
-from qlora_infer import AdapterLoadError, GenerationOutput, LoadedAdapter, QuantizedLoRAEngine
+from qlora_infer import AdapterError, AdapterLoadError, GenerationOutput, LoadedAdapter, QuantizedLoRAEngine
 from qlora_infer.demo import demo_adapters, demo_model
 from qlora_infer.testing import FakeEngine, write_adapter
 
@@ -137,13 +137,17 @@ class ContentFake(FakeEngine):
         self._alphas: dict[int, float] = {}
         self._alpha: float | None = None
 
-    def load_adapter(self, version: Any) -> None:
-        """Read the configuration of the copy on disk, which may have made room for others, as vLLM's workers do."""
+    def poll_loads(self) -> Mapping[Any, AdapterError | None]:
+        """Read the configurations of copies on disk, which may have made room for others, as vLLM's workers do."""
+        return {version: error or self._read(version) for version, error in super().poll_loads().items()}
+
+    def _read(self, version: Any) -> AdapterError | None:
         try:
             self._alphas[version.int_id] = json.loads((version.path / CONFIG).read_text())["lora_alpha"]
         except OSError as error:
-            raise AdapterLoadError(version.name, f"{version.path} cannot be read: {error}") from error
-        super().load_adapter(version)
+            self.remove_adapter(version)
+            return AdapterLoadError(version.name, f"{version.path} cannot be read: {error}")
+        return None
 
     def remove_adapter(self, version: Any) -> None:
         """Forget the version."""

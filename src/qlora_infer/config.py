@@ -170,7 +170,7 @@ class EngineConfig:
             "enforce_eager": self.enforce_eager,
             "max_loras": self.max_loras,
             "max_lora_rank": max_lora_rank,
-            # So many that vLLM never evicts an adapter by itself (see Residency): each may be being replaced, and one
+            # So many that vLLM never evicts an adapter by itself (see HostMemory): each may be being replaced, and one
             # comes before another leaves.
             "max_cpu_loras": 2 * self.num_cpu_loras + 1,
         }

@@ -22,7 +22,7 @@ from qlora_infer import quantization as strategies
 from qlora_infer._forked import LivingEngines
 from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
 from qlora_infer.adapters.loader import AdapterLoader
-from qlora_infer.adapters.memory import Residency
+from qlora_infer.adapters.memory import HostMemory
 from qlora_infer.adapters.registry import AdapterCache
 from qlora_infer.adapters.store import Copies
 from qlora_infer.adapters.version import LoadedAdapter
@@ -178,23 +178,23 @@ class QuantizedLoRAEngine(Displayed):
         # None of these may hold on to this object: when its last reference goes, it is closed.
         store = new_folder("store-")
         copies = Copies(store, max_bytes=config.max_disk_bytes, token=config.token)
-        residency = Residency(self._backend, copies, config.num_cpu_loras, config.num_slots, config.max_cpu_bytes)
+        memory = HostMemory(self._backend, copies, config.num_cpu_loras, config.num_slots, config.max_cpu_bytes)
         cache = AdapterCache(
             copies,
-            on_idle=lambda version: _unless_ended(driver.post, residency.drop, version),
+            on_idle=lambda version: _unless_ended(driver.post, memory.evict, version),
             on_gone=lambda name: _unless_ended(driver.forget, name),
         )
-        queue = RequestQueue(config.policy, max_loras=config.num_slots, is_resident=residency.is_resident)
+        queue = RequestQueue(config.policy, max_loras=config.num_slots, is_resident=memory.__contains__)
         driver = Driver(
             self._backend,
             queue,
-            residency,
+            memory,
             release=cache.release,
             max_waiting=config.max_waiting,
             restarts=config.restart == "on-failure",
         )
-        self._residency, self._cache, self._driver = residency, cache, driver
-        self._loader = AdapterLoader(cache, residency, driver, model=config.model, vocabulary=self._backend.vocabulary)
+        self._memory, self._cache, self._driver = memory, cache, driver
+        self._loader = AdapterLoader(cache, memory, driver, model=config.model, vocabulary=self._backend.vocabulary)
         self._intake = Intake(self._backend, cache, driver, model=config.model)
         self._close = weakref.finalize(self, _close, driver, copies, store)
         _living.add(self)
@@ -729,7 +729,7 @@ class QuantizedLoRAEngine(Displayed):
         return [Table(rows), *(adapters._tables() if adapters else ())]
 
 
-_living = LivingEngines(parts=("_backend", "_residency", "_cache", "_driver", "_loader", "_intake"))
+_living = LivingEngines(parts=("_backend", "_memory", "_cache", "_driver", "_loader", "_intake"))
 
 
 def _close(driver: Driver, copies: Copies, store: Path) -> None:

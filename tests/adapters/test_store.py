@@ -26,17 +26,14 @@ from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 class Reader(FakeEngine):
     """Reads the files of what it loads, as vLLM does."""
 
-    def load_adapter(self, version):
-        self.read(version)
-        super().load_adapter(version)
-
-    def prefetch_adapter(self, version):
-        self.read(version)
-        super().prefetch_adapter(version)
+    def poll_loads(self):
+        return {version: error or self.read(version) for version, error in super().poll_loads().items()}
 
     def read(self, version):
         if not (version.path / "adapter_model.safetensors").is_file():
-            raise AdapterLoadError(version.name, f"vLLM found no files of {version.name!r}")
+            self.remove_adapter(version)
+            return AdapterLoadError(version.name, f"vLLM found no files of {version.name!r}")
+        return None
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 from test_versions import CONFIG, tensors_of
 
 from qlora_infer import EngineClosedError, QLoRAInferError
+from qlora_infer.adapters.memory import State
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 pytest.importorskip("torch")  # for blends
@@ -157,19 +158,19 @@ def test_any_traffic_leaves_the_books_right(seed, folders):
         engine._cache._copies._pool.shutdown()  # what is still being fetched is done
         for _ in range(2):  # and what was posted to the driving thread meanwhile
             assert engine.generate("x")[0].text == "You said: x"
-        cache, copies, residency, queue = engine._cache, engine._cache._copies, engine._residency, engine._driver._queue
+        cache, copies, memory, queue = engine._cache, engine._cache._copies, engine._memory, engine._driver._queue
         versions = {version for held in cache._held.values() for version in held}
-        assert not any(version.num_uses for version in versions)
+        assert not any(version.num_uses or version.num_running for version in versions)
         assert (len(queue), queue.num_running, engine._driver._running, backend.num_unfinished) == (0, 0, {}, 0)
-        assert (len(cache._loading), copies._fetches, residency._num_running) == (0, {}, {})
+        assert (len(cache._loading), copies._fetches, memory._loads) == (0, {}, [])
         assert {path.name for path in copies._store.iterdir()} == {str(version.int_id) for version in copies._sizes}
         assert copies.num_bytes == sum(copies._sizes.values())
-        assert set(residency._resident) | set(copies._sizes) <= versions
-        assert residency._pinned <= set(cache._held) == set(cache._num_alive)
-        loaded = Counter(version.name for version in residency._resident if version not in residency._prefetched)
+        assert set(memory._places) | set(copies._sizes) <= versions
+        assert memory._pinned <= set(cache._held) == set(cache._num_alive)
+        loaded = Counter(version.name for version in memory._places if memory.state(version) is State.RESIDENT)
         assert Counter(backend.resident) == loaded
-        resident = Counter(version.name for version in residency._resident)
-        in_slots = Counter(version.name for version in residency._in_slots)
+        resident = Counter(version.name for version in memory._places)
+        in_slots = Counter(version.name for version in memory._in_slots)
         counted = engine.stats().residency
         assert {name: (resident[name], in_slots[name]) for name in counted} == {
             name: (counts.num_resident, counts.num_in_slots) for name, counts in counted.items()

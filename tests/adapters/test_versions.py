@@ -281,21 +281,22 @@ def test_prefetch_reads_ahead(tmp_path):
         for seed, name in enumerate("abc"):
             engine.load_adapter(name, write_adapter(tmp_path / name, seed=seed))
         assert "a" not in backend.resident
-        del backend.prefetches[:]
+        del backend.loads[:]
         engine.prefetch(["a"])
-        assert backend.prefetches == ["a"]
+        assert backend.loads == ["a"]
         assert engine.generate("x", adapter="a")[0].text == "a says: x"
 
 
 class SlowReader(FakeEngine):
     """Reads an adapter in the time of twenty steps, as long as there is anything to step."""
 
-    def prefetch_adapter(self, version):
-        super().prefetch_adapter(version)
+    def start_load(self, version):
+        super().start_load(version)
         self.begun_at = self.num_steps
 
-    def have_read(self, versions):
-        return set(versions) if self.num_steps >= self.begun_at + 20 or not self.num_unfinished else set()
+    def poll_loads(self):
+        is_read = not self._being_read or self.num_steps >= self.begun_at + 20 or not self.num_unfinished
+        return super().poll_loads() if is_read else {}
 
 
 def test_steps_go_on_while_an_adapter_is_read(tmp_path):
@@ -312,7 +313,7 @@ def test_steps_go_on_while_an_adapter_is_read(tmp_path):
         assert engine.add_request("x", adapter="a").result(timeout=30).text == "a says: x"
         assert backend.num_steps >= 60
         cancelled = engine.add_request("x", adapter="b")
-        while backend.prefetches[-1] != "b":
+        while backend.loads[-1] != "b":
             pass
         cancelled.cancel()
         assert engine.add_request("x", adapter="a").result(timeout=30).text == "a says: x"
@@ -332,12 +333,12 @@ def test_many_calls_for_one_adapter_are_one_or_two(engine, backend, tmp_path):
     folder = write_adapter(tmp_path / "a", seed=1)
     began, go_on = threading.Event(), threading.Event()
 
-    def load_adapter(version):
+    def start_load(version):
         began.set()
         go_on.wait(30)
-        FakeEngine.load_adapter(backend, version)
+        FakeEngine.start_load(backend, version)
 
-    backend.load_adapter = load_adapter
+    backend.start_load = start_load
     results = []
 
     def load():
@@ -565,18 +566,23 @@ def test_a_log_keeps_no_frames(tmp_path, backend, caplog):
     assert ("it was killed",) in [record.args for record in caplog.records]
 
 
-@pytest.mark.parametrize("kind", ["bad source", "death"])
-def test_an_error_is_gone_with_the_last_who_holds_it(tmp_path, backend, kind):
+@pytest.mark.parametrize(
+    ("kind", "error_class"),
+    [("bad source", AdapterNotFoundError), ("refused", AdapterLoadError), ("death", EngineDeadError)],
+)
+def test_an_error_is_gone_with_the_last_who_holds_it(tmp_path, backend, kind, error_class):
     """It and the frames of its traceback are freed at once, and wait for no garbage collection."""
     with fake_engine(backend=backend, restart="on-failure") as engine:
         with_a_death(engine, backend, tmp_path)
-        if kind == "bad source":
+        if kind != "death":
             engine.generate("x")  # it is alive again
+        if kind == "refused":
+            backend.refuse("a", "not any more")
         gc.collect()
         gc.disable()
         try:
-            with pytest.raises(EngineDeadError if kind == "death" else AdapterNotFoundError) as raised:
-                engine.rollback("a") if kind == "death" else engine.load_adapter("a", tmp_path / "nothing")
+            with pytest.raises(error_class) as raised:
+                engine.load_adapter("a", tmp_path / "nothing") if kind == "bad source" else engine.rollback("a")
             error = weakref.ref(raised.value)
             del raised
             engine.generate("x")  # the driving thread has gone on

@@ -130,16 +130,16 @@ def test_an_adapter_that_is_read_ahead_takes_no_slot_from_one_that_runs(awq):
     def in_host_memory():
         return pirate.int_id in awq._backend._engine.list_loras()
 
-    call(awq._residency.drop, pirate)
+    call(awq._memory.evict, pirate)
     assert not call(in_host_memory)
-    call(awq._residency.prefetch, pirate)
+    call(awq._memory.prefetch, pirate)
     assert not call(in_host_memory)
     (again,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
     assert again.token_ids == expected.token_ids
     assert call(in_host_memory)
-    call(awq._residency.drop, pirate)
-    call(awq._residency.prefetch, pirate)
-    call(awq._residency.drop, pirate)
+    call(awq._memory.evict, pirate)
+    call(awq._memory.prefetch, pirate)
+    call(awq._memory.evict, pirate)
     assert not call(in_host_memory)
     (again,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
     assert again.token_ids == expected.token_ids
@@ -149,14 +149,14 @@ def test_an_adapter_is_read_once_beside_the_steps(awq, tmp_path):
     """What the workers have read while steps went on is not read again when it is loaded: its files may be gone."""
     version = awq._loader.prepare("once", AdapterSource.parse(demo_adapters()["pirate"]))
     version.fit = awq._cache.current("pirate").fit
-    call, residency = awq._driver.call, awq._residency
+    call, memory = awq._driver.call, awq._memory
     (expected,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
-    call(residency.prefetch, version)
-    while not call(residency.has_read, version):
+    call(memory.prefetch, version)
+    while not call(memory.is_ready, version):
         time.sleep(0.01)
     assert version.int_id in call(awq._backend._engine.list_loras)  # no step has to wait for it any more
     shutil.rmtree(version.path)
-    call(residency.load, version)
+    call(memory.load, version).result(60)
     awq._cache.publish(version)
     (output,) = awq.generate(PROMPT, GREEDY, adapter="once", use_tqdm=False)
     assert output.token_ids == expected.token_ids

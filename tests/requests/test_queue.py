@@ -23,7 +23,7 @@ class Adapter(SimpleNamespace):
 
 
 def adapter(name, weight=1.0):
-    return None if name is None else Adapter(name=name, weight=weight)
+    return None if name is None else Adapter(name=name, weight=weight, num_running=0)
 
 
 class Simulation:

@@ -24,7 +24,7 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define, field, frozen
+from attrs import field, frozen
 
 from qlora_infer._vllm import guarded_core, shared_memory, start_fault, torchvision_package
 from qlora_infer.errors import (
@@ -82,14 +82,6 @@ class _Begun:
     completions: dict[int, Completion] = field(factory=dict)
 
 
-@define
-class _Reading:
-    """An adapter that was begun and not asked for yet: what the workers are still to be told, and if they have it."""
-
-    to_begin: tuple[str, int, str] | None
-    is_in_memory: bool = False
-
-
 class _SchedulerLog:
     """Stands where vLLM keeps its loggers, and keeps the scheduler's numbers of the newest step."""
 
@@ -119,8 +111,7 @@ class VLLMBackend:
         self._shared: set[str] = set()
         self._sockets: Path | None = None
         self._requests: dict[str, _Begun] = {}
-        self._seen_to_load: set[int] = set()
-        self._readings: dict[int, _Reading] = {}
+        self._being_read: dict[AdapterVersion, None] = {}  # in the order of their calls
         self._scheduler = _SchedulerLog()
         self.max_num_seqs = 0
 
@@ -248,52 +239,49 @@ class VLLMBackend:
             logger.info("LoRA of %s (%d modules) is computed by vLLM's own kernels", kind, count)
         return ModelModules.of(descriptions)
 
-    def load_adapter(self, version: AdapterVersion) -> None:
-        """The first time through ``add_lora``, whose failure leaves the engine alive; a request's load would end it.
+    def start_load(self, version: AdapterVersion) -> None:
+        """The workers read it, on threads of their own, from the next ``poll_loads`` on."""
+        self._being_read[version] = None
 
-        ``add_lora`` fills a slot too, which shows that the adapter fits, and may push another one out of its slot. So
-        afterwards the adapter is only read.
+    def poll_loads(self) -> Mapping[AdapterVersion, AdapterError | None]:
+        """Ask the workers about all loads at once, because each call waits until they have ended a step."""
+        if not self._being_read:
+            return {}
+        answers = self._rpc("qlora_poll_loads", [_lora_fields(version) for version in self._being_read])
+        ended = [version for version in self._being_read if all(version.int_id in answer for answer in answers)]
+        return {version: self._end_load(version, [answer[version.int_id] for answer in answers]) for version in ended}
+
+    def _end_load(self, version: AdapterVersion, reasons: Collection[str | None]) -> AdapterError | None:
+        error: AdapterError | None = next((_refusal(version, reason) for reason in reasons if reason), None)
+        if error is None and not version.number:  # it is published when it has loaded
+            error = self._try(version)
+        if error is None:
+            del self._being_read[version]
+        else:
+            self.remove_adapter(version)  # what failed in the middle may have left something
+        return error
+
+    def _try(self, version: AdapterVersion) -> AdapterError | None:
+        """Move an adapter into a slot, which shows that it fits: in a request's step, a failure would end the engine.
+
+        It may push another one out of its slot, so it is done once, before the adapter serves.
         """
-        is_seen, reading = version.int_id in self._seen_to_load, self._readings.pop(version.int_id, None)
-        is_unread = is_seen if reading is None else not reading.is_in_memory
-        with _translated_death():
-            try:
-                if is_unread:
-                    self._rpc("qlora_finish_load", version.vllm_name, version.int_id, str(version.path))
-                if not is_seen:
-                    _check_scaling(version)
-                    self._engine.add_lora(_lora_request(version))
-                    self._seen_to_load.add(version.int_id)
-            except Exception as error:
-                if _is_death(error):
-                    raise
-                # A load that failed in the middle may have left the adapter registered.
-                self._engine.remove_lora(version.int_id)
-                if isinstance(error, AdapterError):
-                    raise
-                raise AdapterLoadError(version.name, f"vLLM refused adapter {version.name!r}: {error}") from error
-
-    def prefetch_adapter(self, version: AdapterVersion) -> None:
-        """The workers do, on threads of their own, from when ``have_read`` is called next."""
-        self._readings[version.int_id] = _Reading((version.vllm_name, version.int_id, str(version.path)))
-
-    def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
-        """Asked of the workers, all at once, for a question waits until they have ended a step."""
-        being_read = {version.int_id for version in versions} & self._readings.keys()
-        if being_read:
-            to_begin = [reading.to_begin for reading in self._readings.values() if reading.to_begin]
-            answers = self._rpc("qlora_read", to_begin, sorted(being_read))
-            for reading in self._readings.values():
-                reading.to_begin = None
-            ended = set.intersection(*map(set, answers))
-            for int_id in ended:
-                self._readings[int_id].is_in_memory = all(answer[int_id] for answer in answers)
-            being_read -= ended
-        return {version for version in versions if version.int_id not in being_read}
+        try:
+            _check_scaling(version)
+            with _translated_death():
+                self._engine.add_lora(_lora_request(version))
+        except EngineDeadError:
+            raise
+        except AdapterError as error:
+            return error
+        except Exception as error:
+            return _refusal(version, error)
+        return None
 
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Out of the slots and of host memory."""
-        if self._readings.pop(version.int_id, None):
+        if version in self._being_read:
+            del self._being_read[version]
             self._rpc("qlora_drop_load", version.int_id)
         with _translated_death():
             self._engine.remove_lora(version.int_id)
@@ -359,7 +347,7 @@ class VLLMBackend:
         if not self._running:
             gc.unfreeze()
         self._requests.clear()
-        self._readings.clear()
+        self._being_read.clear()
         engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT)
         for process in self._processes:
             process.join(SHUTDOWN_TIMEOUT)
@@ -557,10 +545,18 @@ def _completion(completion: Any) -> Completion:
     )
 
 
+def _lora_fields(version: AdapterVersion) -> tuple[str, int, str]:
+    return version.vllm_name, version.int_id, str(version.path)
+
+
 def _lora_request(version: AdapterVersion) -> Any:
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(version.vllm_name, version.int_id, str(version.path))
+    return LoRARequest(*_lora_fields(version))
+
+
+def _refusal(version: AdapterVersion, reason: object) -> AdapterLoadError:
+    return AdapterLoadError(version.name, f"vLLM refused adapter {version.name!r}: {reason}")
 
 
 def _check_scaling(version: AdapterVersion) -> None:

@@ -61,37 +61,38 @@ class WorkerExtension:
         lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(cast_late)
         return {**lora_layers.describe(manager), "computed_by_vllm": computed_by_vllm}
 
-    def qlora_read(self, begin: list[tuple[str, int, str]], int_ids: list[int]) -> dict[int, bool]:
-        """Begin to read some adapters (name, id, path), and tell which of some readings have ended.
+    def qlora_poll_loads(self, adapters: list[tuple[str, int, str]]) -> dict[int, str | None]:
+        """Load adapters (name, id, path), and return the ids of those that have ended, with the reason of a failure.
 
-        It is one call for all, once a step, because each waits until a step has ended. What was read well is put in
-        host memory here, so that no other call need do it.
-
-        Returns:
-            The ids of those whose reading has ended, and whether they are in host memory now.
+        One call begins all and ends all, once a step, because each call waits until a step has ended. Unlike vLLM's
+        ``add_lora`` it fills no slot, out of which it might push an adapter that runs. It may be asked again for an
+        adapter that has ended, because another worker has not.
         """
-        for name, int_id, path in begin:
-            self._qlora_begin(name, int_id, path)
-        reads = {int_id: self._qlora_reads.get(int_id) for int_id in int_ids}
-        return {int_id: self._qlora_take_in(int_id) for int_id, read in reads.items() if read is None or read.done()}
-
-    def qlora_finish_load(self, name: str, int_id: int, path: str) -> None:
-        """Have an adapter in host memory, waiting for its reading where need be; unlike vLLM's, without a slot.
-
-        vLLM's ``add_lora`` would move it into a slot too, out of which it might push an adapter that runs.
-        """
-        self._qlora_begin(name, int_id, path)
-        self._qlora_register(self._qlora_reads.pop(int_id).result())
+        loaded = self.model_runner.lora_manager._adapter_manager._registered_adapters
+        ended: dict[int, str | None] = {}
+        for name, int_id, path in adapters:
+            if int_id in loaded:
+                ended[int_id] = None
+                continue
+            reading = self._qlora_reading(name, int_id, path)
+            if not reading.done():
+                continue
+            if error := reading.exception():
+                ended[int_id] = f"{type(error).__name__}: {error}"
+                continue
+            loaded[int_id], ended[int_id] = reading.result(), None
+            del self._qlora_reads[int_id]
+        return ended
 
     def qlora_drop_load(self, int_id: int) -> None:
-        """Forget a reading that was begun and is not wanted any more."""
+        """Forget a load that has not ended, or has failed."""
         if self._qlora_reader is not None:
             read = self._qlora_reads.pop(int_id, None)
             if read is not None:
                 read.cancel()
 
-    def _qlora_begin(self, name: str, int_id: int, path: str) -> None:
-        """Begin to read an adapter on another thread, while steps go on."""
+    def _qlora_reading(self, name: str, int_id: int, path: str) -> Future[Any]:
+        """Return the reading of an adapter, which is begun where there is none, on another thread than the steps."""
         from vllm.lora.request import LoRARequest
 
         if self._qlora_reader is None:
@@ -102,6 +103,7 @@ class WorkerExtension:
         if int_id not in self._qlora_reads:
             request = LoRARequest(name, int_id, path)
             self._qlora_reads[int_id] = self._qlora_reader.submit(self._qlora_load, request)
+        return self._qlora_reads[int_id]
 
     def _qlora_load(self, request: Any) -> Any:
         """Do all that an adapter needs before it is in host memory, and change nothing of the manager.
@@ -117,22 +119,6 @@ class WorkerExtension:
             aside._registered_adapters = {}
             merge(aside, adapter)
         return adapter
-
-    def _qlora_take_in(self, int_id: int) -> bool:
-        """Put an adapter that was read well in host memory; a reading that failed stays, to be asked why."""
-        read = self._qlora_reads.get(int_id)
-        if read is None:
-            return True  # asked again, because another worker has not ended
-        if read.exception() is not None:
-            return False
-        del self._qlora_reads[int_id]
-        self._qlora_register(read.result())
-        return True
-
-    def _qlora_register(self, adapter: Any) -> None:
-        adapters = self.model_runner.lora_manager._adapter_manager._registered_adapters
-        if adapter.id not in adapters:
-            adapters[adapter.id] = adapter
 
 
 def _num_readers(device: str) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.memory import Residency
+from qlora_infer.adapters.memory import HostMemory
 from qlora_infer.adapters.registry import AdapterCache
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
@@ -26,9 +25,8 @@ logger = logging.getLogger("qlora_infer")
 DEFAULT_MAX_LORA_RANK = 64
 LEAST_MAX_LORA_RANK = 16
 
-#: Seconds that the worker may take to read an adapter, and between two looks at whether it has.
+#: Seconds that an adapter may take into host memory.
 READ_TIMEOUT = 300.0
-READ_POLL = 0.005
 
 
 class DrivingThread(Protocol):
@@ -47,7 +45,7 @@ class AdapterLoader:
 
     Args:
         cache: Names and versions.
-        residency: What is in host memory; only touched on the driving thread.
+        memory: What is in host memory; only touched on the driving thread.
         driving: That thread.
         model: The name of the model that is served.
         vocabulary: Tells the tokens of its tokenizer; ``None`` where any token is known.
@@ -56,14 +54,14 @@ class AdapterLoader:
     def __init__(
         self,
         cache: AdapterCache,
-        residency: Residency,
+        memory: HostMemory,
         driving: DrivingThread,
         *,
         model: str,
         vocabulary: Callable[[], Mapping[str, int] | None],
     ) -> None:
         self._cache = cache
-        self._residency = residency
+        self._memory = memory
         self._driving = driving
         self._model = model
         self._vocabulary = vocabulary
@@ -138,8 +136,7 @@ class AdapterLoader:
             with self._cache.in_use(version):  # its copy stays
                 if not version.fit.placement.is_vllms_own(self.model_modules):
                     self._cache.serve(version)
-                self._read_ahead(version)
-                self._driving.call(self._residency.load, version)
+                self._load(version)
                 self._cache.publish(version, expect=expect)
         except BaseException:
             self._forget(version)
@@ -175,8 +172,7 @@ class AdapterLoader:
         """Load the version before, and move the name back to it."""
         # The version is in use meanwhile, because another thread may unload the name.
         with self._cache.loading(checked_name(name)), self._cache.in_use(self._cache.before(name)) as before:
-            self._read_ahead(before)
-            self._driving.call(self._residency.load, before)
+            self._load(before)
             version = self._cache.rollback(name)
         logger.info("adapter %r is version %d again", name, version.number)
         return version.loaded()
@@ -184,15 +180,19 @@ class AdapterLoader:
     def pin(self, name: str) -> None:
         """Keep an adapter in host memory."""
         with self._cache.in_use(name) as version:
-            self._read_ahead(version)
-            self._driving.call(self._residency.pin, version)
+            self._driving.call(self._memory.pin, version.name)
+            try:
+                self._load(version)
+            except BaseException:
+                self._unpin(version.name)
+                raise
         if self._cache.current(version.name) is None:  # it was unloaded before it was pinned
             self._unpin(version.name)
 
     def unpin(self, name: str) -> None:
         """Let an adapter leave host memory again."""
         with self._cache.in_use(name) as version:
-            self._driving.call(self._residency.unpin, version.name)
+            self._driving.call(self._memory.unpin, version.name)
 
     def unload(self, name: str) -> None:
         """Forget a name, and that it was pinned."""
@@ -205,7 +205,7 @@ class AdapterLoader:
         self._cache.require(names)
         for name in names:
             with self._cache.in_use(name) as version:
-                self._driving.call(self._residency.prefetch, version)
+                self._driving.call(self._memory.prefetch, version)
 
     def choose_rank(self, max_lora_rank: int | str, versions: Sequence[AdapterVersion]) -> int:
         """The rank that the engine has to provide for."""
@@ -223,29 +223,32 @@ class AdapterLoader:
         try:
             yield
         except Exception as error:
-            self._residency.recorder.failed(error)
+            self._memory.recorder.failed(error)
             raise
 
-    def _read_ahead(self, version: AdapterVersion) -> None:
-        """Have a version read into host memory while steps go on, so that loading it costs the others one copy."""
+    def _load(self, version: AdapterVersion) -> None:
+        """Load a version into host memory and wait for it, while steps go on."""
         self._cache.fetch(version)
-        self._driving.call(self._residency.prefetch, version)
-        deadline = time.monotonic() + READ_TIMEOUT
-        while not self._driving.call(self._residency.has_read, version):
-            if time.monotonic() > deadline:
-                raise AdapterLoadError(version.name, f"adapter {version.name!r} was not read within {READ_TIMEOUT:g} s")
-            time.sleep(READ_POLL)
+        loaded: Future[None] = self._driving.call(self._memory.load, version)
+        try:
+            loaded.result(READ_TIMEOUT)
+        except TimeoutError as error:
+            why = f"adapter {version.name!r} was not read within {READ_TIMEOUT:g} s"
+            raise AdapterLoadError(version.name, why) from error
+        finally:
+            loaded.cancel()  # nobody waits for it any more
+            del loaded  # else a cycle: an error has this frame in its traceback, and the future has the error
 
     def _unpin(self, name: str) -> None:
         with contextlib.suppress(EngineClosedError, EngineDeadError):
-            self._driving.call(self._residency.unpin, name)
+            self._driving.call(self._memory.unpin, name)
 
     def _forget(self, version: AdapterVersion) -> None:
         """Take what did not come to serve out of memory."""
         with contextlib.suppress(EngineClosedError, EngineDeadError):
-            self._driving.call(self._residency.drop, version)
+            self._driving.call(self._memory.evict, version)
             if self._cache.current(version.name) is None:
-                self._driving.call(self._residency.recorder.forget, version.name)
+                self._driving.call(self._memory.forget, version.name)
 
     def _tell(self, version: AdapterVersion) -> None:
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)

@@ -1,69 +1,88 @@
-"""Which adapters are in vLLM's host memory, and which of them makes room for another."""
+"""Host memory: which adapters are there, which are on their way, and which of them makes room for another."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Collection
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol, cast
 
-from qlora_infer.adapters.memory_stats import ResidencyRecorder
-from qlora_infer.errors import AdapterLoadError
+from attrs import frozen
+
+from qlora_infer.adapters.memory_stats import AdapterResidency, ResidencyRecorder
+from qlora_infer.errors import AdapterError, AdapterLoadError
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
 
 
+class State(Enum):
+    """How far a version has come. A version without a state has no place in host memory."""
+
+    COPYING = "copying"  # its copy on disk had made room for others, and is made again
+    READING = "reading"  # from that copy, while steps go on
+    RESIDENT = "resident"
+    FAILED = "failed"  # until the first who needs it has the error
+
+
 class AdapterMemory(Protocol):
     """Where adapters' tensors are put: the engine underneath."""
 
-    def load_adapter(self, version: AdapterVersion) -> None:
-        """Have a version in host memory; raises ``AdapterLoadError`` and leaves no trace then."""
+    def start_load(self, version: AdapterVersion) -> None:
+        """Begin to read a version into host memory, while steps go on."""
         ...
 
-    def prefetch_adapter(self, version: AdapterVersion) -> None:
-        """Begin to read a version into host memory, so that ``load_adapter`` finds it read."""
-        ...
-
-    def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
-        """Those whose reading, which ``prefetch_adapter`` began, has ended, well or badly."""
+    def poll_loads(self) -> Mapping[AdapterVersion, AdapterError | None]:
+        """Return the loads that have ended since the last call, with the error of each that left nothing behind."""
         ...
 
     def remove_adapter(self, version: AdapterVersion) -> None:
-        """Forget a version's tensors, also while they are being read."""
+        """Forget a version that was loaded, or is being loaded."""
         ...
 
 
 class AdapterFiles(Protocol):
-    """Where adapters are read from: their copies on disk, which may have to be made again."""
+    """Where adapters are read from: their copies on disk."""
 
     def fetch(self, version: AdapterVersion) -> Future[None] | None:
-        """Begin to make a copy again; ``None`` where it is there."""
-        ...
-
-    def restore(self, version: AdapterVersion) -> bool:
-        """Have a copy there, waiting for it; whether it had to be made again."""
+        """Begin to make a copy again; return ``None`` where it is there."""
         ...
 
 
-class Residency:
-    """Keeps adapters in host memory within a budget, the least recently used one leaving first.
+@frozen
+class _Place:
+    """A version's place in host memory."""
+
+    state: State
+    error: BaseException | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        return self.state in (State.RESIDENT, State.FAILED)
+
+
+class HostMemory:
+    """Gives each adapter one place with one state, within a budget; the least recently used leaves first.
+
+    A version moves from ``COPYING``, where its copy is gone, over ``READING`` to ``RESIDENT``, or to ``FAILED``. It
+    moves on in ``poll`` only, so no step waits for a disk.
 
     vLLM would evict by itself, also an adapter with requests in flight, and read it again from disk in the middle of
     a step, where a failure ends the engine. So this object decides, and vLLM, which is given more places than are
-    used, never needs to. What has requests in flight stays; what is pinned stays; what has requests waiting goes
-    only when nothing else can. It belongs to the driving thread and is not locked.
+    used, never needs to. A version with running requests stays; a pinned one stays; one with waiting requests leaves
+    only when no other can. The object belongs to the driving thread and is not locked.
 
     Args:
         memory: Where the tensors are put.
         files: Where they are read from.
-        max_cpu_loras: How many adapters stay there.
+        max_cpu_loras: The places. One version more may be on its way, for ``load``.
         max_loras: The slots on the device.
-        max_bytes: How many bytes of tensors stay there; ``None`` for no limit. Adapters in flight may take more.
+        max_bytes: The bytes of tensors in all places; ``None`` for no limit. Adapters in flight may take more.
 
     Attributes:
-        recorder: Counts what happens; any thread may read it.
+        recorder: Counts of loads, evictions and errors; any thread may use it.
     """
 
     def __init__(
@@ -79,226 +98,231 @@ class Residency:
         self._max_cpu_loras = max_cpu_loras
         self._max_loras = max_loras
         self._max_bytes = max_bytes
-        self._resident: OrderedDict[AdapterVersion, None] = OrderedDict()  # the least recently used first
-        self._prefetched: set[AdapterVersion] = set()
-        self._fetched: dict[AdapterVersion, Future[None]] = {}  # of these, those whose files are being fetched first
-        self._read: set[AdapterVersion] = set()  # and those whose reading has ended, well or badly
-        self._failed: dict[AdapterVersion, BaseException] = {}  # of these, why their files could not be fetched
+        self._places: OrderedDict[AdapterVersion, _Place] = OrderedDict()  # the least recently used first
+        self._copied: deque[tuple[AdapterVersion, Future[None]]] = deque()  # filled by the threads that copy
+        self._loads: list[tuple[AdapterVersion, Future[None]]] = []  # what ``load`` has promised, the oldest first
         self._in_slots: OrderedDict[AdapterVersion, None] = OrderedDict()  # as vLLM keeps them, the oldest first
-        self._num_running: dict[AdapterVersion, int] = {}
         self._pinned: set[str] = set()
         self.recorder = ResidencyRecorder()
 
+    def __contains__(self, version: AdapterVersion) -> bool:
+        return version in self._places
+
     @property
     def num_bytes(self) -> int:
-        """The tensors in host memory."""
-        return sum(version.manifest.num_bytes for version in self._resident)
+        """The tensors in all places."""
+        return sum(version.manifest.num_bytes for version in self._places)
 
     @property
     def num_spare(self) -> int:
-        """The places in host memory that neither the adapters in slots need nor those that are pinned."""
+        """The places that neither the adapters in slots need nor those that are pinned."""
         return max(0, self._max_cpu_loras - self._max_loras - len(self._pinned))
 
-    def is_resident(self, version: AdapterVersion) -> bool:
-        """Whether a version is in host memory, or on its way there."""
-        return version in self._resident
+    @property
+    def is_loading(self) -> bool:
+        """Whether somebody waits for what ``load`` has promised."""
+        return bool(self._loads)
 
-    def is_in_slot(self, version: AdapterVersion) -> bool:
-        """Whether a version is in a slot on the device."""
-        return version in self._in_slots
+    def state(self, version: AdapterVersion) -> State | None:
+        """Return how far a version has come; ``None`` where it has no place."""
+        place = self._places.get(version)
+        return place.state if place else None
 
-    def pin(self, version: AdapterVersion) -> None:
-        """Load an adapter and keep it in host memory, and later versions of its name in its place.
+    def stats(self) -> dict[str, AdapterResidency]:
+        """Return the numbers of this moment, by the adapters' names; any thread may call it."""
+        resident = Counter(version.name for version in list(self._places))
+        return self.recorder.adapters(resident, Counter(version.name for version in list(self._in_slots)))
 
-        Raises:
-            AdapterLoadError: It could not be loaded, or there would be no room left for others.
-        """
-        pinned = self._pinned | {version.name}
-        if len(pinned) + self._max_loras > self._max_cpu_loras:
-            raise AdapterLoadError(
-                version.name,
-                f"adapter {version.name!r} cannot be pinned: host memory has {self._max_cpu_loras} places, "
-                f"{self._max_loras} of them are for adapters that run, and {len(self._pinned)} are pinned "
-                "(raise max_cpu_loras, or unpin one)",
-            )
-        if not self._is_in_memory(version):
-            self.load(version)
-        self._pinned = pinned
+    # Requests ---------------------------------------------------------------------------------------------------
 
-    def unpin(self, name: str) -> None:
-        """Let an adapter leave host memory again; harmless when it was not pinned."""
-        self._pinned.discard(name)
+    def request(self, version: AdapterVersion | None) -> None:
+        """Begin to read the adapter of a request that is to run, whatever has to leave for it."""
+        if version is not None and not self._touch(version):
+            self._begin(version)
 
-    def enter(self, version: AdapterVersion | None) -> None:
-        """Count a request that is to run, and begin to read its adapter where it is not in memory."""
-        if version is not None:
-            self._num_running[version] = self._num_running.get(version, 0) + 1
-            if version in self._resident:
-                self._resident.move_to_end(version)
-            else:
-                self._begin(version)
+    def prefetch(self, version: AdapterVersion) -> None:
+        """Begin to read an adapter that is wanted soon, if there is a place for it."""
+        if not self._touch(version) and self._has_room_for(version):
+            self._begin(version)
 
-    def read_on(self) -> None:
-        """Have the readings go on that have begun, and learn which have ended; once for each step."""
-        for version in [version for version, fetched in self._fetched.items() if fetched.done()]:
-            failure = self._fetched.pop(version).exception()
-            if failure is None:
-                self._memory.prefetch_adapter(version)
-            else:
-                self._failed[version] = failure  # load will tell
-                self._read.add(version)
-        being_read = self._prefetched - self._read - self._fetched.keys()
-        if being_read:
-            self._read |= self._memory.have_read(being_read)
-
-    def has_read(self, version: AdapterVersion | None) -> bool:
-        """Whether ``activate`` need not wait for a reading that has begun."""
-        return version is None or version not in self._prefetched or version in self._read
+    def is_ready(self, version: AdapterVersion | None) -> bool:
+        """Return whether ``activate`` has an answer for an adapter that was requested."""
+        return version is None or self._places[version].is_settled
 
     def activate(self, version: AdapterVersion | None) -> bool:
-        """Have the adapter of a request in memory that runs now, after ``enter``.
+        """Use an adapter that ``is_ready``, for a request that begins now.
 
         Returns:
             Whether the adapter has to be moved into a slot first.
 
         Raises:
-            AdapterLoadError: It could not be loaded.
+            AdapterError: It could not be loaded. Whoever requests it from now on has it read again.
         """
         if version is None:
             return False
-        self.load(version)
+        if self._places[version].error is not None:
+            raise cast(BaseException, self._places.pop(version).error)  # in a variable it would hold itself
+        self._touch(version)
         is_swap = version not in self._in_slots
         self._in_slots[version] = None
         self._in_slots.move_to_end(version)
-        if is_swap:
-            self.recorder.moved(version.name, in_slots=+1)
         self._empty_slots()
         return is_swap
 
-    def leave(self, version: AdapterVersion | None) -> None:
-        """Count a request that entered, and runs no more."""
-        if version is None:
-            return
-        self._num_running[version] -= 1
-        if not self._num_running[version]:
-            del self._num_running[version]
-            self._empty_slots()
+    # Loads ------------------------------------------------------------------------------------------------------
 
-    def load(self, version: AdapterVersion) -> None:
-        """Load an adapter that is not in memory, and evict what is then too much; raises ``AdapterLoadError``.
+    def load(self, version: AdapterVersion) -> Future[None]:
+        """Promise that an adapter loads, for ``load_adapter``; the future has the error where it does not.
 
-        When nothing else may leave, the new adapter itself does: that it loads has been seen, and it is loaded once
-        more when one of its requests starts. Files are waited for only where nobody began to fetch them before.
+        It does not wait for requests to end: where every place is taken, one adapter at a time is read beside them.
+        When nothing else may leave then, the new adapter itself does. It is read once more when one of its requests
+        starts.
         """
-        if self._is_in_memory(version):
-            self._resident.move_to_end(version)
-            return
-        began = time.monotonic()
-        failure = self._failed.get(version)
-        is_being_read = version in self._prefetched and version not in self._fetched
-        self._forget_reading(version)
-        self._leave_memory(version)
-        if failure is not None:
-            raise failure
-        if not is_being_read:
-            self._files.restore(version)
-        try:
-            self._memory.load_adapter(version)
-        except AdapterLoadError:
-            # Its files may have made room for others before they were read.
-            if not is_being_read or not self._files.restore(version):
-                raise
-            self._memory.load_adapter(version)
-        self.recorder.loaded(version.name, time.monotonic() - began)
-        self._take_in(version)
+        loaded: Future[None] = Future()
+        self._loads.append((version, loaded))
+        return loaded
 
-    def prefetch(self, version: AdapterVersion) -> None:
-        """Begin to load an adapter that is wanted soon, if there is a place for it."""
-        if version in self._resident:
-            self._resident.move_to_end(version)
-        elif self._has_room_for(version):
-            self._begin(version)
+    def pin(self, name: str) -> None:
+        """Keep the versions of a name once they are in memory.
+
+        Raises:
+            AdapterLoadError: There would be no room left for others.
+        """
+        pinned = self._pinned | {name}
+        if len(pinned) + self._max_loras > self._max_cpu_loras:
+            raise AdapterLoadError(
+                name,
+                f"adapter {name!r} cannot be pinned: host memory has {self._max_cpu_loras} places, "
+                f"{self._max_loras} of them are for adapters that run, and {len(self._pinned)} are pinned "
+                "(raise max_cpu_loras, or unpin one)",
+            )
+        self._pinned = pinned
+
+    def unpin(self, name: str) -> None:
+        """Allow an adapter to leave again; harmless when it was not pinned."""
+        self._pinned.discard(name)
+
+    # States -----------------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Move every version on as far as it has come; once for each step."""
+        for version in [version for version, _ in self._loads]:  # a death from here must not hold their futures
+            if version not in self._places and (not self._may_leave(version) or self._has_room_for(version)):
+                self._begin(version)
+        while self._copied:
+            version, copy = self._copied.popleft()
+            if self.state(version) is not State.COPYING:
+                continue  # it was evicted meanwhile
+            if (error := copy.exception()) is not None:
+                self._places[version] = _Place(State.FAILED, error)
+            else:
+                self._read(version)
+        began = time.monotonic()
+        for version, failure in self._memory.poll_loads().items():
+            if failure is not None:
+                self._read(version, failure)
+            else:
+                self._places[version] = _Place(State.RESIDENT)
+                self.recorder.loaded(version.name, time.monotonic() - began)
+        if self._loads:
+            self._keep_promises()
+        self._empty_slots()
+
+    def evict(self, version: AdapterVersion) -> None:
+        """Take an adapter out of host memory, unless requests run on it; harmless when it is not there."""
+        if version.num_running or version not in self._places:
+            return
+        self._in_slots.pop(version, None)
+        if self._places.pop(version).state in (State.READING, State.RESIDENT):
+            self._memory.remove_adapter(version)
+
+    def clear(self, make_error: Callable[[], BaseException]) -> list[AdapterVersion]:
+        """Forget everything, because the memory is gone; every load that was promised fails.
+
+        Returns:
+            The versions that had a place, without those of the failed loads: one of them may have been the cause.
+        """
+        loads, self._loads = self._loads, []
+        versions = [version for version in self._places if version not in dict(loads)]
+        self._places.clear()
+        self._in_slots.clear()
+        for _, loaded in loads:
+            if loaded.set_running_or_notify_cancel():
+                loaded.set_exception(make_error())
+        return versions
+
+    def forget(self, name: str) -> None:
+        """Drop the counts of an adapter that is gone, unless a version of it has a place."""
+        if all(version.name != name for version in self._places):
+            self.recorder.forget(name)
+
+    def _touch(self, version: AdapterVersion) -> bool:
+        """Make a version the most recently used; return whether it has a place."""
+        if version not in self._places:
+            return False
+        self._places.move_to_end(version)
+        return True
 
     def _begin(self, version: AdapterVersion) -> None:
-        fetched = self._files.fetch(version)
-        if fetched is None:
-            self._memory.prefetch_adapter(version)
+        self._read(version)
+        self._make_room()
+
+    def _read(self, version: AdapterVersion, failure: AdapterError | None = None) -> None:
+        """Read a version, from a copy that is made first where it is gone; a failure counts only where it is there."""
+        copy = self._files.fetch(version)
+        if copy is not None:
+            self._places[version] = _Place(State.COPYING)
+            copy.add_done_callback(lambda copy: self._copied.append((version, copy)))
+        elif failure is not None:
+            self._places[version] = _Place(State.FAILED, failure)
         else:
-            self._fetched[version] = fetched
-        self._prefetched.add(version)
-        self._take_in(version)
+            self._places[version] = _Place(State.READING)
+            self._memory.start_load(version)
 
-    def drop(self, version: AdapterVersion) -> None:
-        """Take an adapter out of host memory, if it is there."""
-        if version in self._resident:
-            self._leave_memory(version)
-            self._leave_slot(version)
-            if not self._forget_reading(version):
-                self._memory.remove_adapter(version)
+    def _keep_promises(self) -> None:
+        """End the loads whose adapters are there or have failed, and forget those that nobody waits for."""
+        for load in list(self._loads):
+            version, loaded = load
+            place = self._places.get(version)
+            if place is not None and place.is_settled:
+                self._loads.remove(load)
+                if place.error is not None and not version.num_running:  # else its requests have not had the error yet
+                    del self._places[version]
+                if loaded.set_running_or_notify_cancel():
+                    loaded.set_exception(place.error) if place.error else loaded.set_result(None)
+            elif loaded.cancelled():
+                self._loads.remove(load)
+        self._make_room()
 
-    def clear(self) -> list[AdapterVersion]:
-        """Forget everything, because the memory is gone; tells what was in it."""
-        resident = list(self._resident)
-        self._resident.clear()
-        self._in_slots.clear()
-        self._prefetched.clear()
-        self._fetched.clear()
-        self._read.clear()
-        self._failed.clear()
-        self.recorder.emptied()
-        return resident
-
-    def _is_in_memory(self, version: AdapterVersion) -> bool:
-        """Whether its reading has ended well, and it was loaded."""
-        return version in self._resident and version not in self._prefetched
-
-    def _has_room_for(self, version: AdapterVersion) -> bool:
-        staying = [other for other in self._resident if not self._may_leave(other)]
-        num_bytes = sum(other.manifest.num_bytes for other in (*staying, version))
-        return len(staying) < self._max_cpu_loras and (self._max_bytes is None or num_bytes <= self._max_bytes)
-
-    def _forget_reading(self, version: AdapterVersion) -> bool:
-        """Forget that a reading was begun; tells whether its files were still being fetched."""
-        self._prefetched.discard(version)
-        self._read.discard(version)
-        self._failed.pop(version, None)
-        return self._fetched.pop(version, None) is not None
-
-    def _leave_memory(self, version: AdapterVersion) -> None:
-        if version in self._resident:
-            del self._resident[version]
-            self.recorder.moved(version.name, resident=-1)
-
-    def _leave_slot(self, version: AdapterVersion) -> None:
-        if version in self._in_slots:
-            del self._in_slots[version]
-            self.recorder.moved(version.name, in_slots=-1)
-
-    def _empty_slots(self) -> None:
-        """As vLLM does: what was used longest ago leaves its slot, and what runs does not.
-
-        One more than there are slots may be meant for one, while what is about to leave it runs.
-        """
-        idle = (version for version in list(self._in_slots) if version not in self._num_running)
-        while len(self._in_slots) > self._max_loras and (version := next(idle, None)) is not None:
-            self._leave_slot(version)
-
-    def _take_in(self, version: AdapterVersion) -> None:
-        self._resident[version] = None
-        self.recorder.moved(version.name, resident=+1)
+    def _make_room(self) -> None:
+        """Evict while there are too many: the first without requests, and if all have some, the least recently used."""
         while self._is_too_much():
-            leaving = [other for other in self._resident if self._may_leave(other)]
+            leaving = [version for version in self._places if self._may_leave(version)]
             if not leaving:
                 return
-            # The first without waiting requests, and if all have some, the least recently used.
-            evicted = next((other for other in leaving if not other.num_uses), leaving[0])
-            self.drop(evicted)
+            evicted = next((version for version in leaving if not version.num_uses), leaving[0])
+            self.evict(evicted)
             self.recorder.evicted(evicted.name)
 
     def _is_too_much(self) -> bool:
-        if len(self._resident) > self._max_cpu_loras:
+        if len(self._places) > self._max_cpu_loras:
             return True
         return self._max_bytes is not None and self.num_bytes > self._max_bytes
 
+    def _has_room_for(self, version: AdapterVersion) -> bool:
+        staying = [other for other in self._places if not self._may_leave(other)]
+        num_bytes = sum(other.manifest.num_bytes for other in (*staying, version))
+        return len(staying) < self._max_cpu_loras and (self._max_bytes is None or num_bytes <= self._max_bytes)
+
     def _may_leave(self, version: AdapterVersion) -> bool:
-        return version not in self._num_running and version.name not in self._pinned
+        is_first_load = bool(self._loads) and version is self._loads[0][0]
+        return not (version.num_running or version.name in self._pinned or is_first_load)
+
+    def _empty_slots(self) -> None:
+        """Count as vLLM does: the adapter used longest ago leaves its slot, and one that runs does not.
+
+        One more than there are slots may be meant for one, while the adapter that is about to leave it runs.
+        """
+        idle = (version for version in list(self._in_slots) if not version.num_running)
+        while len(self._in_slots) > self._max_loras and (version := next(idle, None)) is not None:
+            del self._in_slots[version]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import Counter
+from collections.abc import Mapping
 
-from attrs import define
+from attrs import define, evolve
 
 from qlora_infer.durations import NONE, Durations
 
@@ -51,34 +51,27 @@ class ResidencyRecorder:
         with self._lock:
             self._of(name).num_evictions += 1
 
-    def moved(self, name: str, *, resident: int = 0, in_slots: int = 0) -> None:
-        """So many versions more, or less where negative, are in host memory and in slots."""
-        with self._lock:
-            counts = self._of(name)
-            counts.num_resident = max(0, counts.num_resident + resident)  # the memory may have been emptied before
-            counts.num_in_slots = max(0, counts.num_in_slots + in_slots)
-
-    def emptied(self) -> None:
-        """The memory is gone, with everything in it."""
-        with self._lock:
-            for counts in self._adapters.values():
-                counts.num_resident = counts.num_in_slots = 0
-
     def failed(self, error: BaseException) -> None:
         """An adapter could not be loaded; it is not named, because nobody bounds the names of those."""
         with self._lock:
             self._errors[type(error).__name__] += 1
 
     def forget(self, name: str) -> None:
-        """Drop an adapter that is gone, unless a version of it is in memory."""
+        """Drop the counts of an adapter that is gone."""
         with self._lock:
-            if not self._of(name).num_resident:
-                del self._adapters[name]
+            self._adapters.pop(name, None)
 
-    def adapters(self) -> dict[str, AdapterResidency]:
-        """The numbers of this moment."""
+    def adapters(self, resident: Mapping[str, int], in_slots: Mapping[str, int]) -> dict[str, AdapterResidency]:
+        """Return the counts of this moment, with the versions of each name that are in host memory and in slots."""
         with self._lock:
-            return {name: copy.copy(counts) for name, counts in self._adapters.items()}
+            return {
+                name: evolve(
+                    self._adapters.get(name, AdapterResidency()),
+                    num_resident=resident.get(name, 0),
+                    num_in_slots=in_slots.get(name, 0),
+                )
+                for name in {**self._adapters, **resident}
+            }
 
     def errors(self) -> dict[str, int]:
         """How many loads have failed, by the error's class."""

@@ -123,7 +123,8 @@ class AdapterVersion:
         weight: Its share of the engine beside other adapters.
         fit: How it fits the model; set once that has been checked.
         served: The copy in the running model's names, where vLLM needs one.
-        num_uses: Requests that wait for it or run on it.
+        num_uses: Requests that wait for it or run on it, and calls that work with it.
+        num_running: Requests that run on it, from the moment when the queue admits them.
         retired: Whether no request can name it any more, so that it ends with its last one.
         freed: Whether it has ended, and its files are gone.
     """
@@ -141,6 +142,7 @@ class AdapterVersion:
     fit: Fit | None = None
     served: Path | None = None
     num_uses: int = 0
+    num_running: int = 0
     retired: bool = False
     freed: bool = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, frozen
@@ -10,6 +10,7 @@ from attrs import field, frozen
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
+    from qlora_infer.errors import AdapterError
     from qlora_infer.files.carried import Carried
     from qlora_infer.model.modules import ModelModules
     from qlora_infer.quantization import Platform
@@ -83,20 +84,16 @@ class Backend(Protocol):
         """Return the modules of the running model that adapters may change."""
         ...
 
-    def load_adapter(self, version: AdapterVersion) -> None:
-        """Have a version in host memory; raises ``AdapterLoadError`` and leaves no trace then."""
+    def start_load(self, version: AdapterVersion) -> None:
+        """Begin to read a version into host memory, while steps go on."""
         ...
 
-    def prefetch_adapter(self, version: AdapterVersion) -> None:
-        """Begin to read a version into host memory, so that ``load_adapter`` finds it read."""
-        ...
-
-    def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
-        """Those whose reading, which ``prefetch_adapter`` began, has ended, well or badly."""
+    def poll_loads(self) -> Mapping[AdapterVersion, AdapterError | None]:
+        """Return the loads that have ended since the last call, with the error of each that left nothing behind."""
         ...
 
     def remove_adapter(self, version: AdapterVersion) -> None:
-        """Forget a version's tensors, also while they are being read."""
+        """Forget a version that was loaded, or is being loaded."""
         ...
 
     def add_request(self, request: GenerationRequest) -> int:

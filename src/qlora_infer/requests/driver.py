@@ -30,7 +30,7 @@ from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 from qlora_infer.requests.stats import EngineStats, StatsRecorder
 
 if TYPE_CHECKING:
-    from qlora_infer.adapters.memory import Residency
+    from qlora_infer.adapters.memory import HostMemory
     from qlora_infer.adapters.version import AdapterVersion
 
 logger = logging.getLogger("qlora_infer")
@@ -54,7 +54,7 @@ class Driver:
     Args:
         backend: The engine; only this object calls its driving methods.
         queue: Who runs next.
-        residency: Which adapters are in host memory.
+        memory: Which adapters are in host memory, and on their way there.
         release: Called with its adapter once for each request that has ended, whatever its end.
         max_waiting: Requests that the queue holds at most; ``None`` for no limit.
         restarts: Whether an engine that dies is started again.
@@ -64,7 +64,7 @@ class Driver:
         self,
         backend: Backend,
         queue: RequestQueue,
-        residency: Residency,
+        memory: HostMemory,
         release: Callable[[AdapterVersion | None], None],
         *,
         max_waiting: int | None = None,
@@ -72,7 +72,7 @@ class Driver:
     ) -> None:
         self._backend = backend
         self._queue = queue
-        self._residency = residency
+        self._memory = memory
         self._release = release
         self._max_waiting = max_waiting
         self._restarts = restarts
@@ -146,7 +146,7 @@ class Driver:
             with self._lock:
                 self._queue.forget(name)
             self._stats.forget(name)
-            self._residency.recorder.forget(name)
+            self._memory.forget(name)
 
         self.post(drop)
 
@@ -154,8 +154,8 @@ class Driver:
         """The numbers of this moment; also after the end."""
         return self._stats.snapshot(
             num_adapters_waiting=self.num_adapters_waiting(),
-            residency=self._residency.recorder.adapters(),
-            load_errors=self._residency.recorder.errors(),
+            residency=self._memory.stats(),
+            load_errors=self._memory.recorder.errors(),
             is_running=self._end_error is None and not self._closing,
         )
 
@@ -265,7 +265,9 @@ class Driver:
 
     def _wait_for_work(self) -> bool:
         with self._work:
-            self._work.wait_for(lambda: self._closing or self._calls or self._running or len(self._queue))
+            self._work.wait_for(
+                lambda: self._closing or self._calls or self._running or len(self._queue) or self._memory.is_loading
+            )
             return not self._closing
 
     def _turn(self) -> None:
@@ -273,13 +275,13 @@ class Driver:
         self._drop_ended()
         self._admit()
         self._look_ahead()
-        self._residency.read_on()
+        self._memory.poll()
         self._hand_over_read()
         if len(self._running) > len(self._reading):
             began = time.monotonic()
             step = self._backend.step()
             self._take(step, time.monotonic() - began)
-        elif self._reading:
+        elif self._reading or self._memory.is_loading:
             time.sleep(READ_POLL)
 
     def _run_calls(self) -> None:
@@ -325,14 +327,14 @@ class Driver:
                 self._running[pending.request.request_id] = pending
             pending.admitted = time.monotonic()
             self._stats.admitted(pending, pending.admitted)
-            self._residency.enter(pending.request.adapter)
+            self._memory.request(pending.request.adapter)
             self._reading.append(pending)
 
     def _hand_over_read(self) -> None:
-        """Hand over those whose adapters have been read; steps go on without the others."""
+        """Hand over the requests whose adapters are in memory; steps go on without the others."""
         for pending in list(self._reading):
             is_refused = pending.request.request_id not in self._running  # with one before it
-            if not is_refused and self._residency.has_read(pending.request.adapter):
+            if not is_refused and self._memory.is_ready(pending.request.adapter):
                 self._reading.remove(pending)
                 self._hand_over(pending)
 
@@ -340,7 +342,7 @@ class Driver:
         pending.num_starts += 1
         version = pending.request.adapter
         try:
-            is_swap = self._residency.activate(version)
+            is_swap = self._memory.activate(version)
         except EngineDeadError:
             raise
         except Exception as error:
@@ -367,7 +369,7 @@ class Driver:
         with self._lock:
             upcoming = self._queue.upcoming(max(LOOK_AHEAD, self._queue.max_loras))
         for version in upcoming:
-            self._residency.prefetch(version)
+            self._memory.prefetch(version)
 
     def _take(self, step: StepOutput, seconds: float) -> None:
         """Pass on what a step gave, and count it."""
@@ -415,7 +417,7 @@ class Driver:
             and pending not in being_read
         )
         with self._lock:
-            self._queue.expect(ending, at_most=min(self._queue.max_loras, self._residency.num_spare))
+            self._queue.expect(ending, at_most=min(self._queue.max_loras, self._memory.num_spare))
 
     def _leave(
         self, pending: PendingRequest, output: GenerationOutput | None, error: BaseException | None = None
@@ -425,7 +427,6 @@ class Driver:
             self._reading.remove(pending)
         with self._lock:
             self._queue.leave(pending)
-        self._residency.leave(pending.request.adapter)
         self._stats.ended(pending, output, pending.error or error, was_running=True)
         self._release(pending.request.adapter)
 
@@ -445,17 +446,16 @@ class Driver:
                 pending.fail(error)
                 continue
             del self._running[pending.request.request_id]
-            self._residency.leave(pending.request.adapter)
             self._stats.requeued(pending)
             with self._lock:
                 self._queue.leave(pending)
                 self._queue.append(pending)
-        resident = self._residency.clear()
+        versions = self._memory.clear(lambda: _lost_load(death))
         self._num_backlog = 0
         self._backend.close()
         self._start_backend()
-        for version in resident:
-            self._residency.prefetch(version)  # where that fails, its requests will get the error
+        for version in versions:
+            self._memory.prefetch(version)  # where that fails, its requests will get the error
         self._stats.restarted()
         logger.warning("the engine runs again")
 
@@ -476,11 +476,11 @@ class Driver:
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(make_error())
+        self._memory.clear(make_error)
         for pendings, was_running in ((running, True), (waiting, False)):
             for pending in pendings:
                 self._stats.ended(pending, None, pending.error, was_running=was_running)
                 self._release(pending.request.adapter)
-        self._residency.recorder.emptied()
 
 
 def _in_event_loop() -> bool:
@@ -498,6 +498,12 @@ def _dead(cause: BaseException) -> EngineDeadError:
 def _lost(pending: PendingRequest, death: EngineDeadError) -> EngineDeadError:
     why = f"it had produced {pending.num_tokens} tokens" if pending.num_tokens else "it was run twice"
     error = EngineDeadError(f"the engine core died ({death}) and was started again; this request is not, because {why}")
+    error.__cause__ = death
+    return error
+
+
+def _lost_load(death: EngineDeadError) -> EngineDeadError:
+    error = EngineDeadError(f"the engine core died ({death}) during the load, and was started again: load it again")
     error.__cause__ = death
     return error
 

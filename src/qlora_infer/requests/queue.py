@@ -93,7 +93,7 @@ class RequestQueue:
         self._in_turn: dict[str | None, _Lane] = {}  # those that are admitted from
         self._line: Heap[_Lane] = Heap()  # those that wait for a slot
         self._few: Heap[_Lane] = Heap()  # of these, those that have few requests waiting
-        self._in_slots: dict[AdapterVersion, int] = {}  # how many requests run on each
+        self._in_slots: set[AdapterVersion] = set()  # those with running requests
         self._leaving: set[AdapterVersion] = set()  # of these, those whose slot is another's already
         self._ending: dict[AdapterVersion, int] = {}  # of how many of these the end is near
         self._most_leaving = 0
@@ -157,7 +157,8 @@ class RequestQueue:
         pending = lane.waiting.pop()
         version = pending.request.adapter
         if version is not None:
-            self._in_slots[version] = self._in_slots.get(version, 0) + 1
+            version.num_running += 1
+            self._in_slots.add(version)
             self._ending.pop(version, None)
         lane.num_running += 1
         self.num_running += pending.num_seqs
@@ -177,9 +178,9 @@ class RequestQueue:
         self.num_running -= pending.num_seqs
         version = pending.request.adapter
         if version is not None:
-            self._in_slots[version] -= 1
-            if not self._in_slots[version]:
-                del self._in_slots[version]
+            version.num_running -= 1
+            if not version.num_running:
+                self._in_slots.discard(version)
                 self._leaving.discard(version)
         self._settle(lane)
 
@@ -310,7 +311,7 @@ class RequestQueue:
     @property
     def _staying(self) -> AbstractSet[AdapterVersion]:
         """The adapters in slots that are not another's already."""
-        return self._in_slots.keys() - self._leaving
+        return self._in_slots - self._leaving
 
     def _num_slots_spoken_for(self) -> int:
         meant = {lane.next_version for lane in self._in_turn.values()} - {None}
@@ -348,7 +349,7 @@ class RequestQueue:
         if len(self._leaving) >= self._most_leaving:
             return False
         for version, num_ending in self._ending.items():
-            if version in self._leaving or num_ending != self._in_slots.get(version):
+            if version in self._leaving or num_ending != version.num_running:
                 continue
             lane = self._in_turn.get(version.name)
             if lane is not None and not lane.waiting:

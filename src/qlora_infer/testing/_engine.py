@@ -6,13 +6,13 @@ import copy
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, fields, frozen
 
 from qlora_infer.engine import QuantizedLoRAEngine
-from qlora_infer.errors import AdapterLoadError, EngineDeadError, RequestRejectedError
+from qlora_infer.errors import AdapterError, AdapterLoadError, EngineDeadError, RequestRejectedError
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.quantization import Platform
 from qlora_infer.requests.backend import StepOutput
@@ -116,7 +116,6 @@ class FakeEngine:
         self.num_starts = 0
         self.num_steps = 0
         self.loads: list[str] = []
-        self.prefetches: list[str] = []
         self._reply = reply
         self._step_seconds = step_seconds
         self._load_seconds = load_seconds
@@ -124,7 +123,7 @@ class FakeEngine:
         self._modules = ModelModules({name: ModuleShape(*shape) for name, shape in modules.items()})
         self._words: dict[int, str] = {}
         self._loaded: OrderedDict[int, str] = OrderedDict()
-        self._prefetched: dict[int, float] = {}
+        self._being_read: dict[AdapterVersion, float] = {}  # since when
         self._refused: dict[str, str] = {}
         self._waiting: list[_Running] = []
         self._running: list[_Running] = []
@@ -209,37 +208,33 @@ class FakeEngine:
         """The ``modules`` it was made with."""
         return self._modules
 
-    def load_adapter(self, version: AdapterVersion) -> None:
-        """Count it; the files are not read."""
+    def start_load(self, version: AdapterVersion) -> None:
+        """Count it; it is being read from now on."""
         self._check_alive()
-        began = self._prefetched.pop(version.int_id, time.monotonic())
-        time.sleep(max(0.0, began + self._load_seconds - time.monotonic()))
-        if version.name in self._refused:
-            self._loaded.pop(version.int_id, None)
-            raise AdapterLoadError(
-                version.name, f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}"
-            )
         self.loads.append(version.name)
+        self._being_read[version] = time.monotonic()
+
+    def poll_loads(self) -> Mapping[AdapterVersion, AdapterError | None]:
+        """End the loads that began ``load_seconds`` ago."""
+        self._check_alive()
+        latest = time.monotonic() - self._load_seconds
+        return {version: self._end_load(version) for version, began in [*self._being_read.items()] if began <= latest}
+
+    def _end_load(self, version: AdapterVersion) -> AdapterError | None:
+        """Put a version in host memory, or return what is wrong with it; its files are not read."""
+        del self._being_read[version]
+        if version.name in self._refused:
+            why = f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}"
+            return AdapterLoadError(version.name, why)
         self._loaded[version.int_id] = version.name
         while len(self._loaded) > self.engine_args["max_cpu_loras"]:
             self._loaded.popitem(last=False)
-
-    def prefetch_adapter(self, version: AdapterVersion) -> None:
-        """Count it; it is being read from now on."""
-        self._check_alive()
-        self.prefetches.append(version.name)
-        self._prefetched[version.int_id] = time.monotonic()
-
-    def have_read(self, versions: Collection[AdapterVersion]) -> set[AdapterVersion]:
-        """Those for which ``load_seconds`` have passed since."""
-        self._check_alive()
-        began = time.monotonic() - self._load_seconds
-        return {version for version in versions if self._prefetched[version.int_id] <= began}
+        return None
 
     def remove_adapter(self, version: AdapterVersion) -> None:
         """Forget it."""
         self._check_alive()
-        self._prefetched.pop(version.int_id, None)
+        self._being_read.pop(version, None)
         self._loaded.pop(version.int_id, None)
 
     def add_request(self, request: GenerationRequest) -> int:
@@ -282,7 +277,7 @@ class FakeEngine:
         """Forget everything."""
         self._alive = False
         self._loaded.clear()
-        self._prefetched.clear()
+        self._being_read.clear()
         self._waiting.clear()
         self._running.clear()
 
