@@ -180,12 +180,8 @@ class AdapterLoader:
     def pin(self, name: str) -> None:
         """Keep an adapter in host memory."""
         with self._cache.in_use(name) as version:
-            self._driving.call(self._memory.pin, version.name)
-            try:
-                self._load(version)
-            except BaseException:
-                self._unpin(version.name)
-                raise
+            self._load(version)
+            self._driving.call(self._memory.pin, version)
         if self._cache.current(version.name) is None:  # it was unloaded before it was pinned
             self._unpin(version.name)
 

@@ -182,21 +182,22 @@ class HostMemory:
         self._loads.append((version, loaded))
         return loaded
 
-    def pin(self, name: str) -> None:
-        """Keep the versions of a name once they are in memory.
+    def pin(self, version: AdapterVersion) -> None:
+        """Keep an adapter that was loaded, and later versions of its name in its place.
 
         Raises:
             AdapterLoadError: There would be no room left for others.
         """
-        pinned = self._pinned | {name}
+        pinned = self._pinned | {version.name}
         if len(pinned) + self._max_loras > self._max_cpu_loras:
             raise AdapterLoadError(
-                name,
-                f"adapter {name!r} cannot be pinned: host memory has {self._max_cpu_loras} places, "
+                version.name,
+                f"adapter {version.name!r} cannot be pinned: host memory has {self._max_cpu_loras} places, "
                 f"{self._max_loras} of them are for adapters that run, and {len(self._pinned)} are pinned "
                 "(raise max_cpu_loras, or unpin one)",
             )
         self._pinned = pinned
+        self.prefetch(version)  # it may have left since
 
     def unpin(self, name: str) -> None:
         """Allow an adapter to leave again; harmless when it was not pinned."""
