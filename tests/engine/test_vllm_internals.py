@@ -331,15 +331,19 @@ def watch():
         found.append(sys.getswitchinterval())
         time.sleep(1e-4)
 
+def load(*adapter):
+    while not (ended := llm.collective_rpc("qlora_poll_loads", args=([adapter],))[0]):
+        time.sleep(0.01)
+    return ended[adapter[1]]
+
 threading.Thread(target=watch).start()
-llm.collective_rpc("qlora_finish_load", args=("good", 1, folder))
+assert load("good", 1, folder) is None
 has_ended.set()
 assert round(min(found), 6) == 0.0005, min(found)
 assert sys.getswitchinterval() == before
-try:
-    llm.collective_rpc("qlora_finish_load", args=("broken", 2, nowhere))
-except Exception as error:
-    print("refused:", error)
+print("refused:", load("broken", 2, nowhere))
+assert load("broken", 2, nowhere).startswith("LoRAAdapterNotFoundError"), "another worker may not have ended"
+llm.collective_rpc("qlora_drop_load", args=(2,))
 assert sys.getswitchinterval() == before
 """
 
@@ -376,7 +380,7 @@ def say(number):
 expected = say(11)
 llm.collective_rpc(compare)
 assert say(12) == expected, (say(12), expected)
-llm.collective_rpc("qlora_finish_load", args=("13", 13, in_float16))
+assert load("13", 13, in_float16) is None
 assert say(13) == expected, (say(13), expected)
 
 def dtypes(worker):
