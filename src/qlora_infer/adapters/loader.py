@@ -244,7 +244,7 @@ class AdapterLoader:
         with contextlib.suppress(EngineClosedError, EngineDeadError):
             self._driving.call(self._memory.evict, version)
             if self._cache.current(version.name) is None:
-                self._driving.call(self._memory.forget, version.name)
+                self._memory.recorder.forget(version.name)
 
     def _tell(self, version: AdapterVersion) -> None:
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)

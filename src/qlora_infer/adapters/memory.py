@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, cast
@@ -109,11 +109,6 @@ class HostMemory:
         return version in self._places
 
     @property
-    def num_bytes(self) -> int:
-        """The tensors in all places."""
-        return sum(version.manifest.num_bytes for version in self._places)
-
-    @property
     def num_spare(self) -> int:
         """The places that neither the adapters in slots need nor those that are pinned."""
         return max(0, self._max_cpu_loras - self._max_loras - len(self._pinned))
@@ -180,6 +175,7 @@ class HostMemory:
         """
         loaded: Future[None] = Future()
         self._loads.append((version, loaded))
+        self._touch(version)
         return loaded
 
     def pin(self, version: AdapterVersion) -> None:
@@ -252,11 +248,6 @@ class HostMemory:
                 loaded.set_exception(make_error())
         return versions
 
-    def forget(self, name: str) -> None:
-        """Drop the counts of an adapter that is gone, unless a version of it has a place."""
-        if all(version.name != name for version in self._places):
-            self.recorder.forget(name)
-
     def _touch(self, version: AdapterVersion) -> bool:
         """Make a version the most recently used; return whether it has a place."""
         if version not in self._places:
@@ -297,7 +288,7 @@ class HostMemory:
 
     def _make_room(self) -> None:
         """Evict while there are too many: the first without requests, and if all have some, the least recently used."""
-        while self._is_too_much():
+        while not self._fits(self._places):
             leaving = [version for version in self._places if self._may_leave(version)]
             if not leaving:
                 return
@@ -305,15 +296,13 @@ class HostMemory:
             self.evict(evicted)
             self.recorder.evicted(evicted.name)
 
-    def _is_too_much(self) -> bool:
-        if len(self._places) > self._max_cpu_loras:
-            return True
-        return self._max_bytes is not None and self.num_bytes > self._max_bytes
-
     def _has_room_for(self, version: AdapterVersion) -> bool:
-        staying = [other for other in self._places if not self._may_leave(other)]
-        num_bytes = sum(other.manifest.num_bytes for other in (*staying, version))
-        return len(staying) < self._max_cpu_loras and (self._max_bytes is None or num_bytes <= self._max_bytes)
+        return self._fits([*(other for other in self._places if not self._may_leave(other)), version])
+
+    def _fits(self, versions: Collection[AdapterVersion]) -> bool:
+        if self._max_bytes is not None and sum(version.manifest.num_bytes for version in versions) > self._max_bytes:
+            return False
+        return len(versions) <= self._max_cpu_loras
 
     def _may_leave(self, version: AdapterVersion) -> bool:
         is_first_load = bool(self._loads) and version is self._loads[0][0]

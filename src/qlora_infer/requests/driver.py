@@ -146,7 +146,7 @@ class Driver:
             with self._lock:
                 self._queue.forget(name)
             self._stats.forget(name)
-            self._memory.forget(name)
+            self._memory.recorder.forget(name)
 
         self.post(drop)
 
