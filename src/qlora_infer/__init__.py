@@ -1,5 +1,7 @@
 """Serve one quantized base model on vLLM with many LoRA adapters that come and go while it runs."""
 
+from typing import TYPE_CHECKING, Any
+
 from qlora_infer.adapters.effect import AdapterEffect
 from qlora_infer.adapters.memory_stats import AdapterResidency
 from qlora_infer.adapters.version import LoadedAdapter
@@ -34,12 +36,30 @@ from qlora_infer.errors import (
     UnsafeAdapterError,
     UnsupportedModelError,
 )
+from qlora_infer.plan.decision import Decision
+from qlora_infer.plan.engine_plan import EnginePlan
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.request import Completion, GenerationOutput, RequestTimes
 from qlora_infer.requests.stats import AdapterStats, EngineStats
 from qlora_infer.sources.source import AdapterSource
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams as SamplingParams
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import vLLM's ``SamplingParams`` when it is used: without it, this package loads neither vLLM nor torch."""
+        if name != "SamplingParams":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from qlora_infer._vllm.engine import require_vllm
+
+        require_vllm()
+        from vllm import SamplingParams
+
+        return SamplingParams
+
 
 __all__ = [
     "QuantizedLoRAEngine",
@@ -51,6 +71,8 @@ __all__ = [
     "RequestTimes",
     "RequestHandle",
     "PartialOutputs",
+    "EnginePlan",
+    "Decision",
     "EngineStats",
     "AdapterStats",
     "AdapterResidency",

@@ -1,4 +1,4 @@
-"""What an engine is asked to be: one frozen, validated object, made before anything is downloaded or started."""
+"""The options of an engine: their names, defaults, checks and help texts, in one frozen class."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ OWN_ENGINE_ARGS: Mapping[str, str] = {
     "worker_extension_cls": "this library, whose own extension loads and checks adapters",
 }
 
+Check = Callable[[Any, "Attribute[Any]", Any], None]
+
 
 def _positive(_: Any, attribute: Attribute[Any], value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
@@ -54,7 +56,7 @@ def _known_rank(_: Any, attribute: Attribute[Any], value: Any) -> None:
         raise ValueError(f'{attribute.name} must be "auto" or one of {ALLOWED_RANKS}, got {value!r}')
 
 
-def _one_of(*choices: str) -> Callable[[Any, Attribute[Any], Any], None]:
+def _one_of(*choices: str) -> Check:
     def check(_: Any, attribute: Attribute[Any], value: Any) -> None:
         if value not in choices:
             raise ValueError(f"{attribute.name} must be {' or '.join(map(repr, choices))}, got {value!r}")
@@ -73,105 +75,105 @@ def _no_own_args(_: Any, attribute: Attribute[Any], value: Any) -> None:
             raise ValueError(f"engine_args[{key!r}] is set by {OWN_ENGINE_ARGS[key]}: leave it out of engine_args")
 
 
+def _at_least_the_slots(config: EngineConfig, _: Attribute[Any], value: Any) -> None:
+    if value != "auto" and config.max_loras != "auto" and value < config.max_loras:
+        raise ValueError(f"max_cpu_loras ({value}) must be at least max_loras ({config.max_loras})")
+
+
+def _instead_of_a_number(config: EngineConfig, _: Attribute[Any], value: Any) -> None:
+    if value is not None and config.max_loras != "auto":
+        raise ValueError(f'max_slot_bytes and max_loras={config.max_loras} say the same: leave one out (or "auto")')
+
+
+def _mapping(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    return dict(value or {})
+
+
 @frozen(kw_only=True)
 class EngineConfig:
-    """The arguments of ``QuantizedLoRAEngine``, checked.
+    """The options of an engine, checked before anything is downloaded or started.
 
-    It has no defaults of its own: those are in the engine's signature.
-
-    Attributes:
-        model: A Hub id or a local folder with a checkpoint.
-        quantization: ``"auto"``, the name of a registered strategy, or a strategy.
-        max_loras: Adapters that one batch may mix, or ``"auto"``; each takes a slot in the device's memory.
-        max_slot_bytes: Bytes for these slots, from which ``"auto"`` chooses; ``None`` for a share of the memory.
-        max_lora_rank: The largest rank that an adapter may have, or ``"auto"``.
-        max_cpu_loras: Adapters kept in host memory, ready to move into a slot, or ``"auto"``.
-        max_cpu_bytes: Bytes of adapters kept in host memory; ``None`` for no limit but their number.
-        max_disk_bytes: Bytes of private copies on disk; ``None`` for no limit.
-        max_model_len: Tokens of prompt and answer together; ``None`` for what the model allows.
-        enforce_eager: Whether to run without CUDA graphs, or ``"auto"``: only on a GPU that is short of memory.
-        startup: On a GPU, ``"fast"`` for CUDA graphs without torch.compile, or ``"compiled"``.
-        lora_kernels: On a GPU, ``"auto"`` for our LoRA kernels where they were tried, or ``"vllm"``.
-        revision: The model's branch, tag or commit on the Hub.
-        token: The Hub's access token; never printed.
-        engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
-        policy: Whether adapters share the engine fairly or requests are served as they come.
-        max_waiting: Requests that may wait at a time; ``None`` for no limit.
-        restart: Whether an engine core that dies is started again.
+    This is the one list of them. The constructor of ``QuantizedLoRAEngine`` repeats names and defaults for its readers,
+    and a test compares the two. The command line's options are made from the fields and their help texts.
     """
 
-    model: str = field(validator=validators.and_(validators.instance_of(str), validators.min_len(1)))
-    quantization: object
-    max_loras: int | Literal["auto"] = field(validator=_positive_or_auto)
-    max_slot_bytes: int | None = field(validator=validators.optional(_positive))
-    max_lora_rank: int | Literal["auto"] = field(validator=_known_rank)
-    max_cpu_loras: int | Literal["auto"] = field(validator=_positive_or_auto)
-    max_cpu_bytes: int | None = field(validator=validators.optional(_positive))
-    max_disk_bytes: int | None = field(validator=validators.optional(_positive))
-    max_model_len: int | None = field(validator=validators.optional(_positive))
-    enforce_eager: bool | Literal["auto"] = field(validator=_yes_no_or_auto)
-    startup: Startup = field(validator=_one_of("fast", "compiled"))
-    lora_kernels: LoraKernels = field(validator=_one_of("auto", "vllm"))
-    revision: str | None
-    token: str | None = field(repr=False)
-    engine_args: Mapping[str, Any] = field(converter=dict, validator=_no_own_args)
-    policy: Literal["fair", "fcfs"] = field(validator=_one_of("fair", "fcfs"))
-    max_waiting: int | None = field(validator=validators.optional(_positive))
-    restart: Literal["never", "on-failure"] = field(validator=_one_of("never", "on-failure"))
-
-    @max_cpu_loras.validator
-    def _at_least_the_slots(self, _: Attribute[Any], value: int | Literal["auto"]) -> None:
-        if value != "auto" and self.max_loras != "auto" and value < self.max_loras:
-            raise ValueError(f"max_cpu_loras ({value}) must be at least max_loras ({self.max_loras})")
-
-    @max_slot_bytes.validator
-    def _in_place_of_a_number(self, _: Attribute[Any], value: int | None) -> None:
-        if value is not None and self.max_loras != "auto":
-            raise ValueError(f'max_slot_bytes and max_loras={self.max_loras} say the same: leave one out (or "auto")')
-
-    @property
-    def num_slots(self) -> int:
-        """``max_loras``, once it has been chosen."""
-        assert self.max_loras != "auto"
-        return self.max_loras
+    model: str = field(
+        validator=validators.and_(validators.instance_of(str), validators.min_len(1)),
+        metadata={"help": "A Hub id or a local folder with a checkpoint."},
+    )
+    quantization: object = field(
+        default="auto",
+        metadata={"help": '"auto" (what config.json has; an unquantized model in 4 bits), or a strategy\'s name.'},
+    )
+    max_loras: int | Literal["auto"] = field(
+        default=8, validator=_positive_or_auto, metadata={"help": "Adapters that one batch may mix."}
+    )
+    max_slot_bytes: int | None = field(
+        default=None,
+        validator=[validators.optional(_positive), _instead_of_a_number],
+        metadata={"help": "With max_loras=auto: bytes for all slots on the device."},
+    )
+    max_lora_rank: int | Literal["auto"] = field(
+        default="auto", validator=_known_rank, metadata={"help": "The largest rank of an adapter."}
+    )
+    max_cpu_loras: int | Literal["auto"] = field(
+        default="auto",
+        validator=[_positive_or_auto, _at_least_the_slots],
+        metadata={"help": "Adapters kept in host memory."},
+    )
+    max_cpu_bytes: int | None = field(
+        default=None,
+        validator=validators.optional(_positive),
+        metadata={"help": "Bytes of adapters in host memory."},
+    )
+    max_disk_bytes: int | None = field(
+        default=None,
+        validator=validators.optional(_positive),
+        metadata={"help": "Bytes of private copies on disk."},
+    )
+    max_model_len: int | None = field(
+        default=None,
+        validator=validators.optional(_positive),
+        metadata={"help": "Tokens of prompt and answer together."},
+    )
+    enforce_eager: bool | Literal["auto"] = field(
+        default="auto", validator=_yes_no_or_auto, metadata={"help": "Without CUDA graphs, or with."}
+    )
+    startup: Startup = field(
+        default="fast",
+        validator=_one_of("fast", "compiled"),
+        metadata={"help": "On a GPU: CUDA graphs alone, or torch.compile too."},
+    )
+    lora_kernels: LoraKernels = field(
+        default="auto",
+        validator=_one_of("auto", "vllm"),
+        metadata={"help": "On a GPU: the faster LoRA kernels, or always vLLM's own."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "The model's branch, tag or commit."})
+    token: str | None = field(default=None, repr=False, metadata={"help": "The Hub's access token; never printed."})
+    engine_args: Mapping[str, Any] = field(
+        default=None,
+        converter=_mapping,
+        validator=_no_own_args,
+        metadata={"help": "Further arguments of vLLM's EngineArgs."},
+    )
+    policy: Literal["fair", "fcfs"] = field(
+        default="fair",
+        validator=_one_of("fair", "fcfs"),
+        metadata={"help": "Fair shares among adapters, or first come, first served."},
+    )
+    max_waiting: int | None = field(
+        default=None,
+        validator=validators.optional(_positive),
+        metadata={"help": "Requests that may wait at a time."},
+    )
+    restart: Literal["never", "on-failure"] = field(
+        default="never",
+        validator=_one_of("never", "on-failure"),
+        metadata={"help": "Never, or start an engine core again that dies."},
+    )
 
     @property
     def tensor_parallel_size(self) -> int:
         """The number of devices that share each layer, as ``engine_args`` says."""
         return int(self.engine_args.get("tensor_parallel_size", 1))
-
-    @property
-    def num_cpu_loras(self) -> int:
-        """``max_cpu_loras``, once it has been chosen."""
-        assert self.max_cpu_loras != "auto"
-        return self.max_cpu_loras
-
-    def vllm_args(self, strategy_args: Mapping[str, Any], *, max_lora_rank: int) -> dict[str, Any]:
-        """Everything that vLLM's ``EngineArgs`` is given.
-
-        Args:
-            strategy_args: What the quantization strategy asks for.
-            max_lora_rank: The rank chosen where the user said ``"auto"``.
-
-        Raises:
-            ValueError: ``engine_args`` contradicts the strategy.
-        """
-        for key, value in self.engine_args.items():
-            if key in strategy_args and strategy_args[key] != value:
-                raise ValueError(
-                    f"engine_args[{key!r}] = {value!r} contradicts the quantization strategy, which needs "
-                    f"{strategy_args[key]!r}: leave it out, or pass a strategy of your own as quantization="
-                )
-        own = {
-            "model": self.model,
-            "revision": self.revision,
-            "hf_token": self.token,
-            "max_model_len": self.max_model_len,
-            "enforce_eager": self.enforce_eager,
-            "max_loras": self.max_loras,
-            "max_lora_rank": max_lora_rank,
-            # So many that vLLM never evicts an adapter by itself (see HostMemory): each may be being replaced, and one
-            # comes before another leaves.
-            "max_cpu_loras": 2 * self.num_cpu_loras + 1,
-        }
-        return {**self.engine_args, **strategy_args, **own}

@@ -16,9 +16,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeAlias
 
-from qlora_infer import quantization as strategies
 from qlora_infer._forked import LivingEngines
 from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
 from qlora_infer.adapters.loader import AdapterLoader
@@ -30,8 +29,8 @@ from qlora_infer.config import EngineConfig, LoraKernels, Startup
 from qlora_infer.display import Displayed, Table
 from qlora_infer.errors import EngineClosedError, EngineDeadError, EngineStartError, ForkedEngineError
 from qlora_infer.files.scratch import new_folder
-from qlora_infer.plan.room import choose_room, linear_parameters
-from qlora_infer.plan.startup import with_cpu_memory, with_defaults, with_kernels
+from qlora_infer.plan.engine_plan import EnginePlan
+from qlora_infer.quantization import QuantizationStrategy
 from qlora_infer.requests.backend import Backend
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
@@ -45,8 +44,6 @@ from qlora_infer.sources.tensors import AdapterTensors
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-
-    from qlora_infer.quantization import Platform
 else:
     SamplingParams = Any  # vLLM is loaded by an engine that needs it, not by this module
 
@@ -73,7 +70,8 @@ class QuantizedLoRAEngine(Displayed):
         model: A Hub id or a local folder with a checkpoint.
         quantization: ``"auto"`` reads ``config.json`` and takes what it says; an unquantized checkpoint is quantized
             to 4 bits with bitsandbytes as it loads. ``"none"`` serves such a checkpoint in its own 16 bits. Or the name
-            of a registered strategy, or a strategy.
+            of a registered strategy, or a strategy. ``None`` is as in vLLM: what ``config.json`` says, and an
+            unquantized checkpoint as it is.
         adapters: Adapters to load at once, by name.
         max_loras: Adapters that one batch may mix; each takes a slot in the device's memory, of the size that
             ``max_lora_rank`` needs. ``"auto"`` chooses from that size and the memory, and logs it.
@@ -105,6 +103,7 @@ class QuantizedLoRAEngine(Displayed):
         backend: What runs the model; ``None`` for vLLM. Tests pass ``qlora_infer.testing.FakeEngine()``.
 
     Raises:
+        TypeError: There is no such argument; an argument of vLLM belongs into ``engine_args``.
         ValueError: An argument is out of range, or ``engine_args`` contradicts another.
         MissingDependencyError: A package is missing; the message has the command that installs it.
         QuantizationError: The checkpoint cannot be served this way here.
@@ -126,7 +125,7 @@ class QuantizedLoRAEngine(Displayed):
         self,
         model: str | os.PathLike[str],
         *,
-        quantization: str | strategies.QuantizationStrategy = "auto",
+        quantization: str | QuantizationStrategy | None = "auto",
         adapters: Mapping[str, Source] | None = None,
         max_loras: int | Literal["auto"] = 8,
         max_slot_bytes: int | None = None,
@@ -145,7 +144,16 @@ class QuantizedLoRAEngine(Displayed):
         max_waiting: int | None = None,
         restart: Literal["never", "on-failure"] = "never",
         backend: Backend | None = None,
+        **unknown: Never,
     ) -> None:
+        if unknown:
+            from qlora_infer._vllm.arguments import format_unknown
+
+            raise TypeError(format_unknown(unknown))
+        if adapters is not None and not isinstance(adapters, Mapping):
+            raise TypeError(
+                f"adapters must map names to sources, as in {{'pirate': 'me/pirate-lora'}}, got {adapters!r}"
+            )
         config = EngineConfig(
             model=os.fspath(model),
             quantization=quantization,
@@ -168,23 +176,19 @@ class QuantizedLoRAEngine(Displayed):
         )
         _require_main_guard()
         self._backend = backend or _vllm_backend()
-        model_config, platform = self._backend.read_model_config(config), self._backend.platform()
-        strategy = strategies.choose(config, model_config)
-        strategy.check(config, model_config, platform)
-        strategy_args = strategy.engine_args(config, model_config)
-        self._quantization = strategy.name
-        self._config = config = choose_room(config, platform, model_config, strategy.name)
+        self._config = config
+        self._plan = plan = EnginePlan.of(config, self._backend.read_model_config(config), self._backend.platform())
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
         store = new_folder("store-")
         copies = Copies(store, max_bytes=config.max_disk_bytes, token=config.token)
-        memory = HostMemory(self._backend, copies, config.num_cpu_loras, config.num_slots, config.max_cpu_bytes)
+        memory = HostMemory(self._backend, copies, plan.max_cpu_loras, plan.max_loras, config.max_cpu_bytes)
         cache = AdapterCache(
             copies,
             on_idle=lambda version: _unless_ended(driver.post, memory.evict, version),
             on_gone=lambda name: _unless_ended(driver.forget, name),
         )
-        queue = RequestQueue(config.policy, max_loras=config.num_slots, is_resident=memory.__contains__)
+        queue = RequestQueue(config.policy, max_loras=plan.max_loras, is_resident=memory.__contains__)
         driver = Driver(
             self._backend,
             queue,
@@ -199,30 +203,22 @@ class QuantizedLoRAEngine(Displayed):
         self._close = weakref.finalize(self, _close, driver, copies, store)
         _living.add(self)
         try:
-            self._start(strategy_args, adapters or {}, platform, model_config)
+            self._start(adapters or {})
         except BaseException:
             self.close()
             raise
 
-    def _start(
-        self,
-        strategy_args: Mapping[str, Any],
-        adapters: Mapping[str, Source],
-        platform: Platform,
-        model_config: Mapping[str, Any],
-    ) -> None:
-        device, startup = platform.device, self._config.startup
+    def _start(self, adapters: Mapping[str, Source]) -> None:
         # Adapters are read before the model is, so that a mistake in one shows in seconds.
         versions = [self._loader.prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
         max_lora_rank = self._loader.choose_rank(self._config.max_lora_rank, versions)
-        engine_args = self._config.vllm_args(strategy_args, max_lora_rank=max_lora_rank)
-        num_parameters = (linear_parameters(model_config) or 0) // self._config.tensor_parallel_size
-        engine_args = with_defaults(engine_args, device=device, startup=startup, num_parameters=num_parameters)
-        engine_args = with_cpu_memory(engine_args, device=device, free_memory=platform.host_memory)
-        engine_args = with_kernels(engine_args, self._config.lora_kernels, device=device)
+        if versions and self._config.max_lora_rank == "auto":
+            self._plan = self._plan.with_rank(max_lora_rank)
+        for decision in self._plan.decisions:
+            logger.log(decision.level, "%s", decision)
         logger.info("starting with %s; this takes from half a minute to some minutes", self._config.model)
         began = time.monotonic()
-        self._driver.start(engine_args)
+        self._driver.start(self._plan)
         logger.info("ready after %.0f s", time.monotonic() - began)
         self._loader.model_modules = self._driver.call(self._backend.lora_modules)
         for version in versions:
@@ -674,6 +670,11 @@ class QuantizedLoRAEngine(Displayed):
     # Life -------------------------------------------------------------------------------------------------------
 
     @property
+    def plan(self) -> EnginePlan:
+        """The decisions that were made before vLLM started, with their reasons; ``print`` shows them."""
+        return self._plan
+
+    @property
     def is_running(self) -> bool:
         """Whether requests are accepted: it is neither closed nor known to be dead; for health checks.
 
@@ -721,10 +722,10 @@ class QuantizedLoRAEngine(Displayed):
         stats, adapters = self.stats(), self._cache.loaded()
         rows = [
             ("model", self._config.model),
-            ("quantization", self._quantization),
+            ("quantization", self._plan.quantization),
             ("state", self._state),
             ("requests", f"{stats.num_waiting} waiting, {stats.num_running} running"),
-            ("adapters", f"{len(adapters)}, {self._config.num_slots} in a batch at most"),
+            ("adapters", f"{len(adapters)}, {self._plan.max_loras} in a batch at most"),
         ]
         return [Table(rows), *(adapters._tables() if adapters else ())]
 

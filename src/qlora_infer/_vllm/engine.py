@@ -12,6 +12,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import re
 import shutil
 import signal
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field, frozen
 
-from qlora_infer._vllm import guarded_core, shared_memory, start_fault, torchvision_package
+from qlora_infer._vllm import environment, guarded_core, shared_memory, start_fault, torchvision_package
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -41,7 +42,6 @@ from qlora_infer.errors import (
 )
 from qlora_infer.files import scratch
 from qlora_infer.model.modules import ModelModules
-from qlora_infer.plan import startup
 from qlora_infer.requests.backend import StepOutput
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 from qlora_infer.sources import secrets
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
     from qlora_infer.files.carried import Carried
+    from qlora_infer.plan.engine_plan import EnginePlan
     from qlora_infer.quantization import Platform
 
 logger = logging.getLogger("qlora_infer")
@@ -134,7 +135,9 @@ class VLLMBackend:
             capability=capability.to_int() if capability else None,
             packages=frozenset(name.lower().replace("_", "-") for name in names if name),
             device_memory=current_platform.get_device_total_memory(),
-            host_memory=_free_host_memory(),
+            host_memory=free_host_memory(),
+            num_cores=len(os.sched_getaffinity(0)),
+            environment=environment.users_variables(),
         )
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
@@ -144,23 +147,20 @@ class VLLMBackend:
         source = config.engine_args.get("hf_config_path") or config.engine_args.get("tokenizer")
         return hub.read_model_config(config.model, revision=config.revision, token=config.token, config_source=source)
 
-    def start(self, engine_args: Mapping[str, Any]) -> None:
-        """Start vLLM with our worker extension; the core is a child process."""
+    def start(self, plan: EnginePlan) -> None:
+        """Start vLLM as planned; the core is a child process."""
         from vllm import EngineArgs
-        from vllm.platforms import current_platform
 
-        startup.set_environment(device=current_platform.device_type)
-        own = {"enable_lora": True, "worker_extension_cls": "qlora_infer._vllm.worker.WorkerExtension"}
+        engine_args = plan.engine_args
         self._sockets = scratch.new_folder("sockets-")
         with (
             _shielded_from_ctrl_c(),
-            startup.breakable_graphs(engine_args),
-            startup.sockets_in(self._sockets),
+            environment.applied({**plan.environment, **environment.sockets_in(self._sockets)}),
             start_fault.fault_folder() as folder,
             guarded_core.guarded_cores(),
         ):
             try:
-                self._engine = _start_engine(EngineArgs(**{**engine_args, **own}))
+                self._engine = _start_engine(EngineArgs(**engine_args))
                 self._engine.collective_rpc("qlora_pack_weights")
             except UnsupportedModelError:
                 raise
@@ -520,8 +520,8 @@ def _next_step(reason: str) -> str:
     return ""
 
 
-def _free_host_memory() -> int:
-    """What is free, and within the control group's limit where there is one, as containers have."""
+def free_host_memory() -> int:
+    """Return the memory that is free, within the control group's limit where there is one, as containers have."""
     import psutil  # type: ignore[import-untyped]  # vLLM depends on it
 
     free = int(psutil.virtual_memory().available)

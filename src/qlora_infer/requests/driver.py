@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +32,7 @@ from qlora_infer.requests.stats import EngineStats, StatsRecorder
 if TYPE_CHECKING:
     from qlora_infer.adapters.memory import HostMemory
     from qlora_infer.adapters.version import AdapterVersion
+    from qlora_infer.plan.engine_plan import EnginePlan
 
 logger = logging.getLogger("qlora_infer")
 
@@ -91,13 +92,13 @@ class Driver:
         self._room = threading.Condition(self._lock)
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="qlora-infer", daemon=True)
-        self._engine_args: Mapping[str, Any] = {}
+        self._plan: EnginePlan  # which start() gives
 
     # For other threads ------------------------------------------------------------------------------------------
 
-    def start(self, engine_args: Mapping[str, Any]) -> None:
+    def start(self, plan: EnginePlan) -> None:
         """Start the engine and wait until it is ready; raises what kept it from starting."""
-        self._engine_args = engine_args
+        self._plan = plan
         self._thread.start()
         self._started.result()
 
@@ -239,7 +240,7 @@ class Driver:
             self._backend.close()
 
     def _start_backend(self) -> None:
-        self._backend.start(self._engine_args)
+        self._backend.start(self._plan)
         with self._lock:
             self._queue.resize(self._backend.max_num_seqs)
         self._spare(0)

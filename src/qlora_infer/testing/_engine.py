@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
     from qlora_infer.files.carried import Carried
+    from qlora_infer.plan.engine_plan import EnginePlan
 
 #: What answers a prompt: called with the prompt's text and the adapter's name, ``None`` for the base model.
 Reply = Callable[[str, str | None], str]
@@ -171,9 +172,9 @@ class FakeEngine:
         """The ``model_config`` it was made with, whatever the model is called."""
         return self._model_config
 
-    def start(self, engine_args: Mapping[str, Any]) -> None:
-        """Keep the arguments, for tests to look at."""
-        self.engine_args = dict(engine_args)
+    def start(self, plan: EnginePlan) -> None:
+        """Keep vLLM's arguments, for tests to look at."""
+        self.engine_args = plan.engine_args
         self.num_starts += 1
         self._alive = True
 

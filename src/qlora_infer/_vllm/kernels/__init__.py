@@ -9,7 +9,7 @@ from typing import Any
 from qlora_infer._vllm.kernels.cpu.experts import leave_out_experts
 from qlora_infer._vllm.kernels.cpu.rotary import flatten_heads
 from qlora_infer._vllm.kernels.routers import hand_on_routers
-from qlora_infer.plan.startup import KERNELS_KEY
+from qlora_infer.plan.engine_plan import KERNELS_CAPABILITY, KERNELS_KEY
 
 logger = logging.getLogger("qlora_infer")
 
@@ -91,8 +91,7 @@ def _for_a_cpu() -> str | None:
 
 def _for_a_gpu(platform: Any) -> str | None:
     """Ours, on the GPUs that they were measured on: Hopper's."""
-    if not platform.is_device_capability(90):
-        logger.info("vLLM's own LoRA kernels are used: ours were not tried on this GPU")
+    if not platform.is_device_capability(KERNELS_CAPABILITY):
         return None
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
