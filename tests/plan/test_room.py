@@ -1,45 +1,13 @@
-"""How many adapters there is room for, chosen from the memory there is."""
+"""Room for adapters and for CUDA graphs, decided from the memory that a machine has."""
 
 import logging
 
 import pytest
+from machines import AWQ, GIB, LLAMA_8B, cpu, gpu, plan_of, reason
 
-from qlora_infer.plan.room import adapter_bytes, weight_bytes
-from qlora_infer.quantization import Platform
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 
-GIB = 1 << 30
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-
-
-class Machine(FakeEngine):
-    """A Llama of 8 billion parameters on a machine of some memory."""
-
-    def __init__(self, device_memory, host_memory, **arguments):
-        quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
-        super().__init__(model_config={"architectures": ["LlamaForCausalLM"], **quantized, **LLAMA_8B}, **arguments)
-        self._memory = device_memory, host_memory
-
-    def platform(self):
-        return Platform("cuda", 90, frozenset({"vllm"}), *self._memory)
-
-
-def chosen(backend, **arguments):
-    with fake_engine(backend=backend, **arguments):
-        return backend.engine_args["max_loras"], (backend.engine_args["max_cpu_loras"] - 1) // 2
-
-
-def test_the_size_of_an_adapter_is_that_of_its_factors():
-    """Rank 16 on all linear layers of Llama 3.1 8B is 41,943,040 numbers, as PEFT counts them."""
-    assert adapter_bytes(LLAMA_8B, 16) == 2 * 41_943_040
-    assert adapter_bytes({"text_config": LLAMA_8B}, 32) == 4 * 41_943_040
-    assert adapter_bytes({"hidden_size": 7}, 16) is None
+MODEL = {**AWQ, **LLAMA_8B}
 
 
 @pytest.mark.parametrize(
@@ -54,16 +22,25 @@ def test_the_size_of_an_adapter_is_that_of_its_factors():
         (None, None, {}, (8, 32)),
     ],
 )
-def test_auto_chooses_from_the_memory(device, host, arguments, expected, caplog):
-    """max_loras="auto" and max_cpu_loras="auto" fit adapters of max_lora_rank into the memory, and log the numbers."""
-    with caplog.at_level(logging.INFO, "qlora_infer"):
-        assert chosen(Machine(device, host), max_loras="auto", **arguments) == expected
-    assert f"max_loras={expected[0]}: " in caplog.text
+def test_auto_chooses_from_the_memory(device, host, arguments, expected):
+    """max_loras="auto" and max_cpu_loras="auto" fit adapters of max_lora_rank into the memory, with the reason."""
+    plan = plan_of(gpu(device_memory=device, host_memory=host), MODEL, max_loras="auto", **arguments)
+    assert (plan.max_loras, plan.max_cpu_loras) == expected
+    assert plan.engine_args["max_loras"] == expected[0]
+    wanted = "there are" if device else "is not known"
+    assert wanted in reason(plan, "max_loras")
 
 
-def test_numbers_that_are_given_are_taken(caplog):
+def test_numbers_that_are_given_are_taken():
     """What the caller says is not second-guessed."""
-    assert chosen(Machine(8 * GIB, 8 * GIB), max_loras=32, max_cpu_loras=100, max_lora_rank=512) == (32, 100)
+    plan = plan_of(gpu(8, host_memory=8 * GIB), MODEL, max_loras=32, max_cpu_loras=100, max_lora_rank=512)
+    assert (plan.max_loras, plan.max_cpu_loras, plan.engine_args["max_lora_rank"]) == (32, 100, 512)
+    assert reason(plan, "max_loras") == "given"
+
+
+def test_vllm_has_more_places_than_are_used():
+    """It never evicts by itself, also while all adapters are replaced."""
+    assert plan_of(gpu(), max_cpu_loras=32).engine_args["max_cpu_loras"] == 2 * 32 + 1
 
 
 def test_bytes_bound_what_is_in_host_memory(tmp_path):
@@ -80,25 +57,37 @@ def test_bytes_bound_what_is_in_host_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("says", "quantization", "bits"),
+    ("gib", "arguments", "is_eager"),
     [
-        ({}, "none", 16),
-        ({}, "fp8", 8),
-        ({}, "bitsandbytes", 4),
-        ({"quant_method": "awq", "w_bit": 4}, "awq", 4),
-        ({"quant_method": "gptq", "bits": 8}, "gptq", 8),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes", 8),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8", 8),
-        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8}}}}, "any", 8),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt", 4),
-        ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, "modelopt", 8),
-        ({"quant_method": "mxfp4"}, "mxfp4", 4),
-        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao", 8),
-        ({"quant_method": "gguf", "file": "org/model-GGUF:Q6_K"}, "gguf", 6),
+        (80, {}, False),
+        (24, {}, False),
+        (8, {"max_loras": 1, "max_lora_rank": 16}, True),
+        (8, {"max_loras": 1, "max_lora_rank": 16, "enforce_eager": False}, False),
+        (12, {"max_loras": 16, "max_lora_rank": 64}, True),
+        (12, {"max_loras": 4, "max_lora_rank": 16}, False),
+        (12, {"max_loras": 4, "max_lora_rank": 16, "engine_args": {"gpu_memory_utilization": 0.5}}, True),
+        (12, {"max_loras": 1, "max_lora_rank": 16, "engine_args": {"gpu_memory_utilization": 0.68}}, True),
+        (8, {"engine_args": {"tensor_parallel_size": 2}, "max_loras": 1}, False),
+        (80, {"enforce_eager": True}, True),
     ],
 )
-def test_the_size_of_the_weights_follows_the_format(says, quantization, bits):
-    """Memory is estimated by the bits that each format keeps of a weight, and embeddings by 16."""
-    model_config = {**LLAMA_8B, "vocab_size": 128_256, **({"quantization_config": says} if says else {})}
-    embeddings = 2 * 2 * 128_256 * 4096
-    assert weight_bytes(model_config, quantization) == bits * 6_979_321_856 // 8 + embeddings
+def test_graphs_are_given_up_only_where_memory_is_short(gib, arguments, is_eager):
+    """enforce_eager="auto" is True where weights and slots leave less than 3 GiB of the GPU's share; with a warning."""
+    plan = plan_of(gpu(gib), {**MODEL, "vocab_size": 128_256}, **arguments)
+    assert plan.engine_args["enforce_eager"] is is_eager
+    assert ("compilation_config" in plan.engine_args) is not is_eager
+    (eager,) = (decision for decision in plan.decisions if decision.name == "enforce_eager")
+    is_chosen = is_eager and "enforce_eager" not in arguments
+    assert ("too little of the GPU is left" in eager.reason) is is_chosen
+    assert (eager.level == logging.WARNING) is is_chosen
+
+
+def test_on_a_cpu_the_kv_cache_takes_what_is_there():
+    """A quarter of the free memory, where vLLM would want 0.92 of all, unless the user says how much."""
+    free = {"host_memory": 8 << 30}
+    assert plan_of(cpu(**free)).engine_args["kv_cache_memory_bytes"] == 2 << 30
+    for given in ({"gpu_memory_utilization": 0.5}, {"kv_cache_memory_bytes": 1}):
+        assert given.items() <= plan_of(cpu(**free), engine_args=given).engine_args.items()
+        assert plan_of(cpu(**free), engine_args=given).engine_args.get("kv_cache_memory_bytes") in (None, 1)
+    for others in (gpu(), cpu(), cpu(**free, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})):
+        assert "kv_cache_memory_bytes" not in plan_of(others).engine_args

@@ -135,7 +135,7 @@ class VLLMBackend:
             capability=capability.to_int() if capability else None,
             packages=frozenset(name.lower().replace("_", "-") for name in names if name),
             device_memory=current_platform.get_device_total_memory(),
-            host_memory=free_host_memory(),
+            host_memory=_free_host_memory(),
             num_cores=len(os.sched_getaffinity(0)),
             environment=environment.users_variables(),
         )
@@ -520,7 +520,7 @@ def _next_step(reason: str) -> str:
     return ""
 
 
-def free_host_memory() -> int:
+def _free_host_memory() -> int:
     """Return the memory that is free, within the control group's limit where there is one, as containers have."""
     import psutil  # type: ignore[import-untyped]  # vLLM depends on it
 

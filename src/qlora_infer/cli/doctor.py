@@ -15,8 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from qlora_infer import __version__, quantization
 from qlora_infer._vllm import torchvision_package
-from qlora_infer._vllm.engine import VLLMBackend, free_host_memory, require_vllm
-from qlora_infer._vllm.environment import users_variables
+from qlora_infer._vllm.engine import VLLMBackend, require_vllm
 from qlora_infer.cli import start
 from qlora_infer.cli.machine import Machine, installed_packages, this_machine
 from qlora_infer.config import EngineConfig
@@ -68,6 +67,7 @@ class Diagnosis:
 
 @start.engine_options
 def doctor(
+    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Option(help="A Hub id or a local folder: print the plan of an engine for it.")
     ] = None,
@@ -83,43 +83,36 @@ def doctor(
     """
     if options and model is None:
         raise typer.BadParameter(f"--{next(iter(options)).replace('_', '-')} is for the plan: give --model, too")
+    start.log_to_stderr(ctx)
     found = diagnose()
-    plan = plan_for(model, found, options) if model and found.device else None
-    if as_json:
-        decisions = [asdict(decision) for decision in plan.decisions] if plan else None
-        answer = {"qlora_infer": __version__, **asdict(found), "works": found.works, "plan": decisions}
-        typer.echo(json.dumps(answer, indent=2))
-    else:
+    if not as_json:
         typer.echo("\n".join(_lines(found)))
-        if model:
-            typer.echo(f"\n{plan or 'no plan: vLLM does not work here'}")
+    plan = plan_for(model, options) if model and found.device else None
+    if as_json:
+        answer = {"qlora_infer": __version__, **asdict(found), "works": found.works, "plan": _decisions(plan)}
+        typer.echo(json.dumps(answer, indent=2))
+    elif model:
+        typer.echo(f"\n{plan or 'no plan: vLLM does not work here'}")
     raise typer.Exit(0 if found.works else 1)
 
 
-def plan_for(model: str, found: Diagnosis, options: Mapping[str, Any]) -> EnginePlan:
-    """Return the plan of an engine that starts here without adapters.
+def plan_for(model: str, options: Mapping[str, Any]) -> EnginePlan:
+    """Return the plan of an engine that starts here without adapters; vLLM is imported, and not started.
 
     Raises:
         typer.BadParameter: An option is out of range.
         QLoRAInferError: The model cannot be served, or its ``config.json`` cannot be read.
     """
+    backend = VLLMBackend()
     with start.usage_errors():
         config = EngineConfig(model=model, **options)
-        return EnginePlan.of(config, VLLMBackend().read_model_config(config), _platform(found))
+        return EnginePlan.of(config, backend.read_model_config(config), backend.platform())
 
 
-def _platform(found: Diagnosis) -> quantization.Platform:
-    """Return the machine as an engine sees it, but without importing vLLM."""
-    gpus = found.machine.gpus if found.device == "cuda" else ()
-    return quantization.Platform(
-        device=found.device or "",
-        capability=min((gpu.capability for gpu in gpus), default=None),
-        packages=frozenset(installed_packages()),
-        device_memory=gpus[0].memory if gpus else None,
-        host_memory=free_host_memory(),
-        num_cores=found.machine.num_threads,
-        environment=users_variables(),
-    )
+def _decisions(plan: EnginePlan | None) -> list[dict[str, Any]] | None:
+    if plan is None:
+        return None
+    return [{"name": made.name, "value": made.value, "reason": made.reason} for made in plan.decisions]
 
 
 def diagnose() -> Diagnosis:

@@ -111,7 +111,7 @@ def started(
         typer.BadParameter: An option is out of range, or two contradict each other.
         QLoRAInferError: What the engine raises.
     """
-    _log_to_stderr(is_debugging=ctx.find_root().params["debug"])
+    log_to_stderr(ctx)
     with usage_errors():
         engine = ctx.obj(model, adapters=_by_name(adapters or ()), **options)
     with engine:
@@ -136,8 +136,9 @@ def _by_name(adapters: Sequence[tuple[str, str]]) -> dict[str, str]:
     return named
 
 
-def _log_to_stderr(*, is_debugging: bool) -> None:
+def log_to_stderr(ctx: typer.Context) -> None:
     """Keep standard output for answers; vLLM would log there."""
+    is_debugging = ctx.find_root().params["debug"]
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if is_debugging else "WARNING")
     logging.basicConfig(format="%(message)s")

@@ -116,8 +116,8 @@ class EnginePlan(Displayed):
         return f"<EnginePlan {self.engine_args['model']} quantization={self.quantization!r}>"
 
     def _tables(self) -> Sequence[Table]:
-        model = Decision("model", self.engine_args["model"], "given")
-        return [Table([_row(decision) for decision in (model, *self.decisions)])]
+        model = Table([("model", str(self.engine_args["model"]))])
+        return [model, Table([_row(decision) for decision in self.decisions])]
 
 
 def _row(decision: Decision[Any]) -> tuple[str, str | None, str]:
@@ -142,11 +142,11 @@ def _quantization(
         return Decision("quantization", strategy.name, "given")
     method = quant_method(model_config)
     if method:
-        reason = f"the checkpoint says {method!r}"
+        reason = f"the checkpoint names {method!r}"
     elif config.quantization is None:
         reason = "the checkpoint is not quantized, and stays so"
     else:
-        reason = "the checkpoint is not quantized: in flight"
+        reason = "the checkpoint is not quantized: in flight, as it loads"
     return Decision("quantization", strategy.name, reason, logging.INFO)
 
 
