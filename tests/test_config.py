@@ -1,29 +1,17 @@
 """What is refused at the door, before anything is downloaded or started."""
 
+import subprocess
+import sys
+from inspect import Parameter, signature
+
 import pytest
+from attrs import NOTHING, fields
 
+from qlora_infer import QuantizedLoRAEngine
 from qlora_infer.config import OWN_ENGINE_ARGS, EngineConfig
+from qlora_infer.testing import FakeEngine
 
-VALID = {
-    "model": "org/model",
-    "quantization": "auto",
-    "max_loras": 8,
-    "max_slot_bytes": None,
-    "max_lora_rank": "auto",
-    "max_cpu_loras": 32,
-    "max_cpu_bytes": None,
-    "max_disk_bytes": None,
-    "max_model_len": None,
-    "enforce_eager": False,
-    "startup": "fast",
-    "lora_kernels": "auto",
-    "revision": None,
-    "token": None,
-    "engine_args": {},
-    "policy": "fair",
-    "max_waiting": None,
-    "restart": "never",
-}
+VALID = {"model": "org/model", "max_cpu_loras": 32}
 
 
 @pytest.mark.parametrize(
@@ -64,26 +52,79 @@ def test_engine_args_may_not_say_what_an_argument_says(key):
         EngineConfig(**{**VALID, "engine_args": {key: "anything"}})
 
 
-def test_engine_args_may_not_contradict_the_strategy():
-    """A key that the strategy sets to another value is refused; the same value is not."""
-    config = EngineConfig(**{**VALID, "engine_args": {"dtype": "float16"}})
-    with pytest.raises(ValueError, match="dtype"):
-        config.vllm_args({"dtype": "bfloat16"}, max_lora_rank=16)
-    assert config.vllm_args({"dtype": "float16"}, max_lora_rank=16)["dtype"] == "float16"
-
-
-def test_vllm_gets_every_argument_and_more_places_than_are_used():
-    """engine_args go to vLLM as they are; vLLM has places enough never to evict by itself, also while all are replaced."""
-    theirs = {"seed": 7, "tensor_parallel_size": 4, "pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}
-    config = EngineConfig(**{**VALID, "token": "hf_secret", "engine_args": theirs})
-    arguments = config.vllm_args({"quantization": "awq"}, max_lora_rank=32)
-    assert theirs.items() <= arguments.items()
-    assert arguments["quantization"] == "awq"
-    assert arguments["max_lora_rank"] == 32
-    assert arguments["hf_token"] == "hf_secret"
-    assert arguments["max_cpu_loras"] == 2 * 4 * 8 + 1
-
-
 def test_a_token_is_never_printed():
     """The repr of a config has no token."""
     assert "hf_secret" not in repr(EngineConfig(**{**VALID, "token": "hf_secret"}))
+
+
+def test_the_constructor_has_the_options_of_the_config():
+    """Every option of EngineConfig is an argument of QuantizedLoRAEngine by the same name, with the same default."""
+    parameters = {
+        name: NOTHING if parameter.default is Parameter.empty else parameter.default
+        for name, parameter in signature(QuantizedLoRAEngine).parameters.items()
+        if parameter.kind is not Parameter.VAR_KEYWORD
+    }
+    options = {option.name: option.default for option in fields(EngineConfig)}
+    assert {**options, "adapters": None, "backend": None} == parameters
+    assert all(option.metadata["help"].endswith(".") for option in fields(EngineConfig))
+
+
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ("max_lora", "did you mean max_loras?"),
+        ("hf_token", "it is set by token="),
+        ("no_such_thing", "if it is an argument of vLLM, write engine_args={'no_such_thing': 7}"),
+    ],
+)
+def test_an_unknown_argument_is_refused_with_advice(argument, advice):
+    """A misspelled argument, and one that belongs into engine_args, is a TypeError that says what to write."""
+    with pytest.raises(TypeError) as error:
+        QuantizedLoRAEngine("org/model", backend=FakeEngine(), **{argument: 7})
+    assert str(error.value) == f"QuantizedLoRAEngine has no argument {argument!r}: {advice}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ("gpu_memory_utilization", ", which is vLLM's: write engine_args={'gpu_memory_utilization': 0.8}"),
+        ("gpu_memory_utilisation", ": did you mean engine_args={'gpu_memory_utilization': ...}?"),
+    ],
+)
+def test_an_argument_of_vllm_is_refused_with_its_place(argument, advice):
+    """It goes into engine_args; vLLM is not imported for that, which would take seconds."""
+    pytest.importorskip("vllm")
+    code = f"""if True:
+        import sys
+        from qlora_infer import QuantizedLoRAEngine
+        try:
+            QuantizedLoRAEngine("org/model", {argument}=0.8)
+        except TypeError as error:
+            print(error)
+        assert not {{"vllm", "torch"}} & set(sys.modules)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout == f"QuantizedLoRAEngine has no argument {argument!r}{advice}\n", found.stderr
+
+
+def test_the_value_of_an_unknown_argument_is_not_printed():
+    """A text may be a secret."""
+    with pytest.raises(TypeError) as error:
+        QuantizedLoRAEngine("org/model", backend=FakeEngine(), api_token="hf_secret")
+    assert "hf_secret" not in str(error.value)
+
+
+def test_adapters_that_have_no_names_are_refused():
+    """adapters= maps names to sources; a list has none."""
+    with pytest.raises(TypeError, match="adapters must map names to sources"):
+        QuantizedLoRAEngine("org/model", adapters=["./pirate"], backend=FakeEngine())
+
+
+def test_vllms_sampling_params_can_be_imported_from_here():
+    """`from qlora_infer import SamplingParams` is vLLM's class; without that line, vLLM and torch are not imported."""
+    vllm = pytest.importorskip("vllm")
+    from qlora_infer import SamplingParams
+
+    assert SamplingParams is vllm.SamplingParams
+    code = "import sys, qlora_infer; print({'vllm', 'torch'} & set(sys.modules), hasattr(qlora_infer, 'Sampling'))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set() False\n"

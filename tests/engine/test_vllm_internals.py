@@ -85,15 +85,15 @@ def test_a_platform_names_its_kernels_class():
 
 
 def test_layers_of_4_bits_may_round_what_comes_in_to_8_and_do_not(awq):
-    """vLLM's variable for it is the one that set_environment sets, its kernel reads it, and the engine was started so."""
-    import os
-
+    """vLLM's variable for it is the plan's, its kernel reads it, and the engine's core was started with it."""
     from vllm import envs
     from vllm.model_executor.kernels.linear.mixed_precision import cpu
 
     assert "VLLM_CPU_INT4_W4A8" in envs.environment_variables
     assert "envs.VLLM_CPU_INT4_W4A8" in inspect.getsource(cpu.CPUWNA16LinearKernel)
-    assert os.environ["VLLM_CPU_INT4_W4A8"] == "0"
+    assert awq.plan.environment["VLLM_CPU_INT4_W4A8"] == "0"
+    (core,) = awq._backend.pids
+    assert b"VLLM_CPU_INT4_W4A8=0" in Path(f"/proc/{core}/environ").read_bytes().split(b"\0")
 
 
 def test_kernels_are_not_installed_in_the_users_process(awq):

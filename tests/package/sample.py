@@ -11,6 +11,8 @@ from qlora_infer import (
     AdapterNotLoadedError,
     AdapterSource,
     Completion,
+    Decision,
+    EnginePlan,
     EngineStats,
     GenerationOutput,
     IncompatibleAdapterError,
@@ -107,8 +109,11 @@ def strategies() -> None:
     strategy: QuantizationStrategy = HQQ()
     with QuantizedLoRAEngine("org/model", quantization=strategy, backend=FakeEngine()) as engine:
         assert_type(engine, QuantizedLoRAEngine)
+    QuantizedLoRAEngine("org/model", quantization=None, backend=FakeEngine()).close()
     with fake_engine() as engine:
         assert_type(engine, QuantizedLoRAEngine)
+        assert_type(engine.plan, EnginePlan)
+        assert_type(engine.plan.decisions, Sequence[Decision[Any]])
     QuantizedLoRAEngine("org/model", quantization=NoStrategy())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
@@ -122,5 +127,6 @@ def refused(engine: QuantizedLoRAEngine) -> None:
     engine.load_blend("both", ["pirate"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.load_blend("both", {"a": 1}, method="slerp")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     QuantizedLoRAEngine("org/model", policy="lifo")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    QuantizedLoRAEngine("org/model", gpu_memory_utilization=0.8)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     QuantizedLoRAEngine("org/model", backend="vllm")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.generate("hello")[0].text = "bye"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,8 +21,8 @@ def cpu(**others):
 
 def gpu(gib=80, **others):
     """A Hopper with so many GiB, in a machine with 64 GiB of free memory."""
-    memory = {"device_memory": gib << 30 if gib else None, "host_memory": 64 << 30}
-    return Platform("cuda", 90, frozenset({"vllm"}), **{**memory, **others})
+    hopper = {"capability": 90, "packages": frozenset({"vllm"}), "device_memory": gib << 30, "host_memory": 64 << 30}
+    return Platform("cuda", **{**hopper, **others})
 
 
 def plan_of(platform, model_config=AWQ, **options):

@@ -902,10 +902,10 @@ def test_a_core_that_cannot_be_started_again_is_dead():
     """When the new core does not start, every request fails with the cause, and nothing hangs."""
 
     class Once(FakeEngine):
-        def start(self, engine_args):
+        def start(self, plan):
             if self.num_starts:
                 raise RuntimeError("no memory left")
-            super().start(engine_args)
+            super().start(plan)
 
     backend = Once(step_seconds=0.01)
     with fake_engine(backend=backend, restart="on-failure") as engine:
