@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_infer import QuantizedLoRAEngine
+from qlora_infer._vllm.environment import applied, users_variables
 from qlora_infer.cli.machine import this_machine
+from qlora_infer.config import Startup
 from qlora_infer.demo import demo_model
-from qlora_infer.plan import startup
+from qlora_infer.plan.environment import environment
+from qlora_infer.plan.graphs import BREAKABLE, compilation
+from qlora_infer.quantization import Platform
 from qlora_infer.testing import write_adapter
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -96,6 +100,29 @@ IN_FLIGHT = {
 }
 
 
+def set_environment(device: str) -> None:
+    """Set for both sides what this library sets while its engine starts."""
+    os.environ.update(variables(device, {}))
+
+
+def variables(device: str, engine_args: Mapping[str, Any]) -> dict[str, str]:
+    """The environment variables that this library sets while its engine starts."""
+    return {variable.name: variable.value for variable in environment(engine_args, _here(device))}
+
+
+def compiled_as_ours(
+    engine_args: Mapping[str, Any], device: str, startup: Startup = "fast", num_parameters: int | None = None
+) -> dict[str, Any]:
+    """vLLM's arguments, with the graphs and operators that this library's engine has."""
+    _, config = compilation(engine_args, _here(device), startup, num_parameters)
+    return dict(engine_args) if config is None else {**engine_args, "compilation_config": config}
+
+
+def _here(device: str) -> Platform:
+    num_cores = len(os.sched_getaffinity(0))
+    return Platform(device, None, frozenset(), num_cores=num_cores, environment=users_variables())
+
+
 class Plain:
     """``vllm.LLM``, used as its documentation shows.
 
@@ -120,13 +147,13 @@ class Plain:
         if our_kernels:
             from vllm.platforms import current_platform
 
-            startup.set_environment(device=current_platform.device_type)
-            arguments = startup.with_defaults(arguments, device=current_platform.device_type)
+            set_environment(current_platform.device_type)
+            arguments = compiled_as_ours(arguments, current_platform.device_type)
             arguments["worker_extension_cls"] = "qlora_infer._vllm.worker.WorkerExtension"
         else:
             arguments["worker_extension_cls"] = "swap_counter.SwapCounter"
         arguments |= IN_FLIGHT.get(quantization, {})
-        with startup.breakable_graphs(arguments):
+        with applied({name: value for name, value in variables("any", arguments).items() if name == BREAKABLE}):
             self.llm = LLM(str(model), enable_lora=True, **arguments)
         if not arguments.get("disable_log_stats", True):
             # The times of requests are wanted, and nobody to log them; ours does the same.

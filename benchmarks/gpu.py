@@ -26,8 +26,6 @@ import runs
 from llama_shapes import QUANTIZATIONS, SHAPES, model_and_adapters
 from runs import Cell, Comparison, Timed
 
-from qlora_infer.plan import startup
-
 #: What is asked of the original example's settings, which are slow.
 EXAMPLE_CELLS = [Cell(1, 1), Cell(1, 64), Cell(4, 64), Cell(32, 128)]
 
@@ -75,7 +73,7 @@ def main() -> None:
     """Print the tables."""
     arguments = parse()
     deadline = time.monotonic() + 60 * arguments.minutes
-    startup.set_environment(device=arguments.device)
+    common.set_environment(arguments.device)
     tokenizer = arguments.tokenizer or common.model_for("none")
     print(f"{common.machine()}; {title(arguments)}", flush=True)
     sizes = arguments.num_adapters, arguments.rank
@@ -118,9 +116,7 @@ def start(
     given, quantization = limits(arguments), arguments.quantization
     if side == "plain":
         # As ours starts, so that only this library differs.
-        given = startup.with_defaults(
-            given, device=arguments.device, startup=arguments.startup, num_parameters=common.num_parameters(model)
-        )
+        given = common.compiled_as_ours(given, arguments.device, arguments.startup, common.num_parameters(model))
         return common.Plain(model, quantization, adapters, disable_log_stats=False, **given)
     if side == "example":
         del given["max_cpu_loras"]
@@ -238,7 +234,7 @@ def measure_pause(model: Path, adapters: Mapping[str, Path], arguments: argparse
     """Print the table of load_pause.py."""
     arguments.slots = 1
     given = {**limits(arguments), "max_model_len": 8192}
-    given_plain = startup.with_defaults(given, device=arguments.device, num_parameters=common.num_parameters(model))
+    given_plain = common.compiled_as_ours(given, arguments.device, num_parameters=common.num_parameters(model))
     plain = common.Plain(model, arguments.quantization, adapters, **given_plain)
     ours = common.Ours(model, arguments.quantization, {}, **given)
     sides: dict[str, load_pause.Side] = {

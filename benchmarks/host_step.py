@@ -20,7 +20,6 @@ from gpu import prompts
 from runs import Comparison, Timed
 
 from qlora_infer.demo import demo_adapters
-from qlora_infer.plan import startup
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8, help="pairs of runs")
     parser.add_argument("--json", type=Path, help="a file that every run is appended to")
     arguments = parser.parse_args()
-    startup.set_environment(device="cpu")
+    common.set_environment("cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing is computed, and threads of torch would be in the way
     model, adapters = common.model_for("awq"), {"a0": next(iter(demo_adapters().values()))}
     given = {

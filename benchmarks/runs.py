@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from attrs import asdict, frozen
 from many_adapters import orders
-from qlora_infer.plan.startup import VLLM_LARGEST_GRAPH
+
+from qlora_infer.plan.graphs import VLLM_LARGEST_GRAPH
 
 #: How many times as often a cell is run that has fewer requests than the most: its runs are short, and so uncertain.
 OFTEN = 4

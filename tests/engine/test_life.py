@@ -78,6 +78,21 @@ def test_ctrl_c_leaves_the_engine_running(awq):
     assert awq._backend._engine.get_num_unfinished_requests() == 0
 
 
+def test_vllm_starts_by_the_plan(awq):
+    """vLLM's configuration is the plan's, its core has the plan's variables, and this process is left without them."""
+    plan, vllms = awq.plan, awq._backend._engine.vllm_config
+    assert vllms.lora_config.max_loras == plan.max_loras
+    assert vllms.lora_config.max_cpu_loras == 2 * plan.max_cpu_loras + 1
+    assert vllms.lora_config.max_lora_rank == plan.engine_args["max_lora_rank"]
+    assert vllms.compilation_config.custom_ops == plan.engine_args["compilation_config"]["custom_ops"]
+    assert {"VLLM_CPU_INT4_W4A8", "VLLM_WORKER_MULTIPROC_METHOD"} <= plan.environment.keys()
+    (core,) = awq._backend.pids
+    cores = Path(f"/proc/{core}/environ").read_bytes().decode().split("\0")
+    assert {f"{name}={value}" for name, value in plan.environment.items()} <= set(cores)
+    assert not plan.environment.keys() & os.environ.keys()
+    assert str(plan).count("VLLM_CPU_INT4_W4A8") == 1
+
+
 def test_a_cancelled_request_is_gone_from_vllm(awq):
     """cancel frees the request in vLLM; a request beside it is answered as if alone."""
     (expected,) = awq.generate("my name is", GREEDY, adapter="pirate", use_tqdm=False)

