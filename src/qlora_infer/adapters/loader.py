@@ -22,7 +22,6 @@ from qlora_infer.sources.source import AdapterSource, Writable
 logger = logging.getLogger("qlora_infer")
 
 #: With ``max_lora_rank="auto"``: the rank that is provided for where no adapter is given at the start, and the least.
-DEFAULT_MAX_LORA_RANK = 64
 LEAST_MAX_LORA_RANK = 16
 
 #: Seconds that an adapter may take into host memory.
@@ -208,7 +207,7 @@ class AdapterLoader:
         if isinstance(max_lora_rank, int):
             self.max_lora_rank = max_lora_rank
         elif not versions:
-            self.max_lora_rank = DEFAULT_MAX_LORA_RANK
+            self.max_lora_rank = DEFAULT_RANK
         else:
             ranks = [version.manifest.rank for version in versions]
             self.max_lora_rank = preflight.lora_rank_for([LEAST_MAX_LORA_RANK, *ranks])
