@@ -1,5 +1,6 @@
 """What is refused at the door, before anything is downloaded or started."""
 
+import importlib.util
 import subprocess
 import sys
 from inspect import Parameter, signature
@@ -7,7 +8,7 @@ from inspect import Parameter, signature
 import pytest
 from attrs import NOTHING, fields
 
-from qlora_infer import QuantizedLoRAEngine
+from qlora_infer import MissingDependencyError, QuantizedLoRAEngine
 from qlora_infer.config import OWN_ENGINE_ARGS, EngineConfig
 from qlora_infer.testing import FakeEngine
 
@@ -128,3 +129,10 @@ def test_vllms_sampling_params_can_be_imported_from_here():
     assert SamplingParams is vllm.SamplingParams
     code = "import sys, qlora_infer; print({'vllm', 'torch'} & set(sys.modules), hasattr(qlora_infer, 'Sampling'))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set() False\n"
+
+
+def test_without_vllm_the_import_says_how_to_install_it(monkeypatch):
+    """A light install has the library's own names, and a typed error for vLLM's."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install 'qlora-infer"):
+        from qlora_infer import SamplingParams  # noqa: F401

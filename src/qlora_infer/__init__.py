@@ -53,12 +53,9 @@ else:
         """Import vLLM's ``SamplingParams`` when it is used: without it, this package loads neither vLLM nor torch."""
         if name != "SamplingParams":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from qlora_infer._vllm.engine import require_vllm
+        from qlora_infer._vllm.engine import sampling_params_class
 
-        require_vllm()
-        from vllm import SamplingParams
-
-        return SamplingParams
+        return sampling_params_class()
 
 
 __all__ = [

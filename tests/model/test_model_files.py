@@ -13,7 +13,7 @@ from test_quantization import CONFIG as ENGINE
 from qlora_infer import quantization
 from qlora_infer.errors import ModelNotFoundError, QLoRAInferError, QuantizationError
 from qlora_infer.model.checkpoint import modules_of_tensors, read_checkpoint
-from qlora_infer.model.size import adapter_bytes, weight_bytes
+from qlora_infer.plan.size import adapter_bytes, weight_bytes
 from qlora_infer.quantization import Platform
 from qlora_infer.quantization.checkpoint import QUANTIZATION_FILES
 from qlora_infer.sources import hub

@@ -392,6 +392,14 @@ class VLLMBackend:
         )
 
 
+def sampling_params_class() -> Any:
+    """Return vLLM's ``SamplingParams``; raises as ``require_vllm`` does."""
+    require_vllm()
+    from vllm import SamplingParams
+
+    return SamplingParams
+
+
 def require_vllm() -> None:
     """Raise ``MissingDependencyError``, with the command that helps, unless vLLM can be imported."""
     if importlib.util.find_spec("vllm") is None:

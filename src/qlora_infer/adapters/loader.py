@@ -16,12 +16,13 @@ from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadEr
 from qlora_infer.files.carried import check_tokens, with_end_token
 from qlora_infer.files.lineage import lineage
 from qlora_infer.model.modules import ModelModules
+from qlora_infer.plan.memory import DEFAULT_RANK
 from qlora_infer.sources.blend import AdapterBlend, AdapterPart, BlendMethod
 from qlora_infer.sources.source import AdapterSource, Writable
 
 logger = logging.getLogger("qlora_infer")
 
-#: With ``max_lora_rank="auto"``: the rank that is provided for where no adapter is given at the start, and the least.
+#: With ``max_lora_rank="auto"``: the least rank that adapters at the start make room for.
 LEAST_MAX_LORA_RANK = 16
 
 #: Seconds that an adapter may take into host memory.

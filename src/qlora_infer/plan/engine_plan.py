@@ -11,11 +11,11 @@ from attrs import evolve, frozen
 from qlora_infer import quantization
 from qlora_infer.config import EngineConfig
 from qlora_infer.display import Displayed, Table
-from qlora_infer.model.size import adapter_bytes, linear_parameters, weight_bytes
 from qlora_infer.plan import memory
 from qlora_infer.plan.decision import Decision, given
 from qlora_infer.plan.environment import environment
 from qlora_infer.plan.graphs import compilation
+from qlora_infer.plan.size import adapter_bytes, linear_parameters, weight_bytes
 from qlora_infer.quantization import Platform, QuantizationStrategy
 from qlora_infer.quantization.checkpoint import quant_method
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_infer.model.size import adapter_bytes, weight_bytes
+from qlora_infer.plan.size import adapter_bytes, weight_bytes
 
 LLAMA_8B = {
     "hidden_size": 4096,
