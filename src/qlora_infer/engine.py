@@ -151,9 +151,8 @@ class QuantizedLoRAEngine(Displayed):
 
             raise TypeError(format_unknown(unknown))
         if adapters is not None and not isinstance(adapters, Mapping):
-            raise TypeError(
-                f"adapters must map names to sources, as in {{'pirate': 'me/pirate-lora'}}, got {adapters!r}"
-            )
+            given = type(adapters).__name__  # what is in it may hold a secret
+            raise TypeError(f"adapters must map names to sources, as in {{'pirate': 'me/pirate-lora'}}, got a {given}")
         config = EngineConfig(
             model=os.fspath(model),
             quantization=quantization,
