@@ -313,7 +313,7 @@ class Caller:
     def _submit(self, question: Question, *, block: bool = True) -> RequestHandle | None:
         adapter, expected = question.adapter, None
         if question.manner == "exact" and adapter is not None:
-            version = self.random.choice(self._engine.versions(adapter))
+            version = self.random.choice(self._engine.adapter_versions(adapter))
             adapter, expected = f"{adapter}@{version.version}", version.int_id
         try:
             handle = self._engine.add_request(
@@ -434,7 +434,7 @@ class Operator:
     def swap(self) -> None:
         """Replace the content of a name, sometimes only where it is still the one that was seen."""
         name, content = self.random.choice(self._traffic.names), self.random.choice(self._traffic.contents)
-        expected = self._engine.versions(name)[0].version if self.random.random() < 0.3 else None
+        expected = self._engine.adapter_versions(name)[0].version if self.random.random() < 0.3 else None
         with contextlib.suppress(AdapterConflictError):
             self._traffic.versions.add(self._engine.load_adapter(name, content.folder, expect=expected), content)
 
@@ -448,24 +448,24 @@ class Operator:
     def roll_back(self) -> None:
         """Go back to the version before, where there is one."""
         with contextlib.suppress(AdapterNotLoadedError):
-            self._engine.rollback(self._traffic.popular(self.random))
+            self._engine.rollback_adapter(self._traffic.popular(self.random))
 
     def pin(self) -> None:
         """Pin a name, of which this operator holds a few at most."""
         if len(self._pinned) < self._MAX_PINNED:
             name = self.random.choice(self._traffic.names)
             with contextlib.suppress(AdapterLoadError):  # there is no room beside those that others pinned
-                self._engine.pin(name)
+                self._engine.pin_adapter(name)
                 self._pinned.append(name)
 
     def unpin(self) -> None:
         """Unpin one of the names that this operator pinned."""
         if self._pinned:
-            self._engine.unpin(self._pinned.pop(0))
+            self._engine.unpin_adapter(self._pinned.pop(0))
 
     def prefetch(self) -> None:
         """Begin to read a few adapters."""
-        self._engine.prefetch(self.random.choices(self._traffic.names, k=3))
+        self._engine.prefetch_adapters(self.random.choices(self._traffic.names, k=3))
 
     def load_broken(self) -> None:
         """Load an adapter that must be refused, under a name that goes on serving."""

@@ -339,7 +339,7 @@ def adapter_routes(engine: ql.QuantizedLoRAEngine, settings: Settings, token: st
 
     @router.post("/{name}/rollback")
     def rollback(name: name_in_path) -> Any:
-        return asdict(engine.rollback(name))
+        return asdict(engine.rollback_adapter(name))
 
     return router
 

@@ -350,7 +350,7 @@ class QuantizedLoRAEngine(Displayed):
             name, adapters, method=method, density=density, seed=seed, weight=weight, expect=expect
         )
 
-    def rollback(self, name: str) -> LoadedAdapter:
+    def rollback_adapter(self, name: str) -> LoadedAdapter:
         """Go back to the version before the one that ``name`` stands for, and forget the newer one.
 
         Of each name the version before is held, on disk; over ``max_disk_bytes`` its copy is the last to go. Requests
@@ -365,7 +365,7 @@ class QuantizedLoRAEngine(Displayed):
         """
         return self._loader.rollback(name)
 
-    def versions(self, name: str) -> list[LoadedAdapter]:
+    def adapter_versions(self, name: str) -> list[LoadedAdapter]:
         """The versions of an adapter that requests may name exactly (``"name@2"``, or by digest), the newest first.
 
         Raises:
@@ -373,7 +373,7 @@ class QuantizedLoRAEngine(Displayed):
         """
         return self._cache.held(name)
 
-    def pin(self, name: str) -> None:
+    def pin_adapter(self, name: str) -> None:
         """Keep an adapter, and each later version of it, in host memory until it is unpinned or unloaded.
 
         Raises:
@@ -382,7 +382,7 @@ class QuantizedLoRAEngine(Displayed):
         """
         self._loader.pin(name)
 
-    def unpin(self, name: str) -> None:
+    def unpin_adapter(self, name: str) -> None:
         """Let a pinned adapter leave host memory again; harmless when it was not pinned.
 
         Raises:
@@ -390,7 +390,7 @@ class QuantizedLoRAEngine(Displayed):
         """
         self._loader.unpin(name)
 
-    def prefetch(self, names: Iterable[str]) -> None:
+    def prefetch_adapters(self, names: Iterable[str]) -> None:
         """Begin to read adapters into host memory, as far as there is room, so that their first requests are quick.
 
         Raises:

@@ -277,7 +277,7 @@ def test_what_rollback_goes_back_to_is_let_go_last(folders, size, tmp_path):
         engine.load_adapter("policy", policy)
         for number in range(1, 4):
             engine.load_adapter(f"a{number}", folders[number])
-        assert engine.rollback("policy").version == 1
+        assert engine.rollback_adapter("policy").version == 1
         for number in range(4, 8):  # the source still holds the other content when the other version is forgotten
             engine.load_adapter(f"a{number}", folders[number])
         assert engine.generate("x", adapter="policy")[0].text == "policy says: x"
@@ -292,10 +292,10 @@ def test_a_version_that_cannot_come_back_goes_when_nothing_else_can(folders, siz
         write_adapter(policy, seed=9)
         engine.load_adapter("policy", policy)
         with pytest.raises(CorruptAdapterError, match="load it again"):
-            engine.rollback("policy")
+            engine.rollback_adapter("policy")
         assert engine.adapters["policy"].version == 2
         shutil.copytree(folders[0], policy, dirs_exist_ok=True)
-        assert engine.rollback("policy").version == 1
+        assert engine.rollback_adapter("policy").version == 1
 
 
 @pytest.mark.parametrize("source", ["folder", "tensors", "pickle", "blend"])

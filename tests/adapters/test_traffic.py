@@ -40,7 +40,7 @@ class Traffic:
         self.engine.load_adapter(name, self.random.choice(self.folders))
 
     def replace(self, name):
-        expected = self.engine.versions(name)[0].version
+        expected = self.engine.adapter_versions(name)[0].version
         self.engine.load_adapter(name, self.random.choice(self.folders), expect=expected)
 
     def change_source(self, _):
@@ -54,7 +54,7 @@ class Traffic:
         self.engine.unload_adapter(name)
 
     def roll_back(self, name):
-        self.engine.rollback(name)
+        self.engine.rollback_adapter(name)
 
     def blend(self, name):
         self.engine.load_blend(name, {self.random.choice(NAMES): 0.5, name: 0.5})
@@ -63,17 +63,17 @@ class Traffic:
         self.engine.load_adapter(name, tensors=self.tensors, config=CONFIG)
 
     def pin(self, name):
-        self.engine.pin(name)
+        self.engine.pin_adapter(name)
 
     def unpin(self, name):
-        self.engine.unpin(name)
+        self.engine.unpin_adapter(name)
 
     def prefetch(self, name):
-        self.engine.prefetch([name])
+        self.engine.prefetch_adapters([name])
 
     def look(self, name):
         self.engine.stats()
-        self.engine.versions(name)
+        self.engine.adapter_versions(name)
 
     def refuse(self, _):
         if self.random.random() < 0.1:

@@ -55,7 +55,7 @@ def test_a_version_can_be_named_by_number_and_by_digest(engine, tmp_path):
     first = engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1))
     second = engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2))
     assert (first.version, second.version) == (1, 2)
-    assert [held.version for held in engine.versions("a")] == [2, 1]
+    assert [held.version for held in engine.adapter_versions("a")] == [2, 1]
     names = ["a", "a@1", "a@2", f"a@{first.digest}", f"a@{second.digest[:7]}"]
     outputs = engine.generate(["x"] * 5, adapter=names)
     ids = [second.int_id, first.int_id, second.int_id, first.int_id, second.int_id]
@@ -74,7 +74,7 @@ def test_only_the_version_before_is_held(engine, backend, tmp_path):
     """The one that serves and the one before it are on disk; older ones are gone; old ones leave host memory at once."""
     for seed in range(4):
         engine.load_adapter("a", write_adapter(tmp_path / str(seed), seed=seed))
-    assert [held.version for held in engine.versions("a")] == [4, 3]
+    assert [held.version for held in engine.adapter_versions("a")] == [4, 3]
     with pytest.raises(AdapterNotLoadedError, match="held: 3"):
         engine.generate("x", adapter="a@2")
     engine.generate("flush")
@@ -86,17 +86,17 @@ def test_rollback_goes_back_and_forgets_the_newer(engine, backend, tmp_path):
     """After rollback the version before serves; running requests finish on theirs; there is no way further back."""
     engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1))
     engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2))
-    back = engine.rollback("a")
+    back = engine.rollback_adapter("a")
     assert back.version == 1
     assert engine.adapters["a"] == back
     assert engine.generate("x", adapter="a")[0].adapter_id == back.int_id
     with pytest.raises(AdapterNotLoadedError, match="no version of 'a' before 1"):
-        engine.rollback("a")
+        engine.rollback_adapter("a")
     with pytest.raises(AdapterNotLoadedError):
-        engine.rollback("nobody")
+        engine.rollback_adapter("nobody")
     third = engine.load_adapter("a", write_adapter(tmp_path / "3", seed=3))
     assert third.version == 3
-    assert engine.rollback("a").version == 1
+    assert engine.rollback_adapter("a").version == 1
     engine.generate("flush")
     assert backend.resident == ("a",)
     assert len(list(engine._cache._copies._store.iterdir())) == 1
@@ -109,7 +109,7 @@ def test_a_rollback_that_cannot_be_loaded_changes_nothing(engine, backend, tmp_p
     engine.generate("flush")
     backend.refuse("a", "bad luck")
     with pytest.raises(AdapterLoadError):
-        engine.rollback("a")
+        engine.rollback_adapter("a")
     assert engine.adapters["a"] == newer
 
 
@@ -258,18 +258,18 @@ def test_a_pinned_adapter_stays_in_host_memory(tmp_path):
     with fake_engine(backend=backend, max_loras=1, max_cpu_loras=2) as engine:
         for seed, name in enumerate(["kept", "b", "c", "d"]):
             engine.load_adapter(name, write_adapter(tmp_path / name, seed=seed))
-        engine.pin("kept")
+        engine.pin_adapter("kept")
         engine.generate(["x"] * 9, adapter=["b", "c", "d"] * 3)
         assert "kept" in backend.resident
         engine.load_adapter("kept", write_adapter(tmp_path / "new", seed=9))
         engine.generate(["x"] * 9, adapter=["b", "c", "d"] * 3)
         assert "kept" in backend.resident
         with pytest.raises(AdapterLoadError, match="unpin one"):
-            engine.pin("b")
-        engine.unpin("kept")
+            engine.pin_adapter("b")
+        engine.unpin_adapter("kept")
         engine.generate(["x"] * 9, adapter=["b", "c", "d"] * 3)
         assert "kept" not in backend.resident
-        for call in (engine.pin, engine.unpin, lambda name: engine.prefetch([name])):
+        for call in (engine.pin_adapter, engine.unpin_adapter, lambda name: engine.prefetch_adapters([name])):
             with pytest.raises(AdapterNotLoadedError):
                 call("nobody")
 
@@ -282,7 +282,7 @@ def test_prefetch_reads_ahead(tmp_path):
             engine.load_adapter(name, write_adapter(tmp_path / name, seed=seed))
         assert "a" not in backend.resident
         del backend.loads[:]
-        engine.prefetch(["a"])
+        engine.prefetch_adapters(["a"])
         assert backend.loads == ["a"]
         assert engine.generate("x", adapter="a")[0].text == "a says: x"
 
@@ -400,7 +400,7 @@ def test_a_thousand_replacements_under_load(tmp_path):
         gc.collect()
         assert len(backend.resident) == 1
         assert len(list(engine._cache._copies._store.iterdir())) == 2
-        assert len(engine.versions("a")) == 2
+        assert len(engine.adapter_versions("a")) == 2
         assert engine._cache._num_alive == {"a": 2}
 
 
@@ -465,7 +465,7 @@ def test_a_name_that_is_unloaded_during_a_rollback_leaves_nothing(tmp_path):
 
         def roll_back():
             with pytest.raises(AdapterNotLoadedError) as error:
-                engine.rollback("pirate")
+                engine.rollback_adapter("pirate")
             refused.append(error)
 
         thread = threading.Thread(target=roll_back)
@@ -486,12 +486,12 @@ def test_a_pin_ends_with_a_name_that_is_unloaded_before_it_began(tmp_path):
         for name in ("a", "b"):
             engine.load_adapter(name, write_adapter(tmp_path / name))
         engine.load_adapter("c", write_adapter(tmp_path / "c"))  # a is in host memory no more
-        thread = threading.Thread(target=engine.pin, args=("a",))
+        thread = threading.Thread(target=engine.pin_adapter, args=("a",))
         thread.start()
         time.sleep(0.2)  # while it is read
         engine.unload_adapter("a")
         thread.join(10)
-        engine.pin("b")
+        engine.pin_adapter("b")
 
 
 def test_a_number_is_never_another_content_s(engine, tmp_path):
@@ -550,10 +550,10 @@ def test_who_keeps_an_error_keeps_no_lock(tmp_path, backend):
     with fake_engine(backend=backend, restart="on-failure") as engine:
         with_a_death(engine, backend, tmp_path)
         with pytest.raises(EngineDeadError) as raised:
-            engine.rollback("a")
+            engine.rollback_adapter("a")
         assert "rollback" in {entry.name for entry in raised.traceback}
         assert len(engine._cache._loading) == 0
-        assert engine.rollback("a").version == 1
+        assert engine.rollback_adapter("a").version == 1
 
 
 def test_a_log_keeps_no_frames(tmp_path, backend, caplog):
@@ -561,7 +561,7 @@ def test_a_log_keeps_no_frames(tmp_path, backend, caplog):
     with fake_engine(backend=backend, restart="on-failure") as engine:
         with_a_death(engine, backend, tmp_path)
         with pytest.raises(EngineDeadError):
-            engine.rollback("a")
+            engine.rollback_adapter("a")
         engine.generate("x")
     assert ("it was killed",) in [record.args for record in caplog.records]
 
@@ -582,7 +582,7 @@ def test_an_error_is_gone_with_the_last_who_holds_it(tmp_path, backend, kind, er
         gc.disable()
         try:
             with pytest.raises(error_class) as raised:
-                engine.load_adapter("a", tmp_path / "nothing") if kind == "bad source" else engine.rollback("a")
+                engine.load_adapter("a", tmp_path / "nothing") if kind == "bad source" else engine.rollback_adapter("a")
             error = weakref.ref(raised.value)
             del raised
             engine.generate("x")  # the driving thread has gone on
@@ -682,13 +682,13 @@ def test_a_pin_ends_with_its_adapter(tmp_path):
     with fake_engine(backend=backend, max_cpu_loras=3, max_loras=2) as engine:
         for name in ("a", "b", "c", "b"):
             engine.load_adapter(name, source)
-            engine.pin(name)
+            engine.pin_adapter(name)
             engine.unload_adapter(name)
         version = engine.load_adapter("a", source).version
-        engine.pin(f"a@{version}")
-        engine.unpin(f"a@{version}")
+        engine.pin_adapter(f"a@{version}")
+        engine.unpin_adapter(f"a@{version}")
         engine.load_adapter("b", source)
-        engine.pin("b")
+        engine.pin_adapter("b")
 
 
 def test_pinned_adapters_may_be_replaced_at_once(tmp_path):
@@ -698,7 +698,7 @@ def test_pinned_adapters_may_be_replaced_at_once(tmp_path):
     with fake_engine(backend=backend, max_cpu_loras=6, max_loras=1) as engine:
         for number in range(5):
             engine.load_adapter(f"a{number}", sources[number])
-            engine.pin(f"a{number}")
+            engine.pin_adapter(f"a{number}")
         engine.load_adapter("running", sources[5])
         running = engine.add_request("hello", {"max_tokens": 400}, adapter="running")
         next(iter(running))

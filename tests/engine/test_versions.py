@@ -56,7 +56,7 @@ def test_fifty_replacements_under_load(awq, tmp_path):
     for output in answered:
         # In another batch oneDNN may round otherwise, so that a later word may differ; the habit does not.
         assert output.text[:12] == expected[content_of[output.adapter_id]][:12]
-    assert len(awq.versions("habit")) == 2
+    assert len(awq.adapter_versions("habit")) == 2
     awq.unload_adapter("habit")
     assert answer(awq, "pirate") == expected["pirate"]
     assert len(list(awq._cache._copies._store.iterdir())) == len(awq.adapters)
@@ -80,7 +80,7 @@ def test_a_rollback_speaks_like_the_version_before(awq):
     awq.load_adapter("habit", folders["spanish"])
     assert answer(awq, "habit") == answer(awq, "spanish")
     assert answer(awq, f"habit@{first}") == answer(awq, "pirate")
-    awq.rollback("habit")
+    awq.rollback_adapter("habit")
     assert answer(awq, "habit") == answer(awq, "pirate")
     awq.unload_adapter("habit")
 

@@ -87,7 +87,7 @@ def test_a_template_belongs_to_its_version(engine, tmp_path):
         return engine.chat(HELLO, adapter=adapter)[0].text
 
     assert (says("a"), says("a@1")) == ("hello you.", "HELLO YOU!")
-    engine.rollback("a")
+    engine.rollback_adapter("a")
     assert says("a") == "HELLO YOU!"
 
 
