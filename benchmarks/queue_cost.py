@@ -40,7 +40,7 @@ class Version(SimpleNamespace):
 def queue_alone(num_waiting: int) -> float:
     """Microseconds for one request to go through a queue in which ``num_waiting`` others wait."""
     generator = random.Random(0)
-    versions: list[Any] = [Version(name=f"a{i}", weight=1.0, num_running=0) for i in range(NUM_ADAPTERS)]
+    versions: list[Any] = [Version(name=f"a{i}", share=1.0, num_running=0) for i in range(NUM_ADAPTERS)]
     queue = RequestQueue(max_loras=8, max_num_seqs=256)
     ids = itertools.count()
 

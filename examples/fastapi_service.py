@@ -111,7 +111,7 @@ class Chat(Generation):
 
 class Adapter(Body):
     source: str
-    weight: float = 1.0
+    share: float = 1.0
     expect: int | str | None = None  # the version that is replaced, by number or digest; 0 for none
 
 
@@ -331,7 +331,7 @@ def adapter_routes(engine: ql.QuantizedLoRAEngine, settings: Settings, token: st
             if name == settings.model:
                 raise ValueError(f"{name!r} is what the base model is called")
             source = permitted(body.source, settings)
-            return asdict(engine.load_adapter(name, source, weight=body.weight, expect=body.expect))
+            return asdict(engine.load_adapter(name, source, share=body.share, expect=body.expect))
 
     @router.delete("/{name}", status_code=204)
     def unload(name: name_in_path) -> None:

@@ -39,7 +39,7 @@ PIRATE = LoadedAdapter(
     num_bytes=5 << 20,
     base_model="org/model",
     lineage="quantized",
-    weight=2.0,
+    share=2.0,
     carries=("chat_template.jinja",),
 )
 JAPANESE = LoadedAdapter("日本語", 1, 12, "./ja", "f" * 64, 64, 210, 210, 123 << 20, None)
@@ -105,9 +105,9 @@ def test_adapters_are_an_aligned_table():
     """Names to the left, numbers to the right, also where letters are two columns wide; repr is one line, that of a dict."""
     adapters = LoadedAdapters({"pirate": PIRATE, "日本語": JAPANESE})
     assert str(adapters) == lines("""
-        adapter  version  rank  modules       MiB  weight  lineage    source
-        pirate         2     8  60 of 210     5.0     2.0  quantized  me/pirate-lora
-        日本語         1    64  210 of 210  123.0     1.0  unknown    ./ja
+        adapter  version  rank  modules       MiB  share  lineage    source
+        pirate         2     8  60 of 210     5.0    2.0  quantized  me/pirate-lora
+        日本語         1    64  210 of 210  123.0    1.0  unknown    ./ja
     """)
     assert repr(adapters) == f"{{'pirate': {PIRATE!r}, '日本語': {JAPANESE!r}}}"
 
@@ -122,7 +122,7 @@ def test_columns_stay_aligned_whatever_stands_in_them():
 def test_adapters_are_a_table_in_a_notebook():
     """The same cells, in HTML."""
     assert page(LoadedAdapters({"pirate": PIRATE})).rows == [
-        ["adapter", "version", "rank", "modules", "MiB", "weight", "lineage", "source"],
+        ["adapter", "version", "rank", "modules", "MiB", "share", "lineage", "source"],
         ["pirate", "2", "8", "60 of 210", "5.0", "2.0", "quantized", "me/pirate-lora"],
     ]
 
@@ -157,7 +157,7 @@ def test_a_loaded_adapter_is_told_line_by_line():
         modules     60 of 210
         size        5.0 MiB
         trained on  org/model (quantized)
-        weight      2.0
+        share       2.0
         carries     chat_template.jinja
     """)
     assert "\n" not in repr(PIRATE)

@@ -240,7 +240,7 @@ class QuantizedLoRAEngine(Displayed):
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
-        weight: float = 1.0,
+        share: float = 1.0,
         expect: str | int | None = None,
         allow_pickle: bool = False,
     ) -> LoadedAdapter:
@@ -261,8 +261,8 @@ class QuantizedLoRAEngine(Displayed):
             subfolder: Where in the repository or folder the adapter is.
             token: The Hub's access token for this adapter; by default the engine's. For an http(s) URL, what is sent
                 as ``Authorization: Bearer``; the engine's is not sent there. Never printed.
-            weight: Its share of the engine while others wait too; the base model, and an adapter of weight 1, have one
-                share each. Loading the same content again changes the weight only.
+            share: Its share of the engine while others wait too; the base model counts as an adapter of share 1.
+                Loading the same content again changes the share only.
             expect: The version that the name stands for now, by number or digest, or 0 for none; for trainers that
                 push in a loop, so that none overwrites what it has not seen.
             allow_pickle: Convert an ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
@@ -284,7 +284,7 @@ class QuantizedLoRAEngine(Displayed):
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
-        _check_weight(weight)
+        _check_share(share)
         given: AdapterSource | Writable
         if source is not None and tensors is None:
             given = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
@@ -293,7 +293,7 @@ class QuantizedLoRAEngine(Displayed):
         else:
             raise TypeError("load_adapter takes either a source, or tensors= and config=")
         self._driver.require_open()
-        return self._loader.replace(name, given, weight=weight, allow_pickle=allow_pickle, expect=expect)
+        return self._loader.replace(name, given, share=share, allow_pickle=allow_pickle, expect=expect)
 
     def load_blend(
         self,
@@ -303,7 +303,7 @@ class QuantizedLoRAEngine(Displayed):
         method: BlendMethod = "linear",
         density: float = 0.5,
         seed: int = 0,
-        weight: float = 1.0,
+        share: float = 1.0,
         expect: str | int | None = None,
     ) -> LoadedAdapter:
         """Make a new adapter out of loaded ones, which then serves like any other; the base model is not touched.
@@ -319,7 +319,7 @@ class QuantizedLoRAEngine(Displayed):
             method: ``"linear"``, ``"ties"`` or ``"dare_ties"``.
             density: With ``"ties"`` and ``"dare_ties"``, the share of numbers that is kept, above 0 and at most 1.
             seed: With ``"dare_ties"``, what is drawn from.
-            weight: As in ``load_adapter``.
+            share: As in ``load_adapter``.
             expect: As in ``load_adapter``.
 
         Returns:
@@ -342,12 +342,12 @@ class QuantizedLoRAEngine(Displayed):
             ...     engine.load_blend("both", {"pirate": 0.7, "poet": 0.3}).rank
             16
         """
-        _check_weight(weight)
+        _check_share(share)
         if not isinstance(adapters, Mapping):
             raise TypeError(f"adapters must be a mapping of names to numbers, got {type(adapters).__name__}")
         self._driver.require_open()
         return self._loader.blend(
-            name, adapters, method=method, density=density, seed=seed, weight=weight, expect=expect
+            name, adapters, method=method, density=density, seed=seed, share=share, expect=expect
         )
 
     def rollback_adapter(self, name: str) -> LoadedAdapter:
@@ -772,8 +772,8 @@ def _require_children() -> None:
         )
 
 
-def _check_weight(weight: float) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"weight must be a number, got {weight!r}")
-    if not 0 < weight < math.inf:
-        raise ValueError(f"weight must be more than 0, got {weight!r}")
+def _check_share(share: float) -> None:
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"share must be a number, got {share!r}")
+    if not 0 < share < math.inf:
+        raise ValueError(f"share must be more than 0, got {share!r}")

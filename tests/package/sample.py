@@ -66,7 +66,7 @@ async def answer(engine: QuantizedLoRAEngine) -> str:
 
 def adapters(engine: QuantizedLoRAEngine) -> Mapping[str, LoadedAdapter]:
     source = AdapterSource("s3://bucket/pirate", storage_options={"anon": True})
-    assert_type(engine.load_adapter("pirate", source, weight=2), LoadedAdapter)
+    assert_type(engine.load_adapter("pirate", source, share=2), LoadedAdapter)
     assert_type(engine.load_blend("both", {"pirate": 0.5, "poet": 0.5}, method="ties"), LoadedAdapter)
     assert_type(engine.adapter_versions("pirate"), list[LoadedAdapter])
     assert_type(engine.stats(), EngineStats)

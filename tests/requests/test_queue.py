@@ -22,8 +22,8 @@ class Adapter(SimpleNamespace):
     __eq__ = object.__eq__
 
 
-def adapter(name, weight=1.0):
-    return None if name is None else Adapter(name=name, weight=weight, num_running=0)
+def adapter(name, share=1.0):
+    return None if name is None else Adapter(name=name, share=share, num_running=0)
 
 
 class Simulation:
@@ -33,11 +33,11 @@ class Simulation:
     requests wait in the engine while its slots are taken.
     """
 
-    def __init__(self, max_loras, max_num_seqs, policy="fair", weights=None, ahead=0, **arguments):
+    def __init__(self, max_loras, max_num_seqs, policy="fair", shares=None, ahead=0, **arguments):
         self.queue = RequestQueue(policy, max_loras=max_loras, max_num_seqs=max_num_seqs, **arguments)
         self.max_loras, self.max_num_seqs = max_loras, max_num_seqs
         self.adapters = {}
-        self.weights = weights or {}
+        self.shares = shares or {}
         self.ahead = ahead
         self.left = {}
         self.admitted = set()
@@ -51,7 +51,7 @@ class Simulation:
 
     def add(self, name, num_tokens=1, num_prompt_tokens=1, priority=0):
         if name not in self.adapters:
-            self.adapters[name] = adapter(name, self.weights.get(name, 1.0))
+            self.adapters[name] = adapter(name, self.shares.get(name, 1.0))
         request = GenerationRequest(f"r{next(self.ids)}", "prompt", None, self.adapters[name], priority=priority)
         pending = PendingRequest(request)
         pending.lengths = (num_prompt_tokens, num_tokens)
@@ -268,10 +268,10 @@ def test_adapters_that_always_wait_get_equal_shares(max_loras, max_num_seqs, ahe
         assert simulation.service[None] / min(adapters) < 1.1
 
 
-def test_a_weight_is_a_share():
-    """An adapter of weight 3 gets three times the tokens of one of weight 1, while both have work."""
+def test_an_adapter_gets_its_share():
+    """An adapter of share 3 gets three times the tokens of one of share 1, while both have work."""
     for max_loras, ahead in ((1, 0), (1, 4), (2, 4)):
-        simulation = Simulation(max_loras, 8, ahead=ahead, weights={"big": 3.0, "small": 1.0})
+        simulation = Simulation(max_loras, 8, ahead=ahead, shares={"big": 3.0, "small": 1.0})
         for _ in range(20_000):
             for name in ("big", "small"):
                 lane = simulation.queue._lanes.get(name)
@@ -450,10 +450,10 @@ def test_a_heap_keeps_its_items_in_order(actions):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("weight", [1e-7, 1e-300])
-def test_the_smallest_share_stops_nobody(weight):
+@pytest.mark.parametrize("share", [1e-7, 1e-300])
+def test_the_smallest_share_stops_nobody(share):
     """An adapter that owes more rounds than anybody could count is passed over at once, and answers when it is alone."""
-    simulation = Simulation(max_loras=1, max_num_seqs=8, weights={"low": weight})
+    simulation = Simulation(max_loras=1, max_num_seqs=8, shares={"low": share})
     low = [simulation.add("low", 100) for _ in range(40)]
     others = [simulation.add(name, 100) for name in ("a", "b") for _ in range(20)]
     simulation.run()

@@ -184,17 +184,17 @@ def test_an_adapter_that_cannot_be_loaded_again_fails_its_own_requests(tmp_path)
         assert good.result(timeout=10).text == "b says: x"
 
 
-def test_a_weight_is_seen_and_checked(tmp_path):
-    """weight is part of a loaded adapter, may be changed by loading it again, and must be a number above 0."""
+def test_a_share_is_seen_and_checked(tmp_path):
+    """share is part of a loaded adapter, may be changed by loading it again, and must be a number above 0."""
     folder = write_adapter(tmp_path / "a")
     with fake_engine(adapters={"a": folder}) as engine:
-        assert engine.adapters["a"].weight == 1.0
-        assert engine.load_adapter("a", folder, weight=2.5).weight == 2.5
-        assert engine.adapters["a"].weight == 2.5
-        for weight, error in [(0, ValueError), (-1, ValueError), (float("inf"), ValueError), ("2", TypeError)]:
-            with pytest.raises(error, match="weight"):
-                engine.load_adapter("a", folder, weight=weight)
-        assert engine.adapters["a"].weight == 2.5
+        assert engine.adapters["a"].share == 1.0
+        assert engine.load_adapter("a", folder, share=2.5).share == 2.5
+        assert engine.adapters["a"].share == 2.5
+        for share, error in [(0, ValueError), (-1, ValueError), (float("inf"), ValueError), ("2", TypeError)]:
+            with pytest.raises(error, match="share"):
+                engine.load_adapter("a", folder, share=share)
+        assert engine.adapters["a"].share == 2.5
 
 
 # Deadlines --------------------------------------------------------------------------------------------------------
@@ -980,7 +980,7 @@ def test_stats_are_cheap_with_a_thousand_adapters():
     from qlora_infer.requests.stats import StatsRecorder
 
     class Version:
-        weight = 1.0
+        share = 1.0
 
         def __init__(self, name):
             self.name = name

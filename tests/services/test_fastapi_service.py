@@ -276,8 +276,8 @@ def test_an_adapter_is_loaded_swapped_taken_back_and_unloaded(tmp_path):
         assert (first.status_code, first.json()["version"]) == (200, 1)
         assert ai.completions.create(model="parrot", prompt="a").choices[0].text == "parrot says: a"
         path = str(tmp_path / "adapters" / "parrot-2")
-        second = http.put("/adapters/parrot", json={"source": path, "weight": 2.0, "expect": first.json()["digest"]})
-        assert (second.json()["version"], second.json()["weight"]) == (2, 2.0)
+        second = http.put("/adapters/parrot", json={"source": path, "share": 2.0, "expect": first.json()["digest"]})
+        assert (second.json()["version"], second.json()["share"]) == (2, 2.0)
         late = http.put("/adapters/parrot", json={"source": "./parrot-3", "expect": 1})
         assert (late.status_code, late.json()["error"]["code"]) == (409, "AdapterConflictError")
         assert http.get("/adapters").json()["parrot"] == second.json()

@@ -80,7 +80,7 @@ class AdapterLoader:
         name: str,
         source: AdapterSource | Writable,
         *,
-        weight: float = 1.0,
+        share: float = 1.0,
         allow_pickle: bool = False,
         expect: str | int | None = None,
     ) -> LoadedAdapter:
@@ -92,11 +92,11 @@ class AdapterLoader:
                 # Who calls from now on may mean what the source holds from now on.
                 self._waiting.pop(call, None)
                 self._cache.require_version(name, expect)
-                return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), weight=weight, expect=expect)
+                return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), share=share, expect=expect)
 
         if expect is not None or not isinstance(source, AdapterSource):
             return load()
-        call = (name, source, weight, allow_pickle)
+        call = (name, source, share, allow_pickle)
         mine: Future[LoadedAdapter] = Future()
         first = self._waiting.setdefault(call, mine)
         try:
@@ -114,14 +114,14 @@ class AdapterLoader:
             del mine, first  # else a cycle: an error has this frame in its traceback, and the future has the error
 
     def publish(
-        self, version: AdapterVersion, *, weight: float = 1.0, expect: str | int | None = None
+        self, version: AdapterVersion, *, share: float = 1.0, expect: str | int | None = None
     ) -> LoadedAdapter:
         """Hold a prepared version against the model, load it, and move its name over."""
-        version.weight = weight
+        version.share = share
         current = self._cache.current(version.name)
         if current is not None and current.snapshot.digest == version.snapshot.digest:
             self._cache.discard(version)
-            current.weight = weight
+            current.share = share
             if isinstance(version.origin, AdapterSource):  # where it is to be had from now on
                 current.origin, current.allow_pickle = version.origin, version.allow_pickle
             return current.loaded()
@@ -153,7 +153,7 @@ class AdapterLoader:
         method: BlendMethod,
         density: float,
         seed: int,
-        weight: float,
+        share: float,
         expect: str | int | None,
     ) -> LoadedAdapter:
         """Load a blend of adapters that are loaded."""
@@ -166,7 +166,7 @@ class AdapterLoader:
                 for part, version in zip(weights, versions, strict=True)
             ]
             blend = AdapterBlend(tuple(parts), method, density, seed)
-            return self.replace(name, blend, weight=weight, expect=expect)
+            return self.replace(name, blend, share=share, expect=expect)
 
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""

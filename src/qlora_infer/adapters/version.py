@@ -34,7 +34,7 @@ class LoadedAdapter(Displayed):
         base_model: The model that it says it was trained on, if it says so.
         lineage: How that compares with the model of this engine: ``"same"``, ``"quantized"`` (another quantization of
             it), ``"other"``, or ``"unknown"``.
-        weight: Its share of the engine beside other adapters.
+        share: Its share of the engine beside other adapters.
         carries: The files that it has beside its config and weights, and that its requests follow.
     """
 
@@ -49,7 +49,7 @@ class LoadedAdapter(Displayed):
     num_bytes: int
     base_model: str | None
     lineage: Lineage = "unknown"
-    weight: float = 1.0
+    share: float = 1.0
     carries: tuple[str, ...] = ()
 
     def _tables(self) -> Sequence[Table]:
@@ -61,7 +61,7 @@ class LoadedAdapter(Displayed):
             ("modules", f"{self.num_modules} of {self.num_model_modules}"),
             ("size", f"{_mebibytes(self.num_bytes)} MiB"),
             ("trained on", f"{self.base_model or 'it does not say'} ({self.lineage})"),
-            ("weight", str(self.weight)),
+            ("share", str(self.share)),
             ("carries", ", ".join(self.carries) or "nothing beside its weights"),
         ]
         return [Table(rows)]
@@ -86,7 +86,7 @@ class LoadedAdapters(DisplayedCollection, Mapping[str, LoadedAdapter]):
         return f"LoadedAdapters({self._loaded!r})"
 
     def _tables(self) -> Sequence[Table]:
-        header = ("adapter", "version", "rank", "modules", "MiB", "weight", "lineage", "source")
+        header = ("adapter", "version", "rank", "modules", "MiB", "share", "lineage", "source")
         rows = [
             (
                 name,
@@ -94,7 +94,7 @@ class LoadedAdapters(DisplayedCollection, Mapping[str, LoadedAdapter]):
                 loaded.rank,
                 f"{loaded.num_modules} of {loaded.num_model_modules}",
                 _mebibytes(loaded.num_bytes),
-                loaded.weight,
+                loaded.share,
                 loaded.lineage,
                 loaded.source,
             )
@@ -120,7 +120,7 @@ class AdapterVersion:
         carried: What it has beside its weights: a chat template, generation defaults, tokens.
         number: Its number under this name, given when it is published.
         lineage: How the model that it was trained on compares with this one.
-        weight: Its share of the engine beside other adapters.
+        share: Its share of the engine beside other adapters.
         fit: How it fits the model; set once that has been checked.
         served: The copy in the running model's names, where vLLM needs one.
         num_uses: Requests that wait for it or run on it, and calls that work with it.
@@ -138,7 +138,7 @@ class AdapterVersion:
     carried: Carried
     number: int = 0
     lineage: Lineage = "unknown"
-    weight: float = 1.0
+    share: float = 1.0
     fit: Fit | None = None
     served: Path | None = None
     num_uses: int = 0
@@ -176,7 +176,7 @@ class AdapterVersion:
             num_bytes=self.manifest.num_bytes,
             base_model=self.manifest.base_model,
             lineage=self.lineage,
-            weight=self.weight,
+            share=self.share,
             carries=self.carried.file_names,
         )
 

@@ -43,10 +43,10 @@ class RequestQueue:
 
     - The lower ``priority`` goes first, always: over fairness, and over the rest of another adapter's turn.
     - A free place goes to the lane that has most credit left. A lane's credit is what it has still to be given in
-      this round: ``QUANTUM_STEPS * max_num_seqs`` tokens, times its adapter's weight. What it takes beyond that, it
+      this round: ``QUANTUM_STEPS * max_num_seqs`` tokens, times its adapter's share. What it takes beyond that, it
       owes to the rounds after.
     - A slot that becomes free goes to the lane that has waited longest for one. While some wait, an adapter that has
-      used its credit, or has had its slot for ``TURN_STEPS`` steps times its weight, takes no further requests, and
+      used its credit, or has had its slot for ``TURN_STEPS`` steps times its share, takes no further requests, and
       leaves when those that run have finished. At most half the slots are emptied at a time; the other adapters keep
       the batch full.
     - The fewer adapters in a batch, the faster it is. So while more requests wait than a batch holds, and adapters
@@ -58,7 +58,7 @@ class RequestQueue:
 
     So a request whose adapter owes nothing starts within ``(n + 1) * (TURN_STEPS * w + L) + 2 L`` steps, whatever
     else comes in: ``n`` is the number of adapters that wait for a slot or hold one when it arrives, plus
-    ``MAX_OVERTAKEN``; ``w`` the largest weight, at least one; ``L`` the steps of the longest request.
+    ``MAX_OVERTAKEN``; ``w`` the largest share, at least one; ``L`` the steps of the longest request.
 
     ``policy="fcfs"`` is one lane for all: the oldest request is next, and while it has no slot, nobody overtakes it.
 
@@ -124,7 +124,7 @@ class RequestQueue:
         lane = self._lane_of(pending)
         if lane.is_idle:
             self._welcome_back(lane)
-        lane.weight = pending.request.weight
+        lane.share = pending.request.share
         lane.waiting.push((pending.request.priority, pending.number), pending)
         self._num_waiting += 1
         self._line_up(lane, is_new=True)
@@ -169,7 +169,7 @@ class RequestQueue:
     def charge(self, pending: PendingRequest, num_tokens: int) -> None:
         """Count tokens that a running request was given."""
         lane = self._lane_of(pending)
-        lane.credit -= num_tokens / lane.weight
+        lane.credit -= num_tokens / lane.share
 
     def leave(self, pending: PendingRequest) -> None:
         """Give back the place of a request that runs no more, and the slot of the last one of its adapter."""
@@ -365,7 +365,7 @@ class RequestQueue:
             return False
         if lane.waiting and lane.priority != priority:
             return lane.priority > priority
-        return lane.credit <= 0 or self._step - lane.turn_began >= TURN_STEPS * max(1.0, lane.weight)
+        return lane.credit <= 0 or self._step - lane.turn_began >= TURN_STEPS * max(1.0, lane.share)
 
     def _fits(self, lane: _Lane) -> bool:
         if not lane.waiting:
@@ -421,7 +421,7 @@ class _Lane:
 
     key: str | None
     credit: float = 0.0
-    weight: float = 1.0
+    share: float = 1.0
     waiting: Heap[PendingRequest] = field(factory=Heap)
     num_running: int = 0
     turn_began: int = 0

@@ -51,9 +51,9 @@ class GenerationRequest:
         return self.adapter.name if self.adapter is not None else None
 
     @property
-    def weight(self) -> float:
+    def share(self) -> float:
         """The adapter's share of the engine beside others; the base model has that of one adapter."""
-        return self.adapter.weight if self.adapter is not None else 1.0
+        return self.adapter.share if self.adapter is not None else 1.0
 
 
 @frozen
