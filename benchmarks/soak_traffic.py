@@ -30,6 +30,7 @@ from qlora_infer import (
     RequestHandle,
     RequestRejectedError,
     RequestTimeoutError,
+    TensorSource,
 )
 
 #: Seconds after which a request or a call is counted as lost.
@@ -442,7 +443,7 @@ class Operator:
         """Replace the content of a name by tensors in memory, as a trainer does."""
         name = self.random.choice(self._traffic.names[:: self._PUSHED])
         content, tensors = self.random.choice(self._pushed)
-        loaded = self._engine.load_adapter(name, tensors=tensors, config=content.config())
+        loaded = self._engine.load_adapter(name, TensorSource(tensors, content.config()))
         self._traffic.versions.add(loaded, content)
 
     def roll_back(self) -> None:

@@ -300,16 +300,15 @@ def openai_routes(engine: ql.QuantizedLoRAEngine, settings: Settings) -> APIRout
     return router
 
 
-def permitted(source: str, settings: Settings) -> ql.AdapterSource | Path:
+def permitted(source: str, settings: Settings) -> ql.Source | Path:
     """The source, if the operator allows it; it is judged by what would be read, not by what is written."""
-    parsed = ql.AdapterSource.parse(source)
+    parsed = ql.parse_source(source)
     text = str(parsed)
-    if parsed.is_local and settings.adapters_folder:
-        folder = settings.adapters_folder.resolve()
-        path = (folder / parsed.location).resolve()
-        if path.is_relative_to(folder):
+    if isinstance(parsed, ql.FolderSource):
+        folder = settings.adapters_folder.resolve() if settings.adapters_folder else None
+        if folder and (path := (folder / parsed.path).resolve()).is_relative_to(folder):
             return path
-    elif not parsed.is_local and ".." not in re.split(r"[/\\:@]", unquote(text)):
+    elif ".." not in re.split(r"[/\\:@]", unquote(text)):
         for allowed in settings.allowed_sources:
             if text == allowed or (allowed.endswith("/") and text.startswith(allowed)):
                 return parsed

@@ -18,7 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_infer import AdapterLoadError, MissingDependencyError, QuantizedLoRAEngine, StorageError
+from qlora_infer import (
+    AdapterLoadError,
+    BlendSource,
+    MissingDependencyError,
+    QuantizedLoRAEngine,
+    StorageError,
+    TensorSource,
+)
 from qlora_infer.adapters.registry import HELD_VERSIONS
 from qlora_infer.files import scratch as _scratch
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
@@ -149,9 +156,9 @@ def test_a_thousand_loads_of_one_name_leave_one_adapter(scratch, tmp_path):
 @pytest.mark.parametrize(
     ("call", "packages"),
     [
-        (lambda engine, _: engine.load_adapter("new", tensors={"a": np.zeros(1)}, config={}), "safetensors"),
+        (lambda engine, _: engine.load_adapter("new", TensorSource({"a": np.zeros(1)}, {})), "safetensors"),
         (lambda engine, pickled: engine.load_adapter("new", pickled, allow_pickle=True), "torch safetensors"),
-        (lambda engine, _: engine.load_blend("new", {"pirate": 0.5, "other": 0.5}), "torch safetensors"),
+        (lambda engine, _: engine.load_adapter("new", BlendSource({"pirate": 0.5, "other": 0.5})), "torch safetensors"),
     ],
     ids=["memory", "pickle", "blend"],
 )

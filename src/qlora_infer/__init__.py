@@ -41,7 +41,12 @@ from qlora_infer.plan.engine_plan import EnginePlan
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.request import Completion, GenerationOutput, RequestTimes
 from qlora_infer.requests.stats import AdapterStats, EngineStats
-from qlora_infer.sources.source import AdapterSource
+from qlora_infer.sources.blend import BlendSource
+from qlora_infer.sources.folder import FolderSource
+from qlora_infer.sources.hub import HubSource
+from qlora_infer.sources.source import Source, parse_source
+from qlora_infer.sources.tensors import TensorSource
+from qlora_infer.sources.url import URLSource
 
 __version__ = "0.1.0"
 
@@ -61,7 +66,13 @@ else:
 __all__ = [
     "QuantizedLoRAEngine",
     "LoadedAdapter",
-    "AdapterSource",
+    "Source",
+    "HubSource",
+    "FolderSource",
+    "URLSource",
+    "TensorSource",
+    "BlendSource",
+    "parse_source",
     "AdapterEffect",
     "GenerationOutput",
     "Completion",

@@ -38,9 +38,7 @@ from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
 from qlora_infer.requests.submit import Intake, OnError, conversation_list, prompt_list
-from qlora_infer.sources.blend import BlendMethod
-from qlora_infer.sources.source import AdapterSource, Writable
-from qlora_infer.sources.tensors import AdapterTensors
+from qlora_infer.sources.source import Source, SourceLike, parse_source, parse_sources
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -49,8 +47,6 @@ else:
 
 logger = logging.getLogger("qlora_infer")
 
-#: Where an adapter comes from: a Hub id, a folder, a URL, or an ``AdapterSource`` with a revision, a token and so on.
-Source = str | os.PathLike[str] | AdapterSource
 #: A mapping of the fields of vLLM's ``SamplingParams`` over the adapter's and the model's defaults, ``None`` for these,
 #: or a ``SamplingParams``.
 Sampling: TypeAlias = SamplingParams | Mapping[str, Any] | None
@@ -126,7 +122,7 @@ class QuantizedLoRAEngine(Displayed):
         model: str | os.PathLike[str],
         *,
         quantization: str | QuantizationStrategy | None = "auto",
-        adapters: Mapping[str, Source] | None = None,
+        adapters: Mapping[str, SourceLike] | None = None,
         max_loras: int | Literal["auto"] = 8,
         max_slot_bytes: int | None = None,
         max_lora_rank: int | Literal["auto"] = "auto",
@@ -173,6 +169,7 @@ class QuantizedLoRAEngine(Displayed):
             max_waiting=max_waiting,
             restart=restart,
         )
+        sources = parse_sources(adapters or {})
         _require_main_guard()
         self._backend = backend or _vllm_backend()
         self._config = config
@@ -202,14 +199,14 @@ class QuantizedLoRAEngine(Displayed):
         self._close = weakref.finalize(self, _close, driver, copies, store)
         _living.add(self)
         try:
-            self._start(adapters or {})
+            self._start(sources)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, adapters: Mapping[str, Source]) -> None:
+    def _start(self, sources: Mapping[str, Source]) -> None:
         # Adapters are read before the model is, so that a mistake in one shows in seconds.
-        versions = [self._loader.prepare(name, AdapterSource.parse(source)) for name, source in adapters.items()]
+        versions = [self._loader.prepare(name, source) for name, source in sources.items()]
         max_lora_rank = self._loader.choose_rank(self._config.max_lora_rank, versions)
         if versions and self._config.max_lora_rank == "auto":
             self._plan = self._plan.with_rank(max_lora_rank)
@@ -233,34 +230,24 @@ class QuantizedLoRAEngine(Displayed):
     def load_adapter(
         self,
         name: str,
-        source: Source | None = None,
+        source: SourceLike,
         *,
-        tensors: Mapping[str, Any] | None = None,
-        config: Any = None,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        token: str | None = None,
         share: float = 1.0,
         expect: str | int | None = None,
         allow_pickle: bool = False,
     ) -> LoadedAdapter:
         """Load an adapter, or replace the one that has this name, while requests go on.
 
-        The call downloads, copies, checks and loads the adapter, and then moves the name over in one step: requests
-        that were added before finish on the old content, later ones run on the new. When anything is wrong, it
-        raises, and whatever had the name keeps it. The content that a name has already is not loaded again.
+        The call fetches, checks and loads the adapter, and then moves the name over in one step: requests that were
+        added before finish on the old content, later ones run on the new. When anything is wrong, it raises, and
+        whatever had the name keeps it. The content that a name has already is not loaded again.
 
         Args:
-            name: What requests will call it.
-            source: A Hub id (``"org/repo"``, ``"org/repo@revision:sub/folder"``), a local folder, or the URL of a
-                folder on any fsspec filesystem (``"s3://bucket/pirate"``, ``"https://host/pirate"``). An
-                ``AdapterSource`` gives a URL its ``storage_options``.
-            tensors: In place of a source, the adapter itself: what ``peft.get_peft_model_state_dict(model)`` gives.
-            config: With ``tensors``, PEFT's ``LoraConfig``, or a mapping of its fields.
-            revision: A branch, tag or commit on the Hub.
-            subfolder: Where in the repository or folder the adapter is.
-            token: The Hub's access token for this adapter; by default the engine's. For an http(s) URL, what is sent
-                as ``Authorization: Bearer``; the engine's is not sent there. Never printed.
+            name: The name that requests use.
+            source: A Hub id (``"org/repo"``, ``"org/repo@revision:sub/folder"``), a local folder, the URL of a folder
+                on any fsspec filesystem (``"s3://bucket/pirate"``, ``"https://host/pirate"``), or PEFT's ``PeftModel``.
+                ``HubSource`` and ``URLSource`` add tokens and options, ``TensorSource`` is a state dict with its
+                config, and ``BlendSource`` blends loaded adapters.
             share: Its share of the engine while others wait too; the base model counts as an adapter of share 1.
                 Loading the same content again changes the share only.
             expect: The version that the name stands for now, by number or digest, or 0 for none; for trainers that
@@ -271,64 +258,16 @@ class QuantizedLoRAEngine(Displayed):
             What was loaded.
 
         Raises:
+            ValueError: The source is not written as one is, or a blend's adapters cannot be blended this way.
             AdapterNotFoundError: The source does not exist.
+            AdapterNotLoadedError: An adapter of a blend is not loaded.
             AdapterAccessError: The source needs a token, or another one.
             AdapterDownloadError: The connection failed.
             AdapterSourceError: Its files cannot be read.
-            MissingDependencyError: The package for this kind of URL is not installed.
+            MissingDependencyError: The package for this kind of source is not installed.
             CorruptAdapterError: The files cannot be read.
             UnsafeAdapterError: Reading the files could do harm.
             IncompatibleAdapterError: The adapter does not fit this engine; ``reasons`` lists every reason.
-            AdapterLoadError: vLLM refused it.
-            AdapterConflictError: The name does not stand for the version that ``expect`` names.
-            EngineClosedError: The engine was closed.
-            EngineDeadError: The engine core died.
-        """
-        _check_share(share)
-        given: AdapterSource | Writable
-        if source is not None and tensors is None:
-            given = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
-        elif source is None and tensors is not None:
-            given = AdapterTensors(tensors, config)
-        else:
-            raise TypeError("load_adapter takes either a source, or tensors= and config=")
-        self._driver.require_open()
-        return self._loader.replace(name, given, share=share, allow_pickle=allow_pickle, expect=expect)
-
-    def load_blend(
-        self,
-        name: str,
-        adapters: Mapping[str, float],
-        *,
-        method: BlendMethod = "linear",
-        density: float = 0.5,
-        seed: int = 0,
-        share: float = 1.0,
-        expect: str | int | None = None,
-    ) -> LoadedAdapter:
-        """Make a new adapter out of loaded ones, which then serves like any other; the base model is not touched.
-
-        ``"linear"`` adds up what the adapters add to the model, exactly; its rank is the sum of their ranks. ``"ties"``
-        (Yadav et al. 2023) and ``"dare_ties"`` (Yu et al. 2023) prune the factors and let the adapters vote on each
-        sign, as PEFT's ``add_weighted_adapter`` does to the bit; they need adapters of one rank.
-
-        Args:
-            name: What requests will call it; when it is loaded already, this is its next version.
-            adapters: The loaded adapters (``"name"``, or ``"name@2"``) and how much of each; a negative number takes
-                an adapter away. Later versions of them do not change the blend.
-            method: ``"linear"``, ``"ties"`` or ``"dare_ties"``.
-            density: With ``"ties"`` and ``"dare_ties"``, the share of numbers that is kept, above 0 and at most 1.
-            seed: With ``"dare_ties"``, what is drawn from.
-            share: As in ``load_adapter``.
-            expect: As in ``load_adapter``.
-
-        Returns:
-            What was loaded.
-
-        Raises:
-            ValueError: An argument is wrong, or the adapters cannot be blended this way.
-            AdapterNotLoadedError: One of ``adapters`` is not loaded.
-            IncompatibleAdapterError: The blend does not fit this engine; most likely its rank is too large.
             AdapterLoadError: vLLM refused it.
             AdapterConflictError: The name does not stand for the version that ``expect`` names.
             EngineClosedError: The engine was closed.
@@ -337,18 +276,13 @@ class QuantizedLoRAEngine(Displayed):
         Example:
             >>> from qlora_infer.testing import fake_engine, write_adapter
             >>> with fake_engine() as engine:
-            ...     for name in ("pirate", "poet"):
-            ...         _ = engine.load_adapter(name, write_adapter(name, rank=8))
-            ...     engine.load_blend("both", {"pirate": 0.7, "poet": 0.3}).rank
-            16
+            ...     engine.load_adapter("pirate", write_adapter("pirate"), share=2.0).version
+            1
         """
         _check_share(share)
-        if not isinstance(adapters, Mapping):
-            raise TypeError(f"adapters must be a mapping of names to numbers, got {type(adapters).__name__}")
+        given = parse_source(source)
         self._driver.require_open()
-        return self._loader.blend(
-            name, adapters, method=method, density=density, seed=seed, share=share, expect=expect
-        )
+        return self._loader.load(name, given, share=share, allow_pickle=allow_pickle, expect=expect)
 
     def rollback_adapter(self, name: str) -> LoadedAdapter:
         """Go back to the version before the one that ``name`` stands for, and forget the newer one.

@@ -15,11 +15,14 @@ from qlora_infer import (
     AdapterLoadError,
     AdapterNotFoundError,
     AdapterSourceError,
+    BlendSource,
     CorruptAdapterError,
     EngineClosedError,
+    TensorSource,
 )
 from qlora_infer.adapters import store as copies_module
-from qlora_infer.files import manifest, snapshot
+from qlora_infer.files import content
+from qlora_infer.sources import folder as folder_module
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 
@@ -90,11 +93,11 @@ def test_what_cannot_be_made_again_stays(folders, size):
     pytest.importorskip("torch")
     with engine_for(2 * size + size // 2) as engine:
         engine.load_adapter("a", folders[0])
-        engine.load_blend("mix", {"a": 1.0})
-        engine.load_blend("more", {"mix": 1.0})
+        engine.load_adapter("mix", BlendSource({"a": 1.0}))
+        engine.load_adapter("more", BlendSource({"mix": 1.0}))
         before = engine.adapters
         with pytest.raises(AdapterLoadError, match="max_disk_bytes"):
-            engine.load_blend("most", {"mix": 1.0})
+            engine.load_adapter("most", BlendSource({"mix": 1.0}))
         assert engine.adapters == before
         texts = [output.text for output in engine.generate(["x"] * 3, adapter=["a", "mix", "more"])]
         assert texts == ["a says: x", "mix says: x", "more says: x"]
@@ -161,10 +164,10 @@ def slow_copies(monkeypatch):
     def slow(*arguments, **keywords):
         begun.release()
         go_on.wait(10)
-        return snapshot.take_snapshot(*arguments, **keywords)
+        content.copy_adapter(*arguments, **keywords)
 
     def begin():
-        monkeypatch.setattr(copies_module, "take_snapshot", slow)
+        monkeypatch.setattr(folder_module, "copy_adapter", slow)
         return begun, go_on
 
     return begin
@@ -235,21 +238,61 @@ def test_who_waits_for_a_copy_hears_that_the_engine_was_closed(folders, size, sl
     assert ended == [EngineClosedError] * 6
 
 
-@pytest.mark.parametrize("step", ["read_manifest", "take_snapshot"])
+@pytest.mark.parametrize("step", ["_stamps", "_copy"])
 @pytest.mark.parametrize("file_name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_file_that_is_gone_while_it_is_read_is_told(folders, step, file_name, monkeypatch):
+def test_a_file_that_is_gone_while_it_is_copied_is_told(folders, step, file_name, monkeypatch):
     """Somebody deletes the folder after it was looked at: the error is the one of a folder that is not there."""
-    before = getattr(copies_module, step)
+    before = getattr(content, step)
 
-    def without(name, folder, *arguments, **keywords):
+    def without(*arguments):
         (folders[0] / file_name).unlink(missing_ok=True)
-        return before(name, folder, *arguments, **keywords)
+        return before(*arguments)
 
     with engine_for(None) as engine:
-        monkeypatch.setattr(copies_module, step, without)
-        monkeypatch.setattr(manifest, "checked_file", lambda adapter, folder, name: folder / name)  # it was there then
+        monkeypatch.setattr(content, step, without)
         with pytest.raises(AdapterNotFoundError, match=f"{file_name} is gone: load the adapter again"):
             engine.load_adapter("a", folders[0])
+        assert copies(engine) == 0
+
+
+def test_files_are_checked_once_and_on_the_copy(folders, monkeypatch):
+    """The folder's files are opened to be copied, and all that reads them reads the copy, once."""
+    read = []
+
+    def recording(name):
+        function = getattr(copies_module, name)
+
+        def record(adapter, path, *arguments, **keywords):
+            read.append((name, path))
+            return function(adapter, path, *arguments, **keywords)
+
+        monkeypatch.setattr(copies_module, name, record)
+
+    for name in ("read_manifest", "read_carried", "check_finite"):
+        recording(name)
+    with engine_for(None) as engine:
+        loaded = engine.load_adapter("a", folders[0])
+        copy = engine._cache._copies._store / str(loaded.int_id)
+        weights = copy / "adapter_model.safetensors"
+        assert read == [("read_manifest", copy), ("read_carried", copy), ("check_finite", weights)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json is not valid JSON"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "adapter_model.safetensors is not a"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: it must hold a"),
+    ],
+)
+def test_an_error_names_the_source_and_not_the_copy(folders, damage, words):
+    """What is found on the private copy is told of the file that the user knows, and nothing is left behind."""
+    damage(folders[0])
+    with engine_for(None) as engine:
+        with pytest.raises(CorruptAdapterError) as caught:
+            engine.load_adapter("a", folders[0])
+        assert str(caught.value).startswith(f"{folders[0]}/{words}")
+        assert str(engine._cache._copies._store) not in str(caught.value)
         assert copies(engine) == 0
 
 
@@ -261,7 +304,7 @@ def test_a_disk_that_fails_is_told(folders, monkeypatch):
 
     with engine_for(None) as engine:
         engine.load_adapter("a", folders[0])
-        monkeypatch.setattr(snapshot, "_copy", fail)
+        monkeypatch.setattr(content, "_copy", fail)
         with pytest.raises(AdapterSourceError, match=r"could not be copied: .*Input/output error"):
             engine.load_adapter("a", folders[1])
         assert engine.generate("x", adapter="a")[0].text == "a says: x"
@@ -316,15 +359,16 @@ def test_a_full_disk_is_no_fault_of_the_adapter(folders, source, monkeypatch):
     with engine_for(None) as engine:
         engine.load_adapter("a", folders[0])
         before = engine.adapters
-        monkeypatch.setattr(snapshot, "_copy", full)
+        if source == "folder":
+            monkeypatch.setattr(content, "_copy", full)
         monkeypatch.setattr(numbers, "save_file", full_for_tensors)
         with pytest.raises(AdapterLoadError, match=rf"{engine._cache._copies._store} has no room: .*TMPDIR"):
             if source == "folder":
                 engine.load_adapter("b", folders[1])
             elif source == "tensors":
-                engine.load_adapter("b", tensors=tensors, config=config)
+                engine.load_adapter("b", TensorSource(tensors, config))
             elif source == "blend":
-                engine.load_blend("b", {"a": 0.5})
+                engine.load_adapter("b", BlendSource({"a": 0.5}))
             else:
                 (folders[1] / "adapter_model.safetensors").unlink()
                 torch.save(tensors, folders[1] / "adapter_model.bin")

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from test_versions import CONFIG, tensors_of
 
-from qlora_infer import EngineClosedError, QLoRAInferError
+from qlora_infer import BlendSource, EngineClosedError, QLoRAInferError, TensorSource
 from qlora_infer.adapters.memory import State
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
@@ -57,10 +57,10 @@ class Traffic:
         self.engine.rollback_adapter(name)
 
     def blend(self, name):
-        self.engine.load_blend(name, {self.random.choice(NAMES): 0.5, name: 0.5})
+        self.engine.load_adapter(name, BlendSource({self.random.choice(NAMES): 0.5, name: 0.5}))
 
     def from_memory(self, name):
-        self.engine.load_adapter(name, tensors=self.tensors, config=CONFIG)
+        self.engine.load_adapter(name, TensorSource(self.tensors, CONFIG))
 
     def pin(self, name):
         self.engine.pin_adapter(name)

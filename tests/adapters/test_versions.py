@@ -16,10 +16,12 @@ from qlora_infer import (
     AdapterLoadError,
     AdapterNotFoundError,
     AdapterNotLoadedError,
-    AdapterSource,
+    BlendSource,
     CorruptAdapterError,
     EngineDeadError,
+    FolderSource,
     IncompatibleAdapterError,
+    TensorSource,
 )
 from qlora_infer.adapters.effect import Scores, effect
 from qlora_infer.adapters.version_numbers import VersionNumbers
@@ -144,44 +146,41 @@ def test_expect_lets_only_one_of_two_trainers_win(engine, tmp_path):
 
 
 def test_an_adapter_comes_straight_from_memory(engine, tmp_path):
-    """tensors= and config= serve like a folder with the same content, of numpy or torch, with PEFT's own names."""
+    """A TensorSource serves like a folder with the same content, of numpy or torch, with PEFT's own names."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     tensors = tensors_of(1)
-    loaded = engine.load_adapter("a", tensors=tensors, config=CONFIG)
+    loaded = engine.load_adapter("a", TensorSource(tensors, CONFIG))
     assert (loaded.source, loaded.rank, loaded.num_modules) == ("tensors in memory", 4, 14)
     assert engine.generate("x", adapter="a")[0].text == "a says: x"
     named = {name.replace(".weight", ".default.weight"): torch.from_numpy(t) for name, t in tensors.items()}
-    again = engine.load_adapter("a", tensors=named, config=CONFIG)
+    again = engine.load_adapter("a", TensorSource(named, CONFIG))
     assert again.int_id == loaded.int_id  # the same bytes: nothing to load
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    assert engine.load_adapter("b", tensors=named, config=config).rank == 4
+    assert engine.load_adapter("b", TensorSource(named, config)).rank == 4
     for wrong in ({}, [1], {"x": 1}):
         with pytest.raises(TypeError, match="tensors must be"):
-            engine.load_adapter("c", tensors=wrong, config=CONFIG)
+            engine.load_adapter("c", TensorSource(wrong, CONFIG))
     with pytest.raises(TypeError, match="config must be"):
-        engine.load_adapter("c", tensors=tensors, config=None)
-    for source in (None, tmp_path):
-        with pytest.raises(TypeError, match="either a source, or tensors="):
-            engine.load_adapter("c", source, **({"tensors": tensors, "config": CONFIG} if source else {}))
+        engine.load_adapter("c", TensorSource(tensors, None))
     with pytest.raises(CorruptAdapterError):
-        engine.load_adapter("c", tensors={"lora": np.array([1, 2], dtype=object)}, config=CONFIG)
+        engine.load_adapter("c", TensorSource({"lora": np.array([1, 2], dtype=object)}, CONFIG))
     assert set(engine.adapters) == {"a", "b"}
-    assert not [path for path in engine._cache._copies._store.iterdir() if path.name.endswith("scratch")]
+    assert len(list(engine._cache._copies._store.iterdir())) == 2
 
 
 def test_a_blend_serves_like_any_adapter(engine, tmp_path):
-    """load_blend makes an adapter of loaded ones, of exact versions too, which later versions do not change."""
+    """A BlendSource makes an adapter of loaded ones, of exact versions too, which later versions do not change."""
     pytest.importorskip("torch")
     engine.load_adapter("a", write_adapter(tmp_path / "1", seed=1, rank=4, alpha=4))
     engine.load_adapter("a", write_adapter(tmp_path / "2", seed=2, rank=4, alpha=4))
     engine.load_adapter("b", write_adapter(tmp_path / "3", seed=3, rank=8))
-    blend = engine.load_blend("mix", {"a@1": 0.7, "b": -0.3})
+    blend = engine.load_adapter("mix", BlendSource({"a@1": 0.7, "b": -0.3}))
     assert (blend.rank, blend.version, blend.source) == (12, 1, "linear blend of 0.7 a@1, -0.3 b@1")
     assert engine.generate("x", adapter="mix")[0].text == "mix says: x"
     engine.load_adapter("b", write_adapter(tmp_path / "4", seed=4, rank=8))
     assert engine.adapters["mix"] == blend
-    ties = engine.load_blend("mix", {"a@1": 0.5, "a": 0.5}, method="ties", expect=1)
+    ties = engine.load_adapter("mix", BlendSource({"a@1": 0.5, "a": 0.5}, method="ties"), expect=1)
     assert (ties.rank, ties.version) == (4, 2)
 
 
@@ -195,8 +194,8 @@ def test_what_is_in_memory_loads_while_a_source_waits_for_its_turn(tmp_path):
         for thread in threads:
             thread.start()
         time.sleep(0.1)  # one is read, the other waits
-        assert engine.load_blend("mix", {"a": 1.0}).version == 1
-        assert engine.load_adapter("tensors", tensors=tensors_of(3), config=CONFIG).version == 1
+        assert engine.load_adapter("mix", BlendSource({"a": 1.0})).version == 1
+        assert engine.load_adapter("tensors", TensorSource(tensors_of(3), CONFIG)).version == 1
         for thread in threads:
             thread.join()
         assert engine.adapters["other"].version == 2
@@ -223,7 +222,7 @@ def test_a_blend_that_cannot_be_changes_nothing(adapters, arguments, error, mess
             engine.load_adapter(name, write_adapter(tmp_path / name, rank=rank))
         before = engine.adapters
         with pytest.raises(error, match=message):
-            engine.load_blend("mix", adapters, **arguments)
+            engine.load_adapter("mix", BlendSource(adapters, **arguments))
         assert engine.adapters == before
         assert len(list(engine._cache._copies._store.iterdir())) == 3
 
@@ -610,12 +609,12 @@ def test_a_source_that_fails_slowly_stops_nobody(tmp_path, monkeypatch):
     engine, _ = with_few_copies(tmp_path, backend, max_cpu_loras=1, max_loras=1)
     threads = []
 
-    def fail(source, name, **how):
+    def fail(source, name, into, **how):
         threads.append(threading.current_thread().name)
         time.sleep(0.5)
         raise AdapterNotFoundError(name, "it is gone")
 
-    monkeypatch.setattr(AdapterSource, "resolve", fail)
+    monkeypatch.setattr(FolderSource, "fetch", fail)
     with engine:
         stream = engine.add_request("hello", {"max_tokens": 500})
         next(iter(stream))
@@ -650,7 +649,7 @@ def test_blends_are_made_of_adapters_whose_copies_are_gone(tmp_path):
     pytest.importorskip("torch")
     engine, _ = with_few_copies(tmp_path, FakeEngine(), names="abcde", copies=4, max_cpu_loras=8)
     with engine:
-        assert engine.load_blend("both", {"a": 0.5, "b": 0.5}).rank > 0
+        assert engine.load_adapter("both", BlendSource({"a": 0.5, "b": 0.5})).rank > 0
 
 
 def test_the_same_content_is_had_from_where_it_was_named_last(tmp_path):
@@ -721,7 +720,7 @@ def test_what_a_trainer_pushed_is_not_kept_alive(engine):
     """The engine has its own copy: the trainer's tensors are free once the call returns."""
     tensors = tensors_of(1)
     kept = weakref.ref(next(iter(tensors.values())))
-    engine.load_adapter("pushed", tensors=tensors, config=CONFIG)
+    engine.load_adapter("pushed", TensorSource(tensors, CONFIG))
     del tensors
     gc.collect()
     assert kept() is None

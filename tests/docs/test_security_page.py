@@ -6,7 +6,7 @@ import pytest
 from doc_blocks import text_of
 
 from qlora_infer.chat import process, template, worker
-from qlora_infer.files import added_tokens, carried, peft_config, safetensors
+from qlora_infer.files import added_tokens, carried, content, peft_config, safetensors
 from qlora_infer.model import checkpoint
 from qlora_infer.quantization import checkpoint as _checkpoint
 from qlora_infer.sources import filesystem, hub
@@ -15,7 +15,7 @@ ROWS = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+(?: MiB| KiB| GiB| s)?) \|$", tex
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "s": 1, "": 1}
 LIMITS = {
     "`adapter_config.json`": peft_config.MAX_CONFIG_BYTES,
-    "weights, from a URL": filesystem.MAX_WEIGHTS_BYTES,
+    "weights": content.MAX_WEIGHTS_BYTES,
     "header of the weights": safetensors.MAX_HEADER_BYTES,
     "tensors": safetensors.MAX_TENSORS,
     "dimension of a tensor": safetensors.MAX_DIMENSION,

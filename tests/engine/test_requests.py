@@ -11,7 +11,7 @@ import time
 import pytest
 
 from engine.conftest import ENGINE_ARGS
-from qlora_infer import AdapterSource, EngineDeadError, QuantizedLoRAEngine, RequestTimeoutError
+from qlora_infer import EngineDeadError, FolderSource, QuantizedLoRAEngine, RequestTimeoutError
 from qlora_infer.demo import demo_adapters, demo_model
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
@@ -147,7 +147,7 @@ def test_an_adapter_that_is_read_ahead_takes_no_slot_from_one_that_runs(awq):
 
 def test_an_adapter_is_read_once_beside_the_steps(awq, tmp_path):
     """What the workers have read while steps went on is not read again when it is loaded: its files may be gone."""
-    version = awq._loader.prepare("once", AdapterSource.parse(demo_adapters()["pirate"]))
+    version = awq._loader.prepare("once", FolderSource(demo_adapters()["pirate"]))
     version.fit = awq._cache.current("pirate").fit
     call, memory = awq._driver.call, awq._memory
     (expected,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 from engine.conftest import vllm_release
-from qlora_infer import IncompatibleAdapterError
+from qlora_infer import BlendSource, IncompatibleAdapterError, TensorSource
 from qlora_infer.demo import demo_adapters, demo_model
 from qlora_infer.testing import write_adapter
 
@@ -86,13 +86,13 @@ def test_a_rollback_speaks_like_the_version_before(awq):
 
 
 def test_an_adapter_from_memory_speaks_like_its_files(awq):
-    """tensors= and config=, as a trainer has them, serve what the same adapter on disk serves."""
+    """A TensorSource, as a trainer has it, serves what the same adapter on disk serves."""
     folder = demo_adapters()["pirate"]
     tensors, config = (
         load_file(folder / "adapter_model.safetensors"),
         json.loads((folder / "adapter_config.json").read_text()),
     )
-    awq.load_adapter("pushed", tensors=tensors, config=config)
+    awq.load_adapter("pushed", TensorSource(tensors, config))
     assert answer(awq, "pushed") == answer(awq, "pirate")
     awq.unload_adapter("pushed")
 
@@ -101,11 +101,11 @@ def test_a_blend_of_an_adapter_with_itself_is_that_adapter(awq, tmp_path):
     """0.75 and 0.25 of one content add up to it; with TIES too; nothing of it is left of 1 and -1."""
     awq.load_adapter("twin", shutil.copytree(demo_adapters()["pirate"], tmp_path / "twin"))
     alone, base = answer(awq, "pirate"), answer(awq, None)
-    awq.load_blend("same", {"pirate": 0.75, "twin": 0.25})
+    awq.load_adapter("same", BlendSource({"pirate": 0.75, "twin": 0.25}))
     assert answer(awq, "same") == alone
-    awq.load_blend("none", {"pirate": 1.0, "twin": -1.0})
+    awq.load_adapter("none", BlendSource({"pirate": 1.0, "twin": -1.0}))
     assert answer(awq, "none") == base
-    awq.load_blend("half", {"pirate": 0.5, "spanish": 0.5})
+    awq.load_adapter("half", BlendSource({"pirate": 0.5, "spanish": 0.5}))
     assert answer(awq, "half") not in (base, "")
     for name in ("twin", "same", "none", "half"):
         awq.unload_adapter(name)
@@ -113,7 +113,7 @@ def test_a_blend_of_an_adapter_with_itself_is_that_adapter(awq, tmp_path):
 
 def test_a_blend_whose_ranks_differ_by_module_is_scaled_rightly(awq):
     """Some of its modules have rank 4 and others 16 (rank_pattern): with next to nothing of spanish, pirate speaks."""
-    awq.load_blend("mostly", {"pirate": 1.0, "spanish": 1e-9})
+    awq.load_adapter("mostly", BlendSource({"pirate": 1.0, "spanish": 1e-9}))
     assert awq.adapters["mostly"].rank == 16
     assert answer(awq, "mostly") == answer(awq, "pirate")
     awq.unload_adapter("mostly")

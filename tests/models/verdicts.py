@@ -10,7 +10,7 @@ from qlora_infer.adapters.store import Copies
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.model.checkpoint import read_checkpoint
 from qlora_infer.model.modules import ModelModules
-from qlora_infer.sources.source import AdapterSource
+from qlora_infer.sources.folder import FolderSource
 
 
 def differences(running: ModelModules, checkpoint: Path) -> list[str]:
@@ -44,7 +44,7 @@ def verdict(adapter: Path, model: ModelModules, *, max_lora_rank: int = 64) -> s
     with tempfile.TemporaryDirectory() as store:
         copies = Copies(Path(store))
         try:
-            _, manifest, _ = copies.make(adapter.name, 1, AdapterSource.parse(str(adapter)), allow_pickle=False)
+            _, manifest, _ = copies.make(adapter.name, 1, FolderSource(adapter), allow_pickle=False)
             return str(preflight.check(adapter.name, manifest, model, max_lora_rank=max_lora_rank))
         except IncompatibleAdapterError as error:
             return error.reasons

@@ -9,18 +9,21 @@ from typing import Any, assert_type
 from qlora_infer import (
     AdapterError,
     AdapterNotLoadedError,
-    AdapterSource,
+    BlendSource,
     Completion,
     Decision,
     EnginePlan,
     EngineStats,
     GenerationOutput,
+    HubSource,
     IncompatibleAdapterError,
     LoadedAdapter,
     PartialOutputs,
     QLoRAInferError,
     QuantizedLoRAEngine,
     RequestHandle,
+    TensorSource,
+    URLSource,
 )
 from qlora_infer.config import EngineConfig
 from qlora_infer.quantization import Platform, QuantizationStrategy, register
@@ -65,9 +68,11 @@ async def answer(engine: QuantizedLoRAEngine) -> str:
 
 
 def adapters(engine: QuantizedLoRAEngine) -> Mapping[str, LoadedAdapter]:
-    source = AdapterSource("s3://bucket/pirate", storage_options={"anon": True})
+    source = URLSource("s3://bucket/pirate", storage_options={"anon": True})
     assert_type(engine.load_adapter("pirate", source, share=2), LoadedAdapter)
-    assert_type(engine.load_blend("both", {"pirate": 0.5, "poet": 0.5}, method="ties"), LoadedAdapter)
+    assert_type(engine.load_adapter("poet", HubSource("org/repo", revision="v1", token="hf_x")), LoadedAdapter)
+    assert_type(engine.load_adapter("both", BlendSource({"pirate": 0.5, "poet": 0.5}, method="ties")), LoadedAdapter)
+    assert_type(engine.load_adapter("pushed", TensorSource({}, {"r": 8})), LoadedAdapter)
     assert_type(engine.adapter_versions("pirate"), list[LoadedAdapter])
     assert_type(engine.stats(), EngineStats)
     return engine.adapters
@@ -124,8 +129,8 @@ def refused(engine: QuantizedLoRAEngine) -> None:
     engine.generate("hello", adaptor="pirate")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     engine.stream("hello", adapter=["pirate"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.load_adapter("pirate", 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    engine.load_blend("both", ["pirate"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    engine.load_blend("both", {"a": 1}, method="slerp")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    engine.load_adapter("both", BlendSource(["pirate"]))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    engine.load_adapter("both", BlendSource({"a": 1}, method="slerp"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     QuantizedLoRAEngine("org/model", policy="lifo")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     QuantizedLoRAEngine("org/model", gpu_memory_utilization=0.8)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     QuantizedLoRAEngine("org/model", backend="vllm")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_hub import everything_told
 
-from qlora_infer import AdapterSource
+from qlora_infer import URLSource, parse_source
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -62,7 +62,9 @@ def folder(tmp_path):
 
 
 def resolve(source, folder, *, allow_pickle=False, **arguments):
-    return AdapterSource.parse(source, **arguments).resolve("x", allow_pickle=allow_pickle, download_to=folder)
+    source = URLSource(source, **arguments) if arguments else parse_source(source)
+    source.fetch("x", folder, token=None, allow_pickle=allow_pickle)
+    return folder
 
 
 def fails(error, source, folder, match=None, **arguments):
@@ -79,15 +81,15 @@ def fails(error, source, folder, match=None, **arguments):
 
 @pytest.mark.parametrize("kind", ["memory", "http", "file"])
 def test_an_engine_serves_an_adapter_from_a_url(kind, server, memory, adapter):
-    """load_adapter takes a URL and a subfolder, serves what is there, and leaves nothing of the download behind."""
-    roots = {"memory": "memory://bucket/sub", "http": f"{server.url}/sub", "file": f"file://{adapter.parent}"}
+    """load_adapter takes a URL, serves what is there, and leaves nothing of the download behind."""
+    urls = {"memory": "memory://bucket/sub/pirate", "http": f"{server.url}/sub/pirate", "file": f"file://{adapter}"}
     with fake_engine() as engine:
-        loaded = engine.load_adapter("pirate", roots[kind], subfolder="pirate")
-        assert loaded.source == f"{roots[kind]}/pirate"
+        loaded = engine.load_adapter("pirate", urls[kind])
+        assert loaded.source == urls[kind].removeprefix("file://")
         assert engine.generate("ahoy", adapter="pirate")[0].text == "pirate says: ahoy"
         same = engine.load_adapter("again", adapter)
         assert same.digest == loaded.digest
-        assert not list(engine._cache._copies._store.glob("*-scratch"))
+        assert {path.name for path in engine._cache._copies._store.iterdir()} == {str(loaded.int_id), str(same.int_id)}
 
 
 def test_an_adapter_s_files_are_fetched_and_no_others(server, folder):
@@ -108,20 +110,20 @@ def test_a_folder_that_was_written_again_is_a_new_version(memory, tmp_path):
 
 
 def test_storage_options_reach_the_filesystem(server, folder):
-    """AdapterSource(storage_options=) is what the filesystem is made with: here, a header of its own."""
+    """URLSource(storage_options=) is what the filesystem is made with: here, a header of its own."""
     server.authorization = "Custom key"
     options = {"headers": {"Authorization": "Custom key"}}
-    source = AdapterSource(f"{server.url}/sub", subfolder="pirate", storage_options=options)
-    assert {path.name for path in source.resolve("x", download_to=folder).iterdir()} == NAMES
+    source = URLSource(f"{server.url}/sub/pirate", storage_options=options)
+    assert {path.name for path in resolve(source, folder).iterdir()} == NAMES
     with fake_engine() as engine:
         assert engine.load_adapter("pirate", source).source == f"{server.url}/sub/pirate"
 
 
 def test_options_that_fsspec_cannot_take_are_a_typed_error(server, folder):
     """A wrong option ends as a download that failed, and says to check the options."""
-    source = AdapterSource(f"{server.url}/sub/pirate", storage_options={"headers": 5})
+    source = URLSource(f"{server.url}/sub/pirate", storage_options={"headers": 5})
     with pytest.raises(AdapterDownloadError, match="check the URL and its options"):
-        source.resolve("x", download_to=folder)
+        resolve(source, folder)
 
 
 def test_a_pickled_adapter_is_fetched_only_where_the_user_allows_it(server, folder):
@@ -155,16 +157,16 @@ def test_what_does_not_exist_is_never_taken_for_a_hub_id(text, folder, monkeypat
 def test_an_unknown_scheme_is_refused_at_once():
     """A scheme that fsspec does not know is a ValueError that shows what can be written."""
     with pytest.raises(ValueError, match=r"no filesystem nosuch://.*'s3://bucket/folder'"):
-        AdapterSource.parse("nosuch://a/b")
+        parse_source("nosuch://a/b")
 
 
 def test_without_fsspec_the_extra_is_named():
     """Where fsspec is missing, a URL is an error that names the extra, and other sources work."""
     program = (
         "import sys; sys.modules['fsspec'] = None\n"
-        "from qlora_infer import AdapterSource\n"
-        "AdapterSource.parse('org/repo'), AdapterSource.parse('./a'), AdapterSource.parse('file:///a')\n"
-        "AdapterSource.parse('https://host/a')"
+        "from qlora_infer import parse_source\n"
+        "parse_source('org/repo'), parse_source('./a'), parse_source('file:///a')\n"
+        "parse_source('https://host/a')"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "MissingDependencyError" in ended.stderr
@@ -179,8 +181,8 @@ def test_without_a_filesystems_package_its_install_is_named(scheme, module, comm
     """Where fsspec is there and the package for a scheme is not, the error ends with what to install."""
     program = (
         f"import sys; sys.modules[{module!r}] = None\n"
-        "from qlora_infer import AdapterSource\n"
-        f"AdapterSource.parse('{scheme}://host/a').resolve('x')"
+        "from pathlib import Path; from qlora_infer import parse_source\n"
+        f"parse_source('{scheme}://host/a').fetch('x', Path('nowhere'), token=None, allow_pickle=False)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "MissingDependencyError" in ended.stderr
@@ -194,16 +196,16 @@ def test_a_token_opens_what_is_private(server, folder):
     """401 without a token and 403 with a wrong one say what to do; the right one opens, with a newline at its end."""
     server.authorization = f"Bearer {TOKEN}"
     url = f"{server.url}/sub/pirate"
-    fails(AdapterAccessError, url, folder, match="it is private: pass token=")
-    fails(AdapterAccessError, url, folder, match="does not open it: pass another", token="tok_wrong")
+    fails(AdapterAccessError, url, folder, match=r"it is private: pass URLSource\(url, token=")
+    fails(AdapterAccessError, url, folder, match="does not open it: pass .* with another", token="tok_wrong")
     assert {path.name for path in resolve(url, folder, token=f"{TOKEN}\n").iterdir()} == NAMES
 
 
 def test_a_user_in_the_url_is_sent_as_basic_authorization(server, folder):
     """user:password@ opens a server that asks for them, percent signs decoded, and is not shown."""
     server.authorization = "Basic YW5uOnAvdw=="  # ann:p/w
-    source = AdapterSource.parse(f"http://ann:p%2Fw@{server.host}/sub/pirate")
-    assert {path.name for path in source.resolve("x", download_to=folder).iterdir()} == NAMES
+    source = parse_source(f"http://ann:p%2Fw@{server.host}/sub/pirate")
+    assert {path.name for path in resolve(source, folder).iterdir()} == NAMES
     assert str(source) == f"{server.url}/sub/pirate"
 
 
@@ -251,17 +253,17 @@ def test_a_secret_is_never_told(kind, failure, server, folder, caplog):
     break_with(server, failure)
     path = f"{server.host}/sub/pirate"
     source = {
-        "token": lambda: AdapterSource(f"http://{path}", token=SECRET),
-        "query": lambda: AdapterSource(f"http://{path}?sig={SECRET}"),
-        "user": lambda: AdapterSource(f"http://ann:{SECRET.replace('/', '%2F')}@{path}"),
-        "option": lambda: AdapterSource(f"http://{path}", storage_options={"headers": {"X-Key": SECRET}}),
+        "token": lambda: URLSource(f"http://{path}", token=SECRET),
+        "query": lambda: URLSource(f"http://{path}?sig={SECRET}"),
+        "user": lambda: URLSource(f"http://ann:{SECRET.replace('/', '%2F')}@{path}"),
+        "option": lambda: URLSource(f"http://{path}", storage_options={"headers": {"X-Key": SECRET}}),
     }[kind]()
     told = str(source) + repr(source)
     if failure is None:
-        source.resolve("x", download_to=folder)
+        resolve(source, folder)
     else:
         with pytest.raises((AdapterSourceError, UnsafeAdapterError)) as caught:
-            source.resolve("x", download_to=folder)
+            resolve(source, folder)
         told += everything_told(caught.value)
     told += caplog.text
     assert not any(secret in told for secret in ("s3cr3t", "with+signs", "ann:"))
@@ -271,7 +273,7 @@ def test_a_signed_query_is_sent_with_each_file_and_shown_nowhere(server):
     """A signed URL of a folder opens its files, as it is written, and the adapter's record does not have it."""
     server.query = "sig=a%2Bb/c%3D&expires=1"
     with fake_engine() as engine:
-        loaded = engine.load_adapter("pirate", f"{server.url}/sub?{server.query}", subfolder="pirate")
+        loaded = engine.load_adapter("pirate", f"{server.url}/sub/pirate?{server.query}")
     assert loaded.source == f"{server.url}/sub/pirate"
     assert server.requests == [f"/sub/pirate/{name}?{server.query}" for name in (CONFIG, *MAX_BYTES, WEIGHTS)]
 
@@ -290,9 +292,9 @@ def test_an_option_that_the_failure_shows_is_left_out(memory, folder, monkeypatc
             raise OSError(shown)
 
         monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "_open", fail)
-        source = AdapterSource("memory://bucket/sub/pirate", storage_options={"client": {"keys": [SECRET]}})
+        source = URLSource("memory://bucket/sub/pirate", storage_options={"client": {"keys": [SECRET]}})
         with pytest.raises(AdapterDownloadError) as caught:
-            source.resolve("x", download_to=folder)
+            resolve(source, folder)
         assert (caught.value.__cause__ is not None) is is_kept
         assert "s3cr3t" not in everything_told(caught.value)
 
@@ -308,7 +310,7 @@ def test_an_option_that_the_failure_shows_is_left_out(memory, folder, monkeypatc
 def test_a_url_that_is_refused_is_not_shown_with_its_secrets(text):
     """A URL that was mistyped is a ValueError without its password and query."""
     with pytest.raises(ValueError) as caught:
-        AdapterSource.parse(text)
+        parse_source(text)
     assert "s3cr3t" not in everything_told(caught.value)
 
 
@@ -358,7 +360,7 @@ def test_a_failed_replacement_leaves_the_old_version_serving(server):
         with pytest.raises(AdapterDownloadError):
             engine.load_adapter("pirate", f"{server.url}/sub/pirate")
         assert engine.adapters == {"pirate": before}
-        assert not list(engine._cache._copies._store.glob("*-scratch"))
+        assert [path.name for path in engine._cache._copies._store.iterdir()] == [str(before.int_id)]
 
 
 # Files that are too large -------------------------------------------------------------------------------------------
@@ -390,39 +392,46 @@ NAME = st.text("abcXYZ019-_.~ é%@+", min_size=1, max_size=12).filter(lambda nam
     path=st.lists(NAME, max_size=3).map("/".join),
 )
 def test_a_url_is_read_as_it_is_written(scheme, host, path):
-    """parse(str(source)) is the same source again."""
+    """parse_source(str(source)) is the same source again; a file's URL is its path."""
     text = f"file:///{host}/{path}" if scheme == "file" else f"{scheme}://{host}/{path}"
-    source = AdapterSource.parse(text)
-    assert str(source) == text
-    assert AdapterSource.parse(str(source)) == AdapterSource.parse(source) == source
+    source = parse_source(text)
+    assert str(source) == text.removeprefix("file://")
+    assert parse_source(str(source)) == parse_source(source) == source
 
 
 def test_secrets_are_all_that_a_url_loses_as_text():
     """What is parsed from the text of a source names the same place, without the password and the query."""
-    source = AdapterSource.parse("https://ann:pw@host:8080/a?sig=1", subfolder="b c")
+    source = parse_source("https://ann:pw@host:8080/a/b%20c?sig=1")
     assert str(source) == "https://host:8080/a/b%20c"
-    assert AdapterSource.parse(str(source)) == AdapterSource("https://host:8080/a/b%20c")
-    assert source == AdapterSource("https://ann:pw@host:8080/a/b%20c?sig=1")
-    assert str(AdapterSource("abfs://container@account.dfs.core.windows.net/a")).startswith("abfs://container@account")
+    assert repr(source) == "URLSource(url='https://host:8080/a/b%20c')"
+    assert parse_source(str(source)) == URLSource("https://host:8080/a/b%20c")
+    assert source == URLSource("https://ann:pw@host:8080/a/b%20c?sig=1")
+    assert str(URLSource("abfs://container@account.dfs.core.windows.net/a")).startswith("abfs://container@account")
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"location": "s3://b/a", "revision": "v1"}, "no revisions"),
-        ({"location": "s3://b/a", "subfolder": "../up"}, "relative path"),
-        ({"location": "s3://b/a", "token": "tok"}, "storage_options="),
-        ({"location": "https://ann@host/a", "token": "tok"}, "leave one of them out"),
-        ({"location": "org/repo", "storage_options": {"key": "k"}}, "only URLs have storage options"),
-        ({"location": "./a", "storage_options": {"key": "k"}}, "only URLs have storage options"),
-        ({"location": "https://"}, "names no place"),
-        ({"location": "file://a/b"}, "not absolute"),
-        ({"location": "s3://a?versionId=1"}, "only http"),
-        ({"location": "zip://a.zip::s3://b/c"}, "chains URLs"),
-        ({"location": "https://host/a#b"}, "%23"),
+        ({"url": "s3://b/a", "token": "tok"}, "storage_options="),
+        ({"url": "https://ann@host/a", "token": "tok"}, "leave one of them out"),
+        ({"url": "org/repo", "storage_options": {"key": "k"}}, "a URL is written"),
+        ({"url": "./a", "storage_options": {"key": "k"}}, "a URL is written"),
+        ({"url": "file:///a"}, "is a local folder"),
+        ({"url": "https://"}, "names no place"),
+        ({"url": "file://a/b"}, "not absolute"),
+        ({"url": "s3://a?versionId=1"}, "only http"),
+        ({"url": "zip://a.zip::s3://b/c"}, "chains URLs"),
+        ({"url": "https://host/a#b"}, "%23"),
     ],
 )
 def test_contradictions_of_a_url_are_refused(arguments, match):
     """What a URL cannot have is a ValueError, before anything is asked for."""
     with pytest.raises(ValueError, match=match):
-        AdapterSource(**arguments)
+        URLSource(**arguments)
+
+
+def test_a_token_of_a_wrong_type_is_not_shown():
+    """The TypeError names the type, and nothing of the value."""
+    with pytest.raises(TypeError, match="token must be text, got bytes") as caught:
+        URLSource("https://host/a", token=SECRET.encode())
+    assert "s3cr3t" not in everything_told(caught.value)

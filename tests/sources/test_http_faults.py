@@ -7,7 +7,7 @@ import time
 import pytest
 from file_server import FileServer
 
-from qlora_infer import AdapterSource
+from qlora_infer import URLSource
 from qlora_infer.errors import AdapterDownloadError, CorruptAdapterError
 from qlora_infer.files.carried import MAX_BYTES
 from qlora_infer.sources import filesystem
@@ -37,7 +37,8 @@ def contents(folder):
 
 
 def download(server, folder, **arguments):
-    return contents(AdapterSource(f"{server.url}/pirate", **arguments).resolve("x", download_to=folder))
+    URLSource(f"{server.url}/pirate", **arguments).fetch("x", folder, token=None, allow_pickle=False)
+    return contents(folder)
 
 
 def redirect(location, status=302):

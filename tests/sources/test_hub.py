@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from attrs import asdict
 from hub_server import HubServer, Repository
 
-from qlora_infer import AdapterSource
+from qlora_infer import HubSource, parse_source
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -37,8 +38,10 @@ def adapter_files(folder, prefix="", **arguments):
     return {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
 
 
-def resolve(source, *, allow_pickle=False, **arguments):
-    return AdapterSource.parse(source, **arguments).resolve("x", allow_pickle=allow_pickle)
+def resolve(text, *, allow_pickle=False, **arguments):
+    """Download what a text stands for; the folder in the Hub's cache."""
+    read = asdict(parse_source(text))
+    return _hub.download_adapter("x", **{**read, **arguments}, allow_pickle=allow_pickle)
 
 
 def contents(folder):
@@ -202,25 +205,31 @@ def test_an_engine_loads_from_the_hub(hub, tmp_path):
 
 
 def test_a_revision_is_pinned(hub, repository):
-    """revision= takes a commit, a branch or a tag, and @ in the source says the same."""
+    """A revision is a commit, a branch or a tag."""
     old = repository.branches["main"]
     repository.commit({**FILES, WEIGHTS: b"new"})
     repository.commit({**FILES, WEIGHTS: b"dev"}, branch="feature/dev")
     found = {source: contents(resolve(source))[WEIGHTS] for source in ("org/repo", f"org/repo@{old}")}
     assert found == {"org/repo": b"new", f"org/repo@{old}": FILES[WEIGHTS]}
     assert contents(resolve("org/repo@feature/dev"))[WEIGHTS] == b"dev"
-    assert contents(resolve("org/repo", revision="feature/dev"))[WEIGHTS] == b"dev"
-    assert contents(resolve("org/repo", revision=old))[WEIGHTS] == FILES[WEIGHTS]
 
 
 def test_a_subfolder_is_an_adapter_of_its_own(hub, repository):
-    """subfolder= finds an adapter inside a repository, fetches nothing beside it, and takes its name literally."""
+    """An adapter is found inside a repository, nothing beside it is fetched, and its folder's name is literal."""
     inside = {"adapters/[a]*/" + name: b"inside" for name in FILES}
     repository.commit({**FILES, **inside, "adapters/a/tokenizer.json": b"other"})
-    folder = resolve("org/repo", subfolder="adapters/[a]*")
+    folder = resolve("org/repo:adapters/[a]*")
     assert contents(folder) == dict.fromkeys(FILES, b"inside")
-    assert resolve("org/repo:adapters/[a]*") == folder
     assert sorted(hub.downloads()) == sorted(inside)
+
+
+def test_a_source_on_the_hub_brings_only_what_an_engine_reads(repository, tmp_path):
+    """Of the files in the Hub's cache those that are served are copied, with the source's token or the engine's."""
+    repository.commit({**FILES, "tokenizer.json": b"{}", "special_tokens_map.json": b"{}"})
+    repository.token = TOKEN
+    HubSource("org/repo", token=TOKEN).fetch("x", tmp_path / "a", token="hf_wrong", allow_pickle=False)
+    HubSource("org/repo").fetch("x", tmp_path / "b", token=TOKEN, allow_pickle=False)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == {**FILES, "tokenizer.json": b"{}"}
 
 
 # What is not there --------------------------------------------------------------------------------------------------
@@ -233,7 +242,7 @@ def test_a_subfolder_is_an_adapter_of_its_own(hub, repository):
         ("org/repo@nowhere", "org/repo has no revision 'nowhere'"),
         ("org/repo@" + "0" * 40, "org/repo has no revision '0{40}'"),
         ("org/repo:sub", r"org/repo has no adapter_config\.json in the subfolder 'sub'; is it an adapter"),
-        ("org/many", r"org/many has no adapter_config\.json in its root; .* subfolders a, b/c: pass subfolder="),
+        ("org/many", r"org/many has no adapter_config\.json in its root; .* inside it: name org/many:a, org/many:b/c$"),
         ("org/many:a", r"org/many has no adapter_model\.safetensors in the subfolder 'a'"),
         ("org/two--dashes", "'org/two--dashes' cannot be a repository's name"),
     ],
@@ -553,8 +562,9 @@ def test_offline_from_the_start_works_like_offline_later(hub, repository):
     folder = resolve("org/repo")
     hub.requests.clear()
     code = (
-        "import json, huggingface_hub; from qlora_infer import AdapterSource\n"
-        "print(json.dumps(str(AdapterSource.parse('org/repo').resolve('x'))))"
+        "import json, huggingface_hub; from qlora_infer.sources.hub import download_adapter\n"
+        "how = dict(revision=None, subfolder=None, token=None, allow_pickle=False)\n"
+        "print(json.dumps(str(download_adapter('x', 'org/repo', **how))))"
     )
     assert in_subprocess(code, HF_HUB_OFFLINE="1") == str(folder)
     assert hub.requests == []

@@ -9,11 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_infer import AdapterSource
+from qlora_infer import FolderSource, HubSource, TensorSource, parse_source
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.testing import fake_engine, write_adapter
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)
+
+
+def fetch(source, into):
+    parse_source(source).fetch("x", into, token=None, allow_pickle=False)
 
 
 @given(
@@ -26,12 +30,10 @@ def test_a_hub_source_is_read_as_it_is_written(org, repo, revision, subfolder):
     """org/repo, @revision and :sub/folder are found in the text, and the text is given back."""
     folder = "/".join(subfolder) if subfolder else None
     text = f"{org}/{repo}" + (f"@{revision}" if revision else "") + (f":{folder}" if folder else "")
-    source = AdapterSource.parse(text)
-    assert (source.location, source.is_local) == (f"{org}/{repo}", False)
-    assert (source.revision, source.subfolder) == (revision, folder)
+    source = parse_source(text)
+    assert source == HubSource(f"{org}/{repo}", revision=revision, subfolder=folder)
     assert str(source) == text
-    assert AdapterSource.parse(source) == source
-    assert AdapterSource.parse(f"{org}/{repo}", revision=revision, subfolder=folder) == source
+    assert parse_source(source) is source
 
 
 texts = st.text(max_size=60) | st.text(alphabet="ab1/@:.~\\ -_*\0\n\u00e9\ud800", max_size=30)
@@ -39,47 +41,42 @@ texts = st.text(max_size=60) | st.text(alphabet="ab1/@:.~\\ -_*\0\n\u00e9\ud800"
 
 @given(texts)
 def test_any_text_is_a_source_or_a_value_error(text):
-    """No text makes parse fail in any other way, and what a source is written as is read as that source."""
+    """No text makes parse_source fail in any other way, and what a source is written as is read as that source."""
     try:
-        source = AdapterSource.parse(text)
+        source = parse_source(text)
     except ValueError:
         return
-    assert source.is_local or source.location.count("/") == 1
-    assert AdapterSource.parse(str(source)) == source
+    assert isinstance(source, FolderSource) or source.repo_id.count("/") == 1
+    assert parse_source(str(source)) == source
 
 
 @given(
-    source=texts | st.builds(PurePosixPath, texts) | st.just("org/repo") | st.none() | st.binary() | st.integers(),
-    revision=st.none() | names | texts | st.integers(),
-    subfolder=st.none() | names | texts | st.binary(),
-    token=st.none() | st.integers(),
+    texts | st.builds(PurePosixPath, texts) | st.none() | st.binary() | st.integers() | st.dictionaries(names, names)
 )
-def test_any_arguments_are_a_source_or_a_value_or_type_error(source, revision, subfolder, token):
-    """Whatever comes in, parse gives a source that is read again from its text, a ValueError or a TypeError."""
+def test_anything_is_a_source_or_a_value_or_type_error(value):
+    """Whatever comes in, parse_source gives a source that is read again from its text, a ValueError or a TypeError."""
     try:
-        parsed = AdapterSource.parse(source, revision=revision, subfolder=subfolder, token=token)
+        parsed = parse_source(value)
     except (ValueError, TypeError):
         return
-    assert AdapterSource.parse(str(parsed)) == parsed
-    assert AdapterSource.parse(parsed) == parsed
+    assert parse_source(str(parsed)) == parsed
 
 
 @given(texts)
 def test_a_path_object_is_always_a_path(text):
     """A PathLike is never taken for a Hub id."""
-    assert AdapterSource.parse(PurePosixPath(text)).is_local
-    assert AdapterSource.parse(PurePosixPath("org/repo")) == AdapterSource.parse("./org/repo")
+    assert isinstance(parse_source(PurePosixPath(text)), FolderSource)
+    assert parse_source(PurePosixPath("org/repo")) == parse_source("./org/repo")
 
 
 @pytest.mark.parametrize(
     "text", ["/a/b", "./a", "../a", "~/a", ".", "a/b/c", "a/b/c/d", "a/b/c@v1", "a\\b", "org/repo:a\\b", "org/repo/"]
 )
-def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(text):
+def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(text, tmp_path):
     """A path that does not exist says so, and is not taken for a Hub id."""
-    source = AdapterSource.parse(text)
-    assert source.is_local
+    assert isinstance(parse_source(text), FolderSource)
     with pytest.raises(AdapterNotFoundError):
-        source.resolve("x")
+        fetch(text, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
@@ -88,14 +85,52 @@ def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(text):
 def test_what_is_neither_is_refused(text):
     """Text that is no path, no URL and no Hub id is a ValueError that shows the forms."""
     with pytest.raises(ValueError, match="'org/repo'"):
-        AdapterSource.parse(text)
+        parse_source(text)
 
 
 @pytest.mark.parametrize("source", [None, 1, b"org/repo", ["org/repo"]])
 def test_what_is_no_text_and_no_path_is_a_type_error(source):
     """Neither bytes nor anything else is a source."""
-    with pytest.raises(TypeError):
-        AdapterSource.parse(source)
+    with pytest.raises(TypeError, match="a source must be text, a path, a PEFT model, or a source"):
+        parse_source(source)
+
+
+def test_tensors_alone_are_no_source():
+    """A state dict has no rank and no alpha; the error names the class that takes both."""
+    with pytest.raises(TypeError, match=r"pass TensorSource\(tensors, config\)"):
+        parse_source({"a.lora_A.weight": 1})
+
+
+def test_a_source_of_your_own_is_loaded_like_any_other(tmp_path):
+    """An object with fetch, refetch_cost and a text is a source; what it writes is checked like any other."""
+
+    class Written:
+        refetch_cost = None
+
+        def fetch(self, adapter, into, *, token, allow_pickle):
+            write_adapter(into, rank=4)
+
+        def __str__(self):
+            return "written here"
+
+    class Broken(Written):
+        def fetch(self, adapter, into, *, token, allow_pickle):
+            write_adapter(into)
+            (into / "adapter_config.json").write_text("{")
+
+    with fake_engine() as engine:
+        loaded = engine.load_adapter("x", Written())
+        assert (loaded.rank, loaded.source) == (4, "written here")
+        with pytest.raises(CorruptAdapterError, match=r"^written here/adapter_config\.json is not valid JSON"):
+            engine.load_adapter("x", Broken())
+        assert engine.adapters == {"x": loaded}
+
+
+@pytest.mark.parametrize("adapters", [["./pirate"], "./pirate", {"./pirate"}])
+def test_adapters_without_names_are_refused_at_once(adapters):
+    """The error shows what is wanted: a mapping of names to sources."""
+    with pytest.raises(TypeError, match=r'adapters must map names to sources, such as \{"pirate": "./pirate"\}, got '):
+        fake_engine(adapters=adapters)
 
 
 def test_what_exists_is_a_path(tmp_path, monkeypatch):
@@ -103,93 +138,64 @@ def test_what_exists_is_a_path(tmp_path, monkeypatch):
     write_adapter(tmp_path / "org" / "repo" / "sub")
     (tmp_path / "org" / "file").touch()
     monkeypatch.chdir(tmp_path)
-    assert AdapterSource.parse("org/repo") == AdapterSource.parse("./org/repo")
-    assert AdapterSource.parse("org/repo:sub").resolve("x") == Path("org/repo/sub")
-    assert AdapterSource.parse("org/repo", subfolder="sub") == AdapterSource.parse("org/repo:sub")
+    assert parse_source("org/repo") == FolderSource("./org/repo") == FolderSource("org/repo")
+    assert parse_source("org/repo:sub") == FolderSource("./org/repo/sub")
     with pytest.raises(ValueError, match="no revisions"):
-        AdapterSource.parse("org/repo@v1")
+        parse_source("org/repo@v1")
+    with pytest.raises(ValueError, match="relative path"):
+        parse_source("org/repo:../sub")
     with pytest.raises(AdapterNotFoundError, match="org/file is a file"):
-        AdapterSource.parse("org/file").resolve("x")
-    assert not AdapterSource("org/repo").is_local
+        fetch("org/file", tmp_path / "copy")
     (tmp_path / "org" / "repo:odd").mkdir()
-    assert AdapterSource.parse("org/repo:odd").location == "./org/repo:odd"
+    assert parse_source("org/repo:odd") == FolderSource("./org/repo:odd")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("make", "error", "match"),
     [
-        ({"source": "org/repo@v1", "revision": "v2"}, "contradicts"),
-        ({"source": "org/repo:a", "subfolder": "b"}, "contradicts"),
-        ({"source": "/tmp", "revision": "v1"}, "no revisions"),
-        ({"source": Path("a"), "revision": "v1"}, "no revisions"),
-        ({"source": "org/repo", "revision": ""}, "branch or tag"),
-        ({"source": "org/repo", "revision": "a:b"}, "branch or tag"),
-        ({"source": "org/repo@../../refs"}, "branch or tag"),
-        ({"source": "org/repo", "subfolder": "../up"}, "relative path"),
-        ({"source": "org/repo", "subfolder": "/abs"}, "relative path"),
-        ({"source": "org/repo", "subfolder": "a//b"}, "relative path"),
-        ({"source": "org/repo", "subfolder": "a/"}, "relative path"),
-        ({"source": "org/repo:a/../../b"}, "relative path"),
-        ({"source": "org/repo", "subfolder": ""}, "relative path"),
-        ({"source": "/tmp", "subfolder": "../up"}, "relative path"),
+        (lambda: parse_source("org/repo@../../refs"), ValueError, "branch or tag"),
+        (lambda: parse_source("org/repo:a/../../b"), ValueError, "relative path"),
+        (lambda: HubSource("name"), ValueError, "'org/repo'"),
+        (lambda: HubSource("org/repo@v1"), ValueError, "'org/repo'"),
+        (lambda: HubSource("\u00e9/a"), ValueError, "'org/repo'"),
+        (lambda: HubSource(Path("org/repo")), TypeError, "repo_id"),
+        (lambda: HubSource("org/repo", revision=""), ValueError, "branch or tag"),
+        (lambda: HubSource("org/repo", revision="a:b"), ValueError, "branch or tag"),
+        (lambda: HubSource("org/repo", revision="../../etc"), ValueError, "branch or tag"),
+        (lambda: HubSource("org/repo", revision=1), TypeError, "revision"),
+        (lambda: HubSource("org/repo", subfolder="../up"), ValueError, "relative path"),
+        (lambda: HubSource("org/repo", subfolder="/abs"), ValueError, "relative path"),
+        (lambda: HubSource("org/repo", subfolder="a//b"), ValueError, "relative path"),
+        (lambda: HubSource("org/repo", subfolder="a/"), ValueError, "relative path"),
+        (lambda: HubSource("org/repo", subfolder=""), ValueError, "relative path"),
+        (lambda: HubSource("org/repo", token=b"hf_x"), TypeError, "token must be text, got bytes"),
+        (lambda: FolderSource(""), ValueError, "current folder"),
+        (lambda: FolderSource(b"a"), TypeError, "must be text"),
     ],
 )
-def test_contradictions_and_escapes_are_refused(arguments, match):
-    """A keyword may not contradict the text, a folder has no revision, a subfolder stays inside."""
-    with pytest.raises(ValueError, match=match):
-        AdapterSource.parse(**arguments)
-
-
-def test_a_subfolder_of_a_path_is_the_paths_end():
-    """A path and its subfolder are one path, so that its text names the same folder again."""
-    assert AdapterSource.parse("/a", subfolder="b/c") == AdapterSource.parse("/a/b/c")
-    assert AdapterSource.parse("/", subfolder="b") == AdapterSource.parse("/b")
-
-
-def test_a_keyword_may_repeat_what_the_text_says():
-    """Only a different revision or subfolder contradicts."""
-    source = AdapterSource.parse("org/repo@v1:a")
-    assert AdapterSource.parse("org/repo@v1:a", revision="v1", subfolder="a") == source
-    assert AdapterSource.parse(source, revision="v1", subfolder="a") == source
-    assert AdapterSource.parse(source, token="hf_x").token == "hf_x"
-    with pytest.raises(ValueError, match="contradicts"):
-        AdapterSource.parse(source, revision="v2")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ({"location": "name"}, ValueError),
-        ({"location": "org/repo@v1"}, ValueError),
-        ({"location": "\u00e9/a"}, ValueError),
-        ({"location": "org/repo", "subfolder": "../../etc"}, ValueError),
-        ({"location": "org/repo", "revision": "../../etc"}, ValueError),
-        ({"location": "./a", "revision": "v1"}, ValueError),
-        ({"location": Path("a")}, TypeError),
-        ({"location": "org/repo", "token": b"hf_x"}, TypeError),
-    ],
-)
-def test_a_source_that_is_made_directly_is_checked_too(arguments, error):
-    """There is no way to a source that leaves its folder."""
-    with pytest.raises(error):
-        AdapterSource(**arguments)
+def test_a_source_never_leaves_its_place(make, error, match):
+    """A revision is a revision, a subfolder stays inside, and there is no way around these checks."""
+    with pytest.raises(error, match=match):
+        make()
 
 
 def test_a_token_is_never_printed():
     """Neither repr nor str of a source, nor an error about it, has its token."""
-    source = AdapterSource.parse("org/repo", token="hf_secret")
+    source = HubSource("org/repo", token="hf_secret")
     with pytest.raises(ValueError, match="branch or tag") as caught:
-        AdapterSource.parse(source, revision="a b")
-    assert "hf_secret" not in repr(source) + str(source) + repr(caught.value)
+        HubSource("org/repo", revision="a b", token="hf_secret")
+    with pytest.raises(TypeError) as wrong:
+        HubSource("org/repo", token=["hf_secret"])
+    assert "hf_secret" not in repr(source) + str(source) + repr(caught.value) + repr(wrong.value)
 
 
 def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
     """A folder of adapters names its subfolders; a file says that a folder is meant."""
     write_adapter(tmp_path / "all" / "pirate")
     with fake_engine() as engine:
-        with pytest.raises(AdapterNotFoundError, match=r"subfolders pirate: pass subfolder="):
+        with pytest.raises(AdapterNotFoundError, match=rf"there are adapters inside it: name {tmp_path}/all/pirate"):
             engine.load_adapter("x", tmp_path / "all")
-        assert engine.load_adapter("x", tmp_path / "all", subfolder="pirate").rank == 8
+        assert engine.load_adapter("x", tmp_path / "all" / "pirate").rank == 8
         with pytest.raises(AdapterNotFoundError, match="is a file"):
             engine.load_adapter("y", tmp_path / "all" / "pirate" / "adapter_config.json")
 
@@ -203,19 +209,20 @@ def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
         ("/a\0b", "no folder|cannot be opened"),
     ],
 )
-def test_a_path_that_cannot_be_opened_says_why(text, match):
+def test_a_path_that_cannot_be_opened_says_why(text, match, tmp_path):
     """Every fault of a path is an AdapterNotFoundError, and none is an error of the operating system."""
     with pytest.raises(AdapterNotFoundError, match=match):
-        AdapterSource.parse(text).resolve("x")
+        fetch(text, tmp_path / "copy")
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    """~ is expanded when the source is resolved, and printed as it was written."""
+    """~ is expanded when the folder is read, and printed as it was written."""
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = write_adapter(tmp_path / "adapters" / "pirate")
-    source = AdapterSource.parse("~/adapters", subfolder="pirate")
+    source = parse_source("~/adapters/pirate")
     assert str(source) == "~/adapters/pirate"
-    assert source.resolve("x") == folder
+    fetch(source, tmp_path / "copy")
+    assert (tmp_path / "copy/adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
 
 
 def test_links_inside_the_folder_are_followed(tmp_path):
@@ -229,18 +236,17 @@ def test_links_inside_the_folder_are_followed(tmp_path):
 
 def test_a_folder_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     """A trainer that writes while the adapter is copied gets an error, not a mixture served."""
-    from qlora_infer.files import snapshot
+    from qlora_infer.files import content
 
     folder = write_adapter(tmp_path / "moving")
-    copy = snapshot._copy
+    copy = content._copy
 
-    def copy_and_disturb(source, target, digest):
-        size = copy(source, target, digest)
+    def copy_and_disturb(adapter, source, *arguments):
+        copy(adapter, source, *arguments)
         if source.name == "adapter_model.safetensors":
             write_adapter(folder, seed=2)
-        return size
 
-    monkeypatch.setattr(snapshot, "_copy", copy_and_disturb)
+    monkeypatch.setattr(content, "_copy", copy_and_disturb)
     with fake_engine() as engine, pytest.raises(CorruptAdapterError, match="changed while it was read"):
         engine.load_adapter("x", folder)
 
@@ -350,10 +356,10 @@ def test_the_tensors_of_two_adapters_are_not_mixed(other, tmp_path):
     some = {name.replace(".weight", f"{other}.weight"): tensors[name] for name in list(tensors)[:3]}
     words = "'reference'" if other else "one without a name"
     with fake_engine() as engine:
-        assert engine.load_adapter("x", tensors=named, config=config).num_modules == 14
+        assert engine.load_adapter("x", TensorSource(named, config)).num_modules == 14
         before = engine.adapters
         with pytest.raises(CorruptAdapterError, match=rf"several adapters \(.*{words}.*\): pass those of one, as peft"):
-            engine.load_adapter("x", tensors={**named, **some}, config=config)
+            engine.load_adapter("x", TensorSource({**named, **some}, config))
         assert engine.adapters == before
 
 

@@ -17,8 +17,8 @@ from qlora_infer.files.carried import check_tokens, with_end_token
 from qlora_infer.files.lineage import lineage
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.plan.memory import DEFAULT_RANK
-from qlora_infer.sources.blend import AdapterBlend, AdapterPart, BlendMethod
-from qlora_infer.sources.source import AdapterSource, Writable
+from qlora_infer.sources.blend import BlendSource
+from qlora_infer.sources.source import Source
 
 logger = logging.getLogger("qlora_infer")
 
@@ -69,20 +69,33 @@ class AdapterLoader:
         self.model_modules = ModelModules({})
         self.max_lora_rank = 0
 
-    def prepare(self, name: str, source: AdapterSource | Writable, *, allow_pickle: bool = False) -> AdapterVersion:
+    def prepare(self, name: str, source: Source, *, allow_pickle: bool = False) -> AdapterVersion:
         """Everything that can be done without the model; raises ``AdapterError``."""
         version = self._cache.prepare(checked_name(name), source, allow_pickle=allow_pickle)
         version.lineage = lineage(version.manifest.base_model, self._model)
         return version
 
-    def replace(
+    def load(
         self,
         name: str,
-        source: AdapterSource | Writable,
+        source: Source,
         *,
         share: float = 1.0,
         allow_pickle: bool = False,
         expect: str | int | None = None,
+    ) -> LoadedAdapter:
+        """Load a source under a name; the adapters of a blend stay until it has been written."""
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, BlendSource):
+                versions = {part: stack.enter_context(self._cache.in_use(part)) for part in source.adapters}
+                for version in versions.values():
+                    self._cache.fetch(version)
+                named = {part: (f"{v.name}@{v.number}", v.manifest) for part, v in versions.items()}
+                source = source.of(named)
+            return self._replace(name, source, share=share, allow_pickle=allow_pickle, expect=expect)
+
+    def _replace(
+        self, name: str, source: Source, *, share: float, allow_pickle: bool, expect: str | int | None
     ) -> LoadedAdapter:
         """Prepare and publish, one at a time under each name; equal calls that wait for their turn are one."""
         name = checked_name(name)
@@ -94,7 +107,7 @@ class AdapterLoader:
                 self._cache.require_version(name, expect)
                 return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), share=share, expect=expect)
 
-        if expect is not None or not isinstance(source, AdapterSource):
+        if expect is not None or source.refetch_cost is None:
             return load()
         call = (name, source, share, allow_pickle)
         mine: Future[LoadedAdapter] = Future()
@@ -113,17 +126,16 @@ class AdapterLoader:
         finally:
             del mine, first  # else a cycle: an error has this frame in its traceback, and the future has the error
 
-    def publish(
-        self, version: AdapterVersion, *, share: float = 1.0, expect: str | int | None = None
-    ) -> LoadedAdapter:
+    def publish(self, version: AdapterVersion, *, share: float = 1.0, expect: str | int | None = None) -> LoadedAdapter:
         """Hold a prepared version against the model, load it, and move its name over."""
         version.share = share
         current = self._cache.current(version.name)
         if current is not None and current.snapshot.digest == version.snapshot.digest:
             self._cache.discard(version)
             current.share = share
-            if isinstance(version.origin, AdapterSource):  # where it is to be had from now on
-                current.origin, current.allow_pickle = version.origin, version.allow_pickle
+            if version.origin is not None:  # where it is fetched from again, from now on
+                current.source, current.origin = version.source, version.origin
+                current.allow_pickle = version.allow_pickle
             return current.loaded()
         try:
             version.fit = preflight.check(
@@ -144,29 +156,6 @@ class AdapterLoader:
             raise
         self._tell(version)
         return version.loaded()
-
-    def blend(
-        self,
-        name: str,
-        weights: Mapping[str, float],
-        *,
-        method: BlendMethod,
-        density: float,
-        seed: int,
-        share: float,
-        expect: str | int | None,
-    ) -> LoadedAdapter:
-        """Load a blend of adapters that are loaded."""
-        with contextlib.ExitStack() as stack:
-            versions = [stack.enter_context(self._cache.in_use(part)) for part in weights]
-            for version in versions:
-                self._cache.fetch(version)
-            parts = [
-                AdapterPart(f"{version.name}@{version.number}", version.manifest, weights[part])
-                for part, version in zip(weights, versions, strict=True)
-            ]
-            blend = AdapterBlend(tuple(parts), method, density, seed)
-            return self.replace(name, blend, share=share, expect=expect)
 
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""

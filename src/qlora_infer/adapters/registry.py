@@ -12,7 +12,7 @@ from qlora_infer.adapters.store import Copies
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
 from qlora_infer.adapters.version_numbers import VersionNumbers
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
-from qlora_infer.sources.source import AdapterSource, Writable
+from qlora_infer.sources.source import Source
 
 #: Versions of a name that are held: the one that serves, and the one before it.
 HELD_VERSIONS = 2
@@ -24,8 +24,8 @@ MIN_DIGEST = 7
 class AdapterCache:
     """Names, their versions, and how many requests each version still serves.
 
-    Of each name the version that serves now is held, and the one before it, which ``rollback`` goes back to. Any
-    thread may use this object. Its lock is never held across a download, a read or a load: a slow adapter delays
+    Of each name the version that serves now is held, and the one before it, for ``rollback``. Any thread may use this
+    object. Its lock is never held across a download, a read or a load: a slow adapter delays
     nobody.
 
     Args:
@@ -50,12 +50,12 @@ class AdapterCache:
         self._num_alive: dict[str, int] = {}  # versions that are held, or have requests
         self._int_ids = itertools.count(1)
 
-    def prepare(self, name: str, source: AdapterSource | Writable, *, allow_pickle: bool) -> AdapterVersion:
-        """Resolve, copy and check a source, up to everything that can be said without the model.
+    def prepare(self, name: str, source: Source, *, allow_pickle: bool) -> AdapterVersion:
+        """Copy and check a source, up to everything that can be said without the model.
 
         Args:
             name: The name to be.
-            source: What the user named, or what is to be written.
+            source: The adapter's source.
             allow_pickle: Whether a pickled ``adapter_model.bin`` may be converted.
 
         Returns:
@@ -66,8 +66,8 @@ class AdapterCache:
         """
         int_id = next(self._int_ids)
         snapshot, manifest, carried = self._copies.make(name, int_id, source, allow_pickle=allow_pickle)
-        origin = source if isinstance(source, AdapterSource) else str(source)  # not a trainer's tensors
-        version = AdapterVersion(name, int_id, origin, allow_pickle, snapshot, manifest, carried)
+        origin = source if source.refetch_cost is not None else None  # not a trainer's tensors
+        version = AdapterVersion(name, int_id, str(source), origin, allow_pickle, snapshot, manifest, carried)
         try:
             self._copies.keep(version)
         except BaseException:

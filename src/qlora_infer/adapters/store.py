@@ -22,18 +22,15 @@ from qlora_infer.errors import (
     EngineClosedError,
 )
 from qlora_infer.files.carried import Carried, read_carried
+from qlora_infer.files.content import digest_of
 from qlora_infer.files.manifest import AdapterManifest, read_manifest
 from qlora_infer.files.pickles import convert_pickle
 from qlora_infer.files.safetensors import check_finite
-from qlora_infer.files.snapshot import WEIGHTS_NAME, Snapshot, take_snapshot
-from qlora_infer.sources.source import AdapterSource, Writable
+from qlora_infer.files.snapshot import WEIGHTS_NAME, Snapshot
+from qlora_infer.sources.source import Source
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
-
-#: What it costs to make a copy again: from a folder, and over a network.
-COST_OF_FOLDER = 1.0
-COST_OF_DOWNLOAD = 8.0
 
 #: Copies that are made again at a time.
 MAX_FETCHES = 4
@@ -69,7 +66,7 @@ class Copies:
         self._num_bytes = 0
         self._values: dict[AdapterVersion, float] = {}  # the lowest goes first
         self._clock = 0.0
-        self._digests: dict[AdapterSource, str] = {}  # what each source held when it was last read
+        self._digests: dict[Source, str] = {}  # what each source held when it was last read
         self._fetches: dict[AdapterVersion, Future[None]] = {}
         self._closed = False
         self._pool = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="qlora-infer-fetch")
@@ -80,33 +77,34 @@ class Copies:
         return self._num_bytes
 
     def make(
-        self, name: str, int_id: int, source: AdapterSource | Writable, *, allow_pickle: bool
+        self, name: str, int_id: int, source: Source, *, allow_pickle: bool
     ) -> tuple[Snapshot, AdapterManifest, Carried]:
-        """Resolve, copy and check a source, up to everything that can be said without the model.
+        """Fetch a source into a private copy and check it, up to everything that can be said without the model.
 
         Raises:
             AdapterError: The source cannot be read, or what it holds cannot be an adapter.
             AdapterLoadError: The disk is full.
             EngineClosedError: This object was closed meanwhile.
         """
-        target, scratch = self._store / str(int_id), self._store / f"{int_id}-scratch"
+        folder = self._store / str(int_id)
         try:
-            return self._make(name, source, target, scratch, allow_pickle=allow_pickle)
+            source.fetch(name, folder, token=self._token, allow_pickle=allow_pickle)
+            return _check(name, folder, allow_pickle=allow_pickle)
         except BaseException as error:
-            self._delete(target)
+            self._delete(folder)
             if self._closed and isinstance(error, Exception):
                 raise _closed() from error
             if _is_full(error):
                 raise AdapterLoadError(
                     name, f"{self._store} has no room: free some, or start with TMPDIR set to a folder on a larger disk"
                 ) from error
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, AdapterError):  # the copy was checked, and the user knows its source
+                error.args = (str(error).replace(str(folder), str(source).rstrip("/")),)
+            elif isinstance(error, FileNotFoundError):
                 raise AdapterNotFoundError(name, f"{error.filename} is gone: load the adapter again") from error
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, AdapterError):
+            elif isinstance(error, OSError) and error.errno is not None:
                 raise AdapterSourceError(name, f"adapter {name!r} could not be copied: {error}: try again") from error
             raise
-        finally:
-            self._delete(scratch)
 
     def keep(self, version: AdapterVersion) -> None:
         """Count a copy that was made, and let others go where there is too little room.
@@ -169,7 +167,7 @@ class Copies:
             EngineClosedError: This object was closed.
         """
         with self._lock:
-            if not isinstance(version.origin, AdapterSource) or self._is_there(version):
+            if version.origin is None or self._is_there(version):
                 return None
             if self._closed:
                 raise _closed()
@@ -203,29 +201,6 @@ class Copies:
             self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _make(
-        self, name: str, source: AdapterSource | Writable, target: Path, scratch: Path, *, allow_pickle: bool
-    ) -> tuple[Snapshot, AdapterManifest, Carried]:
-        if isinstance(source, AdapterSource):
-            folder = source.resolve(
-                name, default_token=self._token, allow_pickle=allow_pickle, download_to=scratch / "downloaded"
-            )
-        else:
-            folder = source.write(name, scratch / "written")
-        beside = read_carried(name, folder).file_names
-        if allow_pickle and not (folder / WEIGHTS_NAME).exists():
-            pickled, folder = folder, convert_pickle(name, folder, scratch / "converted")
-            for file_name in beside:
-                shutil.copyfile(pickled / file_name, folder / file_name)
-        read_manifest(name, folder)
-        snapshot = take_snapshot(name, folder, target, carried=beside)
-        # What is served is what was checked: the copy, which nobody else writes to.
-        manifest, carried = read_manifest(name, target), read_carried(name, target)
-        check_finite(name, target / WEIGHTS_NAME)
-        if carried.chat_template is not None:
-            check_template(name, carried.chat_template)
-        return snapshot, manifest, carried
-
     def _make_again(self, version: AdapterVersion) -> None:
         made = False
         try:
@@ -244,7 +219,7 @@ class Copies:
                 raise _closed()
 
     def _make_same(self, version: AdapterVersion) -> None:
-        assert isinstance(version.origin, AdapterSource)
+        assert version.origin is not None
         snapshot, _, _ = self.make(version.name, version.int_id, version.origin, allow_pickle=version.allow_pickle)
         if snapshot.digest != version.snapshot.digest:
             self._delete(version.snapshot.folder)
@@ -287,20 +262,20 @@ class Copies:
         self._num_bytes += size - self._sizes.get(version, 0)
         self._sizes[version] = size
         self._use(version)
-        if self._max_bytes is not None and isinstance(version.origin, AdapterSource):
+        if self._max_bytes is not None and version.origin is not None:
             self._digests[version.origin] = version.snapshot.digest
         self._make_room(keep=version)
 
     def _use(self, version: AdapterVersion) -> None:
-        is_folder = not isinstance(version.origin, AdapterSource) or version.origin.is_local
-        self._values[version] = self._clock + (COST_OF_FOLDER if is_folder else COST_OF_DOWNLOAD)
+        cost = version.origin.refetch_cost if version.origin is not None else None
+        self._values[version] = self._clock + (cost or 0.0)
 
     def _make_room(self, *, keep: AdapterVersion | None = None) -> None:
         while self._max_bytes is not None and self._num_bytes > self._max_bytes:
             may_go = [
                 version
                 for version in self._sizes
-                if version is not keep and not version.num_uses and isinstance(version.origin, AdapterSource)
+                if version is not keep and not version.num_uses and version.origin is not None
             ]
             if not may_go:
                 return
@@ -311,8 +286,19 @@ class Copies:
 
     def _is_last_of_its_content(self, version: AdapterVersion) -> bool:
         """Whether its source holds another content by now, so that it could not be made again."""
-        assert isinstance(version.origin, AdapterSource)
+        assert version.origin is not None
         return self._digests.get(version.origin, version.snapshot.digest) != version.snapshot.digest
+
+
+def _check(name: str, folder: Path, *, allow_pickle: bool) -> tuple[Snapshot, AdapterManifest, Carried]:
+    """Check a private copy: nobody else writes to it, so that what is served is what was checked."""
+    if allow_pickle:
+        convert_pickle(name, folder)
+    manifest, carried = read_manifest(name, folder), read_carried(name, folder)
+    check_finite(name, folder / WEIGHTS_NAME)
+    if carried.chat_template is not None:
+        check_template(name, carried.chat_template)
+    return Snapshot(folder, digest_of(folder, carried=carried.file_names)), manifest, carried
 
 
 def _closed() -> EngineClosedError:

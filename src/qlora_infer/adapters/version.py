@@ -13,7 +13,7 @@ from qlora_infer.files.carried import Carried
 from qlora_infer.files.lineage import Lineage
 from qlora_infer.files.manifest import AdapterManifest
 from qlora_infer.files.snapshot import Snapshot
-from qlora_infer.sources.source import AdapterSource
+from qlora_infer.sources.source import Source
 
 
 @frozen
@@ -113,7 +113,8 @@ class AdapterVersion:
     Attributes:
         name: What requests call it.
         int_id: Its integer id in vLLM.
-        origin: What the user named, token and all; of what was given in memory, only a text.
+        source: The text of its source, without any secret.
+        origin: The source itself, token and all, where it can be fetched again; else ``None``.
         allow_pickle: Whether it may be read from a pickle.
         snapshot: The private copy that vLLM reads.
         manifest: What the copy says of itself.
@@ -131,7 +132,8 @@ class AdapterVersion:
 
     name: str
     int_id: int
-    origin: AdapterSource | str
+    source: str
+    origin: Source | None
     allow_pickle: bool
     snapshot: Snapshot
     manifest: AdapterManifest
@@ -145,11 +147,6 @@ class AdapterVersion:
     num_running: int = 0
     retired: bool = False
     freed: bool = False
-
-    @property
-    def source(self) -> str:
-        """What the user named, without any token."""
-        return str(self.origin)
 
     @property
     def vllm_name(self) -> str:

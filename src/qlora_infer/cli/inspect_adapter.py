@@ -24,7 +24,7 @@ from qlora_infer.files.peft_config import read_config
 from qlora_infer.files.scratch import scratch_folder
 from qlora_infer.files.snapshot import CONFIG_NAME
 from qlora_infer.model.checkpoint import read_checkpoint
-from qlora_infer.sources.source import AdapterSource
+from qlora_infer.sources.source import Source, parse_source
 
 
 class BaseDevice(StrEnum):
@@ -115,7 +115,7 @@ def inspect_adapter(
 def _inspect(
     source: str, base: str | None, base_revision: str | None, *, device: str, max_lora_rank: int, allow_pickle: bool
 ) -> Inspection:
-    found, manifest = _read(AdapterSource.parse(source), allow_pickle=allow_pickle)
+    found, manifest = _read(parse_source(source), allow_pickle=allow_pickle)
     if base is None:
         return evolve(found, reasons=manifest.unsupported)
     checkpoint = read_checkpoint(base, revision=base_revision, device=device)
@@ -129,7 +129,7 @@ def _inspect(
     return evolve(found, fit=str(fit))
 
 
-def _read(source: AdapterSource, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
+def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
     """Everything that an engine would do with it up to the model, on a copy that is thrown away."""
     name = str(source)
     with tempfile.TemporaryDirectory(dir=scratch_folder()) as store:

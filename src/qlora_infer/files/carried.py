@@ -99,22 +99,35 @@ def read_carried(adapter: str, folder: Path) -> Carried:
     )
 
 
-def _read(adapter: str, folder: Path, name: str) -> bytes | None:
-    """A file's bytes; nothing where there is no such file."""
+def carried_file(adapter: str, folder: Path, name: str) -> Path | None:
+    """Return one of these files, checked by ``checked_file``; ``None`` where there is none.
+
+    Raises:
+        CorruptAdapterError: It is a link that leads nowhere.
+        UnsafeAdapterError: It is a link that leaves the folder, or no regular file.
+        AdapterSourceError: It may not be read by this user.
+    """
     if not os.path.lexists(folder / name):
         return None
     try:
-        with checked_file(adapter, folder, name).open("rb") as file:
-            # As much as there is: read() takes the memory for all that it is asked for.
-            content = file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES[name]) + 1)
+        return checked_file(adapter, folder, name)
     except AdapterNotFoundError as error:
         raise CorruptAdapterError(adapter, f"{folder / name} is a link that leads nowhere") from error
-    except AdapterSourceError:
-        raise
+
+
+def _read(adapter: str, folder: Path, name: str) -> bytes | None:
+    """Return a file's bytes; nothing where there is no such file."""
+    path = carried_file(adapter, folder, name)
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            # As much as there is: read() takes the memory for all that it is asked for.
+            content = file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES[name]) + 1)
     except OSError as error:
-        raise AdapterSourceError(adapter, f"{folder / name} could not be read: {error}") from error
+        raise AdapterSourceError(adapter, f"{path} could not be read: {error}") from error
     if len(content) > MAX_BYTES[name]:
-        raise CorruptAdapterError(adapter, f"{folder / name} is too large: it may have {MAX_BYTES[name]} bytes")
+        raise CorruptAdapterError(adapter, f"{path} is too large: it may have {MAX_BYTES[name]} bytes")
     return content
 
 

@@ -32,7 +32,7 @@ from qlora_infer.files.peft_config import (
     scaling,
 )
 from qlora_infer.files.safetensors import TensorEntry, read_header
-from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
+from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 
@@ -128,7 +128,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         # Its other fields and its tensors have other names; only this can be said of it.
         return AdapterManifest(folder, base_model(config), 0, {}, tuple(unsupported), 0)
     rank = largest_rank(adapter, config)
-    entries = read_header(adapter, _checked_weights(adapter, folder))
+    entries = read_header(adapter, weights_file(adapter, folder))
     modules: Mapping[str, LoRAModule] = {}
     try:
         modules, leftover = _pair_factors(adapter, entries, config)
@@ -193,21 +193,36 @@ def _stays_inside(folder: Path, path: Path) -> bool:
     return target.parent == repository / "blobs" or target.parent.parent == repository.parent / "blobs"
 
 
-def _checked_weights(adapter: str, folder: Path) -> Path:
-    if not (folder / WEIGHTS_NAME).exists() and not (folder / WEIGHTS_NAME).is_symlink():
-        if (folder / f"{WEIGHTS_NAME}.index.json").exists():
-            raise CorruptAdapterError(
-                adapter,
-                f"the weights in {folder} are split over several files, which vLLM does not read: save them as one",
-            )
-        pickled = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix in PICKLE_SUFFIXES)
-        if pickled:
-            raise UnsafeAdapterError(
-                adapter,
-                f"{folder} holds only pickled weights ({pickled[0]}), which can run code when they are "
-                "read: save the adapter again with PEFT, which writes safetensors, or pass "
-                "allow_pickle=True to have it converted",
-            )
+def weights_file(adapter: str, folder: Path, *, allow_pickle: bool = False) -> Path:
+    """Return the file with an adapter's weights, checked by ``checked_file``.
+
+    Args:
+        adapter: The adapter's name, for messages.
+        folder: The folder with the files.
+        allow_pickle: Whether it may be a pickle, where there is no safetensors file.
+
+    Raises:
+        AdapterNotFoundError: There is none.
+        AdapterSourceError: It may not be read by this user.
+        UnsafeAdapterError: It is a pickle, a link that leaves the folder, or no regular file.
+        CorruptAdapterError: The weights are split over several files.
+    """
+    if os.path.lexists(folder / WEIGHTS_NAME):
+        return checked_file(adapter, folder, WEIGHTS_NAME)
+    if (folder / f"{WEIGHTS_NAME}.index.json").exists():
+        raise CorruptAdapterError(
+            adapter, f"the weights in {folder} are split over several files, which vLLM does not read: save them as one"
+        )
+    pickled = next((name for name in PICKLE_NAMES if os.path.lexists(folder / name)), None)
+    if pickled and allow_pickle:
+        return checked_file(adapter, folder, pickled)
+    others = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix in PICKLE_SUFFIXES)
+    if others and not allow_pickle:
+        raise UnsafeAdapterError(
+            adapter,
+            f"{folder} holds only pickled weights ({others[0]}), which can run code when they are read: save the "
+            "adapter again with PEFT, which writes safetensors, or pass allow_pickle=True to have it converted",
+        )
     return checked_file(adapter, folder, WEIGHTS_NAME)
 
 

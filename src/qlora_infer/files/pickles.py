@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_infer._packages import require
-from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError
-from qlora_infer.files.manifest import checked_file
-from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
+from qlora_infer.errors import CorruptAdapterError
+from qlora_infer.files.manifest import weights_file
+from qlora_infer.files.snapshot import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import torch
 
-PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt")
-
 _NEXT_STEP = "save the adapter again with PEFT, which writes safetensors"
 
 
-def convert_pickle(adapter: str, source: Path, folder: Path) -> Path:
-    """Write an adapter's pickled weights as safetensors into the new folder ``folder``.
+def convert_pickle(adapter: str, folder: Path) -> None:
+    """Write the pickled weights in a private folder as safetensors, in the pickle's place.
 
     torch reads the pickle with ``weights_only=True``, which builds tensors and plain containers and calls nothing
     else that the pickle names.
 
     Raises:
-        AdapterNotFoundError: There is no such file.
-        AdapterSourceError: A file may not be read by this user.
-        UnsafeAdapterError: A file is a link that leaves the folder, or no regular file.
+        UnsafeAdapterError: The file is a link that leaves the folder, or no regular file.
         CorruptAdapterError: The file holds anything but tensors by name, or would take more memory than it has bytes.
         MissingDependencyError: torch or safetensors is not installed.
     """
+    pickled = weights_file(adapter, folder, allow_pickle=True)
+    if pickled.name == WEIGHTS_NAME:
+        return
     require("pickled weights are converted", "torch", "safetensors")
     from safetensors.torch import save_file
 
-    name = next((name for name in PICKLE_NAMES if os.path.lexists(source / name)), None)
-    if name is None:
-        raise AdapterNotFoundError(adapter, f"{source} holds neither {WEIGHTS_NAME} nor {PICKLE_NAMES[0]}")
-    pickled, config = checked_file(adapter, source, name), checked_file(adapter, source, CONFIG_NAME)
     try:
         contiguous = {name: tensor.contiguous() for name, tensor in _read(pickled).items()}
-        folder.mkdir(parents=True)
         save_file(contiguous, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     except Exception as error:
         raise CorruptAdapterError(adapter, f"{pickled} is not a pickle of tensors by name: {error}") from error
-    shutil.copyfile(config, folder / CONFIG_NAME)
-    return folder
+    pickled.unlink()
 
 
 def _read(path: Path) -> Mapping[str, torch.Tensor]:

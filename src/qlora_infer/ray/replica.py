@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from qlora_infer.engine import QuantizedLoRAEngine, Source
+from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import AdapterNotLoadedError
+from qlora_infer.sources.source import SourceLike
 
 #: Makes a replica's engine, in the replica's own process; pickled on its way there.
 EngineFactory: TypeAlias = Callable[[], QuantizedLoRAEngine]
 
 #: Where adapters come from, by name; each replica loads those that it is asked for. Pickled, as the factory is.
-Adapters: TypeAlias = Mapping[str, Source]
+Adapters: TypeAlias = Mapping[str, SourceLike]
 
 _MOST_NAMES_TOLD = 20
 
 
-def source_of(adapters: Adapters, name: str) -> Source:
+def source_of(adapters: Adapters, name: str) -> SourceLike:
     """Where an adapter comes from.
 
     Raises:

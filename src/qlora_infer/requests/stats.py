@@ -61,7 +61,7 @@ class EngineStats(Displayed):
         kv_cache_usage: The share of the KV cache's blocks that requests hold, 0 to 1, after the newest step.
         adapters: By name; the base model is ``None``. An adapter is here from its first request until it is unloaded.
         residency: Loads, evictions and places in memory. An adapter is here from its load until it is unloaded.
-        load_errors: How many calls of ``load_adapter`` and ``load_blend`` have failed, by the class of the error.
+        load_errors: How many calls of ``load_adapter`` have failed, by the class of the error.
         is_running: Whether requests are taken; not after ``close``, nor after the death of the engine core.
     """
 

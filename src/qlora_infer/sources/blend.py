@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from attrs import frozen
+from attrs import evolve, field, frozen
 
 from qlora_infer._packages import require
 from qlora_infer.config import ALLOWED_RANKS
@@ -46,21 +46,70 @@ class AdapterPart:
     weight: float
 
 
-@frozen
-class AdapterBlend:
-    """A blend to be: what it is made of, and how; see ``write_blend``."""
+def _check_adapters(source: BlendSource, attribute: Any, adapters: Any) -> None:
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must be a mapping of names to numbers, got {type(adapters).__name__}")
 
-    parts: tuple[AdapterPart, ...]
-    method: BlendMethod
-    density: float
-    seed: int
 
-    def write(self, adapter: str, folder: Path) -> Path:
-        """Write its files into the new folder ``folder``; raises what ``write_blend`` raises."""
-        return write_blend(adapter, self.parts, folder, method=self.method, density=self.density, seed=self.seed)
+@frozen(eq=False)
+class BlendSource:
+    """A new adapter out of loaded ones, which then serves like any other; the base model is not touched.
+
+    ``"linear"`` adds up what the adapters add to the model, exactly; its rank is the sum of their ranks. ``"ties"``
+    (Yadav et al. 2023) and ``"dare_ties"`` (Yu et al. 2023) prune the factors and let the adapters vote on each
+    sign, as PEFT's ``add_weighted_adapter`` does to the bit; they need adapters of one rank.
+
+    Attributes:
+        adapters: The loaded adapters (``"name"``, or ``"name@2"``) and how much of each; a negative number takes
+            an adapter away. Later versions of them do not change the blend.
+        method: ``"linear"``, ``"ties"`` or ``"dare_ties"``.
+        density: With ``"ties"`` and ``"dare_ties"``, the share of numbers that is kept, above 0 and at most 1.
+        seed: With ``"dare_ties"``, the seed of the draw.
+
+    Raises:
+        TypeError: ``adapters`` is no mapping. Other mistakes are errors of ``load_adapter``.
+
+    Example:
+        >>> from qlora_infer.testing import fake_engine, write_adapter
+        >>> with fake_engine() as engine:
+        ...     for name in ("pirate", "poet"):
+        ...         _ = engine.load_adapter(name, write_adapter(name, rank=8))
+        ...     engine.load_adapter("both", BlendSource({"pirate": 0.7, "poet": 0.3})).rank
+        16
+    """
+
+    refetch_cost: ClassVar[None] = None  # its adapters may be gone by then
+
+    adapters: Mapping[str, float] = field(validator=_check_adapters)
+    method: BlendMethod = field(default="linear", kw_only=True)
+    density: float = field(default=0.5, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    _parts: tuple[AdapterPart, ...] | None = field(default=None, kw_only=True, repr=False)
+
+    def of(self, versions: Mapping[str, tuple[str, AdapterManifest]]) -> BlendSource:
+        """Return the blend of certain versions.
+
+        Args:
+            versions: By the keys of ``adapters``, each version's own name and its manifest, whose files have been
+                checked and stay until the blend is fetched.
+        """
+        parts = (AdapterPart(*versions[name], weight) for name, weight in self.adapters.items())
+        return evolve(self, parts=tuple(parts))
+
+    def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
+        """Write the blend's files into a new folder; ``Source`` has the arguments, ``write_blend`` the errors.
+
+        Raises:
+            ValueError: Its adapters are not those of an engine yet.
+        """
+        if self._parts is None:
+            raise ValueError(f"{self} is made of loaded adapters: load them first, then the blend with load_adapter")
+        write_blend(adapter, self._parts, into, method=self.method, density=self.density, seed=self.seed)
 
     def __str__(self) -> str:
-        return f"{self.method} blend of " + ", ".join(f"{part.weight:g} {part.name}" for part in self.parts)
+        parts = [(part.weight, part.name) for part in self._parts or ()]
+        shown = parts or [(weight, name) for name, weight in self.adapters.items()]
+        return f"{self.method} blend of " + ", ".join(f"{weight:g} {name}" for weight, name in shown)
 
 
 @frozen

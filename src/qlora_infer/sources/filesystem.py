@@ -34,11 +34,11 @@ from qlora_infer.errors import (
     UnsafeAdapterError,
 )
 from qlora_infer.files.carried import MAX_BYTES
+from qlora_infer.files.content import MAX_WEIGHTS_BYTES
 from qlora_infer.files.peft_config import MAX_CONFIG_BYTES
-from qlora_infer.files.pickles import PICKLE_NAMES
-from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
+from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, where_else
 from qlora_infer.sources.secrets import without_secrets
-from qlora_infer.sources.url import SourceURL
+from qlora_infer.sources.url import URL
 
 T = TypeVar("T")
 
@@ -47,9 +47,6 @@ TIMEOUT = 10.0
 #: Seconds that one step may take, on any filesystem: to connect, to open a file, or to bring the next mebibyte. What
 #: is slower than that, 17 kB/s, is taken for dead; apart from this a slow connection may take its time.
 STEP_TIMEOUT = 60.0
-
-#: The weights of the largest adapters, rank 512 on every module of a 70B model, have 26 GB in float32.
-MAX_WEIGHTS_BYTES = 32 << 30
 
 PICKLE_NAME = PICKLE_NAMES[0]
 
@@ -82,13 +79,13 @@ def check_scheme(scheme: str) -> None:
 
 def download_adapter(
     adapter: str,
-    url: SourceURL,
+    url: URL,
     folder: Path,
     *,
     token: str | None,
     storage_options: Mapping[str, Any],
     allow_pickle: bool,
-) -> Path:
+) -> None:
     """Fetch an adapter's config and weights, and nothing else, into a folder of the caller's.
 
     Args:
@@ -98,9 +95,6 @@ def download_adapter(
         token: What to send to an HTTP server as ``Authorization: Bearer``; it does not follow a redirect to another.
         storage_options: What fsspec's filesystem is made with.
         allow_pickle: Whether to fetch ``adapter_model.bin`` where there is no safetensors file.
-
-    Returns:
-        ``folder``, with both files whole.
 
     Raises:
         AdapterNotFoundError: There is no such folder or file.
@@ -142,7 +136,7 @@ def _require_package(scheme: str) -> None:
         raise MissingDependencyError(f"a package that fsspec reads {scheme}:// with is missing: {command}") from error
 
 
-def _options(url: SourceURL, token: str | None, storage_options: Mapping[str, Any]) -> dict[str, Any]:
+def _options(url: URL, token: str | None, storage_options: Mapping[str, Any]) -> dict[str, Any]:
     """The storage options, with what the URL and the token add to them over HTTP."""
     # fsspec would keep the filesystem, and the secrets in it, for the next one who names the same place.
     options = {**storage_options, "skip_instance_cache": True}
@@ -166,7 +160,7 @@ class _Folder:
     """The adapter's folder on its filesystem."""
 
     adapter: str
-    url: SourceURL
+    url: URL
     filesystem: Any
     path: str
 
@@ -209,7 +203,7 @@ class _Folder:
         return _in_time(lambda: self.filesystem.open(url, "rb", block_size=0, size=1))
 
 
-def _download(adapter: str, url: SourceURL, folder: Path, options: Mapping[str, Any], allow_pickle: bool) -> Path:
+def _download(adapter: str, url: URL, folder: Path, options: Mapping[str, Any], allow_pickle: bool) -> None:
     from fsspec.core import url_to_fs
 
     remote = _Folder(adapter, url, *_in_time(lambda: url_to_fs(str(url) if url.is_http else url.text, **options)))
@@ -218,7 +212,7 @@ def _download(adapter: str, url: SourceURL, folder: Path, options: Mapping[str, 
         remote.fetch_if_there(name, folder, max_bytes)
     with suppress(*_NOT_THERE):
         remote.fetch(WEIGHTS_NAME, folder, MAX_WEIGHTS_BYTES)
-        return folder
+        return
     if not remote.has(PICKLE_NAME):
         raise FileNotFoundError(WEIGHTS_NAME)
     if not allow_pickle:
@@ -228,7 +222,6 @@ def _download(adapter: str, url: SourceURL, folder: Path, options: Mapping[str, 
             "again with PEFT, which writes safetensors, or pass allow_pickle=True to have them converted",
         )
     remote.fetch(PICKLE_NAME, folder, MAX_WEIGHTS_BYTES)
-    return folder
 
 
 def _in_time(work: Callable[[], T]) -> T:
@@ -258,9 +251,7 @@ def _read(file: Any) -> bytes:
     return b"".join(parts)
 
 
-def _explain(
-    error: BaseException, url: SourceURL, missing: str, *, has_token: bool
-) -> tuple[type[AdapterSourceError], str]:
+def _explain(error: BaseException, url: URL, missing: str, *, has_token: bool) -> tuple[type[AdapterSourceError], str]:
     """Which of our errors it is, and what to say."""
     status, kind = _status(error), type(error).__name__
     if isinstance(error, _NOT_THERE) or status in (404, 410):
@@ -271,7 +262,10 @@ def _explain(
     if isinstance(error, OSError) and error.errno == errno.EINVAL and not url.is_http:
         # S3 answers 400, without a reason, to a HEAD request with a session token that it does not take.
         refused = "the store refused the request, which is what it does when a session token is wrong or has expired"
-        return AdapterAccessError, f"{url} cannot be read: {refused}: pass other storage_options="
+        return (
+            AdapterAccessError,
+            f"{url} cannot be read: {refused}: pass URLSource(url, storage_options=...) with others",
+        )
     if isinstance(error, TimeoutError):
         slow = f"the server fell silent, or took more than {STEP_TIMEOUT:g} s for a mebibyte"
         return AdapterDownloadError, f"the download of {url} was given up: {slow}; try again"
@@ -282,14 +276,14 @@ def _explain(
     return AdapterDownloadError, f"the download of {url} failed ({kind}): check the URL and its options, or try again"
 
 
-def _access_advice(url: SourceURL, *, has_token: bool) -> str:
+def _access_advice(url: URL, *, has_token: bool) -> str:
     if not url.is_http:
-        return "there is no such file, or other credentials are needed: pass them as storage_options="
+        return "there is no such file, or other credentials are needed: pass URLSource(url, storage_options=...)"
     if has_token:
-        return "the token does not open it: pass another as token="
+        return "the token does not open it: pass URLSource(url, token=...) with another"
     if url.query or url.user is not None:
         return "what the URL is signed with does not open it, or has expired: sign it again"
-    return "it is private: pass token="
+    return "it is private: pass URLSource(url, token=...)"
 
 
 def _status(error: BaseException) -> int | None:

@@ -1,4 +1,4 @@
-"""The only file that imports huggingface_hub: it downloads adapters, reads models' configs, and translates errors.
+"""Adapters and models' configs from the Hub; the only file that imports huggingface_hub.
 
 ``snapshot_download`` is not used: it asks for the list of files without a timeout, and returns what a broken download
 left behind as if it were whole. Files are fetched one by one at one commit instead, the weights last, so that a copy
@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from attrs import evolve, field, frozen
+from attrs.validators import instance_of, optional
 
 from qlora_infer.errors import (
     AdapterAccessError,
@@ -34,10 +35,10 @@ from qlora_infer.errors import (
     QLoRAInferError,
     UnsafeAdapterError,
 )
-from qlora_infer.files.pickles import PICKLE_NAMES
+from qlora_infer.files.content import copy_adapter
 from qlora_infer.files.safetensors import MAX_DIMENSION, read_header
 from qlora_infer.files.scratch import scratch_folder
-from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME, where_else
+from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, where_else
 from qlora_infer.quantization.checkpoint import QUANTIZATION_FILES, complete, quantization_config
 from qlora_infer.sources.secrets import without_secrets
 
@@ -61,11 +62,86 @@ _CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 PICKLE_NAME = PICKLE_NAMES[0]
 
+#: Where an access token can be passed, for messages.
+_TOKEN = "token= (of the engine, or of HubSource)"
+
 # What an adapter may bring beside its weights; small, and fetched before them.
 EXTRA_NAMES = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "generation_config.json"),
 )
+
+#: A repository's id.
+REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+
+# Git allows none of these in a branch's or tag's name, and ".." would leave the Hub cache's folder of branches.
+_NOT_IN_REVISIONS = re.compile(r"[\s\x00-\x1f\x7f:\\~^?*\[]|\.\.|//|^/|/$")
+_NOT_IN_SUBFOLDERS = re.compile(r"[\x00-\x1f\x7f:\\]")
+
+
+def _check_repo_id(source: HubSource, attribute: Any, repo_id: str) -> None:
+    if not REPOSITORY.fullmatch(repo_id):
+        raise ValueError(f"a repository's id is written 'org/repo', got {repo_id[:80]!r}")
+
+
+def _check_revision(source: HubSource, attribute: Any, revision: str | None) -> None:
+    if revision is not None and (not revision or _NOT_IN_REVISIONS.search(revision)):
+        raise ValueError(f"a revision is the name of a branch or tag, or a commit, got {revision!r}")
+
+
+def _check_subfolder(source: HubSource, attribute: Any, subfolder: str | None) -> None:
+    if subfolder is None:
+        return
+    if _NOT_IN_SUBFOLDERS.search(subfolder) or any(part in ("", ".", "..") for part in subfolder.split("/")):
+        raise ValueError(f"a subfolder is a relative path of plain names, got {subfolder!r}")
+
+
+def _check_token(source: HubSource, attribute: Any, token: Any) -> None:
+    if token is not None and not isinstance(token, str):
+        raise TypeError(f"token must be text, got {type(token).__name__}")  # attrs' own message would show it
+
+
+@frozen
+class HubSource:
+    """A repository on the Hub with an adapter, also where there is a local folder of that name.
+
+    Attributes:
+        repo_id: ``"org/repo"``.
+        revision: A branch, tag or commit; ``None`` for the default branch.
+        subfolder: The adapter's folder in the repository.
+        token: The access token; ``None`` for the engine's. Never printed.
+
+    Raises:
+        ValueError: An attribute is not written in this way, or a subfolder leaves the repository.
+        TypeError: An attribute is no text.
+    """
+
+    refetch_cost: ClassVar[float] = 8.0
+
+    repo_id: str = field(validator=(instance_of(str), _check_repo_id))
+    revision: str | None = field(default=None, kw_only=True, validator=(optional(instance_of(str)), _check_revision))
+    subfolder: str | None = field(default=None, kw_only=True, validator=(optional(instance_of(str)), _check_subfolder))
+    token: str | None = field(default=None, kw_only=True, repr=False, validator=_check_token)
+
+    def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
+        """Download what is not in the Hub's cache, and copy the adapter's files into a new folder.
+
+        ``Source`` has the arguments, ``download_adapter`` and ``copy_adapter`` the errors.
+        """
+        folder = download_adapter(
+            adapter,
+            self.repo_id,
+            revision=self.revision,
+            subfolder=self.subfolder,
+            token=self.token or token,
+            allow_pickle=allow_pickle,
+        )
+        copy_adapter(adapter, folder, into, allow_pickle=allow_pickle)
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        subfolder = f":{self.subfolder}" if self.subfolder else ""
+        return f"{self.repo_id}{revision}{subfolder}"
 
 
 def download_adapter(
@@ -435,6 +511,7 @@ def _adapter_files(
     place = f"the subfolder {prefix[:-1]!r}" if prefix else "its root"
     if CONFIG_NAME not in names:
         inside = sorted(path.removesuffix(f"/{CONFIG_NAME}") for path in paths if path.endswith(f"/{CONFIG_NAME}"))
+        inside = [f"{repository}:{subfolder}" for subfolder in inside]
         raise AdapterNotFoundError(adapter, f"{repository} has no {CONFIG_NAME} in {place}; {where_else(inside)}")
     weights = WEIGHTS_NAME if WEIGHTS_NAME in names else PICKLE_NAME
     if weights not in names:
@@ -456,11 +533,13 @@ def _explain(error: BaseException, repository: _Repository) -> tuple[type[Adapte
     error = _told_by_the_hub(error)
     status, repo_id = _status(error), repository.repo_id
     has_token = repository.token or get_token()
-    no_access = "the token does not open it: pass another as token=" if has_token else "it is private: pass token="
+    no_access = (
+        f"the token does not open it: pass another as {_TOKEN}" if has_token else f"it is private: pass {_TOKEN}"
+    )
     if isinstance(error, errors.HFValidationError):
         return AdapterNotFoundError, f"{repo_id!r} cannot be a repository's name: {error}"
     if isinstance(error, errors.GatedRepoError):
-        return AdapterAccessError, f"{repository} is gated: ask for access on the Hub, then pass your token as token="
+        return AdapterAccessError, f"{repository} is gated: ask for access on the Hub, then pass your {_TOKEN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return AdapterNotFoundError, f"{repo_id} has no revision {repository.revision!r}"
     if isinstance(error, errors.RemoteEntryNotFoundError):

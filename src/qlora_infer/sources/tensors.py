@@ -1,4 +1,4 @@
-"""An adapter that a trainer hands over, without a file in between."""
+"""An adapter that a trainer hands over, without a file in between: a PEFT model, or tensors and their config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from attrs import Attribute, field, frozen
 
@@ -34,24 +34,57 @@ def _as_mapping(config: Any) -> Mapping[str, Any]:
     return fields
 
 
-@frozen
-class AdapterTensors:
+@runtime_checkable
+class PeftModel(Protocol):
+    """PEFT's ``PeftModel``, as far as it is used here; ``import qlora_infer`` does not load peft."""
+
+    @property
+    def peft_config(self) -> Mapping[str, Any]:
+        """The configuration of each adapter, by name."""
+        ...
+
+    @property
+    def active_adapters(self) -> Any:
+        """The names of the adapters that the model applies."""
+        ...
+
+
+@frozen(eq=False)
+class TensorSource:
     """The tensors and the configuration of an adapter, as PEFT has them in memory.
 
     Attributes:
-        tensors: What ``peft.get_peft_model_state_dict(model)`` gives, of torch or numpy. Names with the adapter's own
-            name in them (``...lora_A.default.weight``) are taken too, if it is one adapter's.
+        tensors: The result of ``peft.get_peft_model_state_dict(model)``, of torch or numpy. Names with the adapter's
+            own name in them (``...lora_A.default.weight``) are taken too, if they are one adapter's.
         config: PEFT's ``LoraConfig``, or a mapping of its fields.
 
     Raises:
         TypeError: They are something else.
     """
 
+    refetch_cost: ClassVar[None] = None  # the tensors are not kept, because they are the trainer's
+
     tensors: Mapping[str, Any] = field(repr=False, validator=_check_tensors)
     config: Mapping[str, Any] = field(repr=False, converter=_as_mapping)
 
-    def write(self, adapter: str, folder: Path) -> Path:
-        """Write the two files that PEFT would write, into the new folder ``folder``.
+    @classmethod
+    def from_peft(cls, model: PeftModel) -> Self:
+        """Return the active adapter of a PEFT model, as its ``save_pretrained`` would write it.
+
+        Raises:
+            ValueError: Not exactly one adapter is active.
+            MissingDependencyError: peft is not installed.
+        """
+        require("a PEFT model's adapter is read", "peft")
+        from peft import get_peft_model_state_dict
+
+        active = model.active_adapters
+        if not isinstance(active, list) or len(active) != 1:
+            raise ValueError(f"one adapter of the PEFT model must be active, got {active!r}: model.set_adapter(name)")
+        return cls(get_peft_model_state_dict(model, adapter_name=active[0]), model.peft_config[active[0]])
+
+    def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
+        """Write the two files that PEFT would write into a new folder; ``Source`` has the arguments.
 
         Raises:
             CorruptAdapterError: They cannot be written as JSON and safetensors, or are those of several adapters.
@@ -59,14 +92,13 @@ class AdapterTensors:
         """
         require("an adapter from memory is written", "safetensors")
         _check_one_adapter(adapter, self.tensors)
-        folder.mkdir(parents=True)
+        into.mkdir(parents=True)
         tensors = {_ADAPTER_NAME.sub("", name): tensor for name, tensor in self.tensors.items()}
         try:
-            (folder / CONFIG_NAME).write_text(json.dumps(self.config, default=_plain))
-            _save(tensors, folder / WEIGHTS_NAME)
+            (into / CONFIG_NAME).write_text(json.dumps(self.config, default=_plain))
+            _save(tensors, into / WEIGHTS_NAME)
         except Exception as error:
             raise CorruptAdapterError(adapter, f"its tensors or its config cannot be written: {error}") from error
-        return folder
 
     def __str__(self) -> str:
         return "tensors in memory"

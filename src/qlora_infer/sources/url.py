@@ -1,11 +1,14 @@
-"""A URL as a user writes one: which part names a place, and which part is secret."""
+"""An adapter behind a URL; which part of a URL names a place, and which part is secret."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 from urllib.parse import quote
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 _URL = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?:(?P<user>[^/?]*)@)?(?P<place>[^?]*)(?P<query>(?:\?.*)?)", re.DOTALL
@@ -15,7 +18,7 @@ _NO_PORT = re.compile(r"(?:\[[^\]/]*\]|[^/:\[]*):(?!\d*(?:/|$))")
 
 
 @frozen(repr=False)
-class SourceURL:
+class URL:
     """The parts of ``scheme://user:password@host/path?query``; ``str()`` leaves out those that are secret.
 
     A user with a password is secret, and over HTTP a user without one, too, which is how access tokens are written.
@@ -35,7 +38,7 @@ class SourceURL:
     query: str
 
     @classmethod
-    def read(cls, text: str) -> SourceURL | None:
+    def read(cls, text: str) -> URL | None:
         """Take a URL apart; ``None`` for text that is none."""
         match = _URL.fullmatch(text)
         return cls(**match.groupdict()) if match else None
@@ -75,10 +78,97 @@ class SourceURL:
         user = "" if self.user is None else f"{self.user}@"
         return f"{self.scheme}://{user}{self.place}{self.query}"
 
-    def below(self, path: str) -> SourceURL:
+    def below(self, path: str) -> URL:
         """The URL of a file or folder inside this one; its query stays at the end."""
         return evolve(self, place=f"{self.place.rstrip('/')}/{quote(path) if self.is_http else path}")
 
     def __str__(self) -> str:
         has_secret_user = self.is_http or ":" in (self.user or "")
         return evolve(self, user=None if has_secret_user else self.user, query="").text
+
+
+def _check_url(source: URLSource, attribute: Any, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"url must be text, got {type(text).__name__}")
+    url = URL.read(text)
+    if url is None:
+        raise ValueError("a URL is written 's3://bucket/folder' or 'https://host/folder'")
+    url.check()
+    if url.is_file:
+        raise ValueError(f"{url} is a local folder: pass its path")
+    from qlora_infer.sources import filesystem
+
+    filesystem.check_scheme(url.scheme)
+
+
+def _check_token(source: URLSource, attribute: Any, token: Any) -> None:
+    if token is None:
+        return
+    if not isinstance(token, str):
+        raise TypeError(f"token must be text, got {type(token).__name__}")  # attrs' own message would show it
+    url = source._parts
+    if not url.is_http:
+        raise ValueError(f"{url} takes no token, which is for the Hub and http(s): pass storage_options=")
+    if url.user is not None:
+        raise ValueError(f"{url} has a user in its URL and a token: leave one of them out")
+
+
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``dict``, in a form whose types type checkers understand."""
+    return dict(options)
+
+
+@frozen
+class URLSource:
+    """A folder on any filesystem of fsspec, such as ``s3://bucket/pirate`` or ``https://host/pirate``.
+
+    Neither ``str()`` nor ``repr()`` shows a secret: no token, no storage option, and of the URL neither the password
+    nor the query, where signed URLs have their signature.
+
+    Attributes:
+        url: The folder's URL, secrets and all.
+        token: For http(s), the token to send as ``Authorization: Bearer``.
+        storage_options: The arguments of fsspec's filesystem, such as a key or an endpoint.
+
+    Raises:
+        ValueError: The text is no URL, fsspec does not know its scheme, or an attribute contradicts it.
+        TypeError: An attribute is no text.
+        MissingDependencyError: fsspec is not installed.
+    """
+
+    refetch_cost: ClassVar[float] = 8.0
+
+    url: str = field(validator=_check_url, repr=lambda text: repr(str(URL.read(text))))
+    token: str | None = field(default=None, kw_only=True, repr=False, validator=_check_token)
+    storage_options: Mapping[str, Any] = field(factory=dict, kw_only=True, converter=_copied, repr=False, hash=False)
+
+    def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
+        """Download the adapter's files into a new folder; ``Source`` has the arguments.
+
+        Raises:
+            AdapterNotFoundError: There is no such folder or file.
+            AdapterAccessError: The filesystem asks for credentials, or for others.
+            AdapterDownloadError: The connection failed, broke, hung, or was too slow.
+            UnsafeAdapterError: The weights are a pickle only, and ``allow_pickle`` is false.
+            CorruptAdapterError: A file is larger than an adapter's may be.
+            MissingDependencyError: fsspec needs another package for this kind of URL.
+        """
+        from qlora_infer.sources import filesystem
+
+        filesystem.download_adapter(
+            adapter,
+            self._parts,
+            into,
+            token=self.token,
+            storage_options=self.storage_options,
+            allow_pickle=allow_pickle,
+        )
+
+    @property
+    def _parts(self) -> URL:
+        url = URL.read(self.url)
+        assert url is not None
+        return url
+
+    def __str__(self) -> str:
+        return str(self._parts)

@@ -1,0 +1,80 @@
+"""A local folder with an adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+from attrs import field, frozen
+
+from qlora_infer.errors import AdapterNotFoundError
+from qlora_infer.files.content import copy_adapter
+from qlora_infer.files.snapshot import CONFIG_NAME, where_else
+
+
+def is_written_as_path(text: str) -> bool:
+    """Return whether text can be nothing but a path."""
+    return text.startswith(("/", "./", "../", "~")) or text in (".", "..")
+
+
+def _as_path(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"a folder's path must be text, got {type(text).__name__}")
+    if not text:
+        raise ValueError("a folder's path must not be empty: write '.' for the current folder")
+    return text if is_written_as_path(text) else f"./{text}"
+
+
+@frozen
+class FolderSource:
+    """A local folder with an adapter.
+
+    Attributes:
+        path: Its path; ``~`` is expanded when it is read.
+
+    Raises:
+        ValueError: The path is empty.
+        TypeError: The path is neither text nor a path.
+    """
+
+    refetch_cost: ClassVar[float] = 1.0
+
+    path: str = field(converter=_as_path)
+
+    def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
+        """Copy the adapter's files into a new folder; ``Source`` has the arguments.
+
+        Raises:
+            AdapterNotFoundError: There is no such folder, or it has no adapter.
+            UnsafeAdapterError: A file is a link that leaves the folder, or no regular file; or the weights are a
+                pickle, and ``allow_pickle`` is false.
+            CorruptAdapterError: A file is too large for an adapter's, or changed while it was copied.
+            AdapterSourceError: A file may not be read by this user.
+        """
+        copy_adapter(adapter, self._folder(adapter), into, allow_pickle=allow_pickle)
+
+    def _folder(self, adapter: str) -> Path:
+        try:
+            folder = Path(self.path).expanduser()
+            self._check(adapter, folder)
+        except AdapterNotFoundError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:  # no permission, a name too long, a NUL, no such user
+            reason = getattr(error, "strerror", None) or error
+            raise AdapterNotFoundError(adapter, f"{self.path!r} cannot be opened as a folder: {reason}") from error
+        return folder
+
+    def _check(self, adapter: str, folder: Path) -> None:
+        if not folder.exists():
+            raise AdapterNotFoundError(adapter, f"there is no folder {folder} (a path is never looked up on the Hub)")
+        if not folder.is_dir():
+            raise AdapterNotFoundError(adapter, f"{folder} is a file: name the folder that holds {CONFIG_NAME}")
+        # A link that leads nowhere is named where links are checked.
+        if not os.path.lexists(folder / CONFIG_NAME):
+            inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_NAME}"))
+            raise AdapterNotFoundError(adapter, f"{folder} has no {CONFIG_NAME}; {where_else(inside)}")
+
+    def __str__(self) -> str:
+        return self.path
