@@ -123,12 +123,18 @@ def test_adapters_that_have_no_names_are_refused():
 
 def test_vllms_sampling_params_can_be_imported_from_here():
     """`from qlora_infer import SamplingParams` is vLLM's class; without that line, vLLM and torch are not imported."""
-    vllm = pytest.importorskip("vllm")
-    from qlora_infer import SamplingParams
-
-    assert SamplingParams is vllm.SamplingParams
-    code = "import sys, qlora_infer; print({'vllm', 'torch'} & set(sys.modules), hasattr(qlora_infer, 'Sampling'))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set() False\n"
+    pytest.importorskip("vllm")
+    code = """if True:
+        import sys
+        import qlora_infer
+        assert not {"vllm", "torch"} & set(sys.modules)
+        assert not hasattr(qlora_infer, "Sampling")
+        from qlora_infer import SamplingParams
+        import vllm
+        assert SamplingParams is vllm.SamplingParams
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 def test_without_vllm_the_import_says_how_to_install_it(monkeypatch):
