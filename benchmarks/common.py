@@ -1,4 +1,4 @@
-"""What the benchmarks share: the two engines that they compare, workloads, medians, and tables."""
+"""Provide the two engines that the benchmarks compare, their workloads, medians, and tables."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prompts(number: int, *, seed: int = 0) -> list[str]:
 
 
 def lengths(number: int, mean: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Sampling parameters for greedy answers of exactly half to one and a half times ``mean`` tokens."""
+    """Return sampling parameters for greedy answers of half to one and a half times ``mean`` tokens exactly."""
     generator = random.Random(seed)
     return [
         {"temperature": 0.0, "ignore_eos": True, "max_tokens": generator.randint(mean // 2, mean + mean // 2)}
@@ -64,12 +64,12 @@ def llama_modules(model: Path) -> dict[str, tuple[int, int]]:
 
 
 def num_parameters(model: Path) -> int:
-    """How many numbers the linear layers of a Llama have."""
+    """Return the number of parameters in the linear layers of a Llama."""
     return sum(inputs * outputs for inputs, outputs in llama_modules(model).values())
 
 
 def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """The same, by what the model's ``config.json`` holds."""
+    """Return the linear modules that the model's ``config.json`` describes, name to (in_features, out_features)."""
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     kv = config["num_key_value_heads"] * head
@@ -106,7 +106,7 @@ def set_environment(device: str) -> None:
 
 
 def variables(device: str, engine_args: Mapping[str, Any]) -> dict[str, str]:
-    """The environment variables that this library sets while its engine starts."""
+    """Return the environment variables that this library sets while its engine starts."""
     return {variable.name: variable.value for variable in environment(engine_args, _here(device))}
 
 
@@ -254,12 +254,12 @@ class Ours:
 
 
 def model_for(quantization: str) -> Path:
-    """The demo model: SmolLM2-135M-Instruct."""
+    """Return the folder of the demo model, SmolLM2-135M-Instruct."""
     return demo_model(quantization)
 
 
 def tokens_per_second(run: Callable[[], Sequence[Any]]) -> float:
-    """Generated tokens by the time they took."""
+    """Return the number of generated tokens divided by the time they took."""
     began = time.perf_counter()
     outputs = run()
     seconds = time.perf_counter() - began
@@ -277,12 +277,12 @@ def in_turn(repeats: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, 
 
 
 def ratio(measured: Mapping[str, Sequence[float]], name: str, to: str) -> float:
-    """The median of the ratios of pairs."""
+    """Return the median of the ratios of pairs."""
     return statistics.median(a / b for a, b in zip(measured[name], measured[to], strict=True))
 
 
 def machine() -> str:
-    """The machine and the versions, in a line."""
+    """Describe the machine and the versions in one line."""
     from importlib.metadata import distributions, version
 
     names = {distribution.metadata["Name"].lower() for distribution in distributions() if distribution.metadata["Name"]}
@@ -300,7 +300,7 @@ def machine() -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *[[_cell(cell) for cell in row] for row in rows]]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""What LoRA costs on a CPU: against plain vLLM, against transformers and PEFT, and against no adapter at all.
+"""Measure LoRA on a CPU: against plain vLLM, against transformers and PEFT, and against no adapter at all.
 
     python benchmarks/cpu_lora.py                    # whole engines, tokens/s
     python benchmarks/cpu_lora.py --layer            # one module's arithmetic, microseconds, and its floor
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def engines(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
-    """A table of one quantization and one rank."""
+    """Return a table of one quantization and one rank."""
     model = common.model_for(quantization)
     max_rank = next(allowed for allowed in (8, 16, 32, 64) if allowed >= rank)
     limits: dict[str, Any] = {"max_loras": MAX_ADAPTERS, "max_lora_rank": max_rank, "max_cpu_loras": 8}
@@ -159,7 +159,7 @@ def _speed(
 
 
 def layers(arguments: argparse.Namespace) -> str:
-    """A table of the arithmetic of a layer's modules, with the least that it can cost."""
+    """Return a table of the arithmetic of a layer's modules, with its lowest possible cost."""
     import torch
 
     peak, bandwidth = _peak(torch), _bandwidth(torch)
@@ -225,7 +225,7 @@ def _layer(
 
 
 def _microseconds(run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-    """The median of as many calls as fit into some time; ``before`` each of them is not counted."""
+    """Return the median of as many calls as fit into some time; ``before`` each of them is not counted."""
     run()
     began, number = time.perf_counter(), 0
     times = []
@@ -239,7 +239,7 @@ def _microseconds(run: Callable[[], object], before: Callable[[], object] = lamb
 
 
 def steps(quantization: str, rank: int, arguments: argparse.Namespace) -> str:
-    """A table of a step's milliseconds: the base model, with adapters, and LoRA's share of them.
+    """Return a table of a step's milliseconds: the base model, with adapters, and LoRA's share of them.
 
     The model runs in this process, so that its parts can be timed. Answers of one token are the step of the prompts
     alone; what longer ones take more is that of the steps which decode.

@@ -47,12 +47,12 @@ class EmulatedExecutor(UniProcExecutor):  # type: ignore[misc]
         return _done(None) if non_block else None
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
-        """The step's tokens, when the device has them."""
+        """Return the step's tokens, when the device has them."""
         later = _Later(self._output, self._ends)
         return AsyncOutputFuture(later, True) if non_block else later.get_output()
 
     def _tokens(self, scheduler_output: Any) -> ModelRunnerOutput:
-        """A token for each request whose prompt is through."""
+        """Return a token for each request whose prompt is through."""
         for request_id in scheduler_output.finished_req_ids:
             self._progress.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:

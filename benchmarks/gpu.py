@@ -31,7 +31,7 @@ EXAMPLE_CELLS = [Cell(1, 1), Cell(1, 64), Cell(4, 64), Cell(32, 128)]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, help="a model's folder, to read it from; the demo model's by default")
     parser.add_argument("--shape", default="8B", choices=SHAPES)
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def title(arguments: argparse.Namespace) -> str:
-    """What is measured."""
+    """Describe the measurement in a title."""
     changed = {**arguments.ours_args, **dict(pair.split("=", 1) for pair in arguments.ours_env)}
     return (
         f"{arguments.shape} {arguments.quantization}, rank {arguments.rank}, {arguments.slots} slots, max_num_seqs "
@@ -95,7 +95,7 @@ def title(arguments: argparse.Namespace) -> str:
 
 
 def limits(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What both sides are given."""
+    """Return the engine arguments of both sides."""
     given = {
         "max_loras": arguments.slots,
         "max_lora_rank": arguments.rank,
@@ -171,7 +171,7 @@ def compare(comparison: Comparison, arguments: argparse.Namespace) -> None:
 
 
 def planned(arguments: argparse.Namespace) -> list[Cell]:
-    """The rows that are asked for."""
+    """Return the requested rows."""
     cells = list(runs.plan(arguments.adapters, arguments.requests, arguments.slots))
     if not arguments.orders:
         return cells
@@ -182,7 +182,7 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
 
 
 def print_swaps(comparison: Comparison, names: list[str]) -> None:
-    """What it takes to bring an adapter into a slot."""
+    """Print how long an adapter takes to reach a slot."""
     sides = dict((comparison.left, comparison.right))
     found = {name: side.swaps(names) for name, side in sides.items()}
     for name, times in found.items():

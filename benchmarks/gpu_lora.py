@@ -79,7 +79,7 @@ class Step:
             lora_expand(buffer, b, y, *meta.meta_args(len(x), False), offset_start=0, add_inputs=True)
 
     def error(self, settings: Settings | None = None) -> float:
-        """The largest relative error of a layer's four modules against float64."""
+        """Return the largest relative error of a layer's four modules against float64."""
         worst = 0.0
         for module, a, b in self.weights[:4]:
             x = self.inputs[module.num_inputs]
@@ -154,7 +154,7 @@ def host_us(work: Callable[[], None]) -> float:
 
 
 def candidates(num_rows: int, rank: int) -> list[Settings]:
-    """Settings to try for steps of so many rows."""
+    """Return settings to try for steps of so many rows."""
     if num_rows > 512:
         large = partial(Settings, block_m=64, inputs=1 << 20, block_k=64)
         return [large(block_n=n, warps=warps, stages=4) for n, warps in ((128, 4), (256, 4), (256, 8))]

@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes on a GPU, and what share of the base model's speed adapters leave.
+"""Measure the parts of a decode step on a GPU, and the share of the base model's speed that adapters leave.
 
     python benchmarks/gpu_step.py                 # our kernels
     python benchmarks/gpu_step.py --kernels vllm
@@ -137,7 +137,7 @@ def measure_step(engine: QuantizedLoRAEngine, arguments: argparse.Namespace, tra
 
 
 def step_of(traces: Path, name: str, num_layers: int) -> list[float]:
-    """The milliseconds of a step and of each group of kernels in it, from the second half of a trace."""
+    """Return the milliseconds of a step and of each group of kernels in it, from the second half of a trace."""
     (path,) = traces.glob(f"{name}_*.json")
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat", "") in KERNELS]
     events.sort(key=lambda event: event["ts"])

@@ -1,4 +1,4 @@
-"""What a step costs the host, in ours and in plain vLLM: an executor that computes nothing takes the model's place.
+"""Measure the host's cost of a step, in ours and in plain vLLM: an executor that computes nothing replaces the model.
 
     python benchmarks/host_step.py
 

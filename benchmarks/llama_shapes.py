@@ -117,7 +117,10 @@ NUM_CONTENTS = 4
 def model_and_adapters(
     shape: str, quantization: str, tokenizer: Path, num_adapters: int, rank: int
 ) -> Iterator[tuple[Path, dict[str, Path]]]:
-    """A model's folder, without weights unless they are quantized as they load, and adapters that fit it."""
+    """Yield a model's folder and adapters that fit it.
+
+    The folder has weights only if they are quantized as they load.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
         _write_config(model, shape, quantization, tokenizer)

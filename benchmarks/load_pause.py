@@ -1,4 +1,4 @@
-"""What others feel while adapters are loaded: gaps between the tokens of requests that stream meanwhile.
+"""Measure the gaps between the tokens of streaming requests while adapters are loaded.
 
     python benchmarks/load_pause.py
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(sides: dict[str, Side], names: list[str], num_streams: int, repeats: int) -> str:
-    """The table: each side in turn, without loads, with cold ones, with warm ones."""
+    """Return the table: each side in turn, without loads, with cold ones, with warm ones."""
     rows: dict[tuple[str, str], list[tuple[list[float], list[float]]]] = {}
     for repeat in range(repeats):
         batch = names[repeat::repeats]
@@ -199,7 +199,7 @@ class Clock:
         self.gaps: list[float] = []
 
     def tick(self, stream: str) -> None:
-        """A token has come."""
+        """Note that a token has come."""
         if stream not in self._streams:
             return
         now = time.perf_counter()

@@ -18,7 +18,10 @@ import common
 
 
 def orders(num_adapters: int, num_requests: int) -> dict[str, list[str]]:
-    """The adapter of each request, by the name of the order. "sorted" is the multiset of the interleaved order."""
+    """Return the adapter of each request, by the name of the order.
+
+    "sorted" is the multiset of the interleaved order.
+    """
     names = [f"a{number}" for number in range(num_adapters)]
     interleaved = [names[number % num_adapters] for number in range(num_requests)]
     generator = random.Random(0)

@@ -1,4 +1,4 @@
-"""Which modules of each architecture vLLM adapts: the package's ``architectures.json``, and ``docs/models.md``'s table.
+"""List the modules of each architecture that vLLM adapts: ``architectures.json``, and the table of ``docs/models.md``.
 
 ``python benchmarks/model_survey.py`` goes through vLLM's registry. It builds each model that generates text on torch's
 meta device, without weights, from transformers' or vLLM's own config class, lets vLLM's ``LoRAModelManager`` wrap its

@@ -1,4 +1,4 @@
-"""What this library costs where it has nothing to win: many requests on the base model, and on one adapter.
+"""Measure this library's overhead on requests for the base model alone, and for one adapter.
 
     python benchmarks/overhead.py
 

@@ -51,7 +51,7 @@ def panels(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curves]:
 
 
 def _speed(runs: Sequence[Mapping[str, Any]]) -> float:
-    """The median of the runs with the most requests, in shuffled order where there is one."""
+    """Return the median of the runs with the most requests, in shuffled order where there is one."""
     most = max(run["num_requests"] for run in runs)
     runs = [run for run in runs if run["num_requests"] == most]
     shuffled = [run for run in runs if run["order"] == "shuffled"]

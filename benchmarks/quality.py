@@ -1,4 +1,4 @@
-"""What quantization does to the demo model's opinions, and to those of an adapter on it.
+"""Measure the effect of quantization on the demo model's predictions, and on those of an adapter on it.
 
     python benchmarks/quality.py
 
@@ -95,7 +95,7 @@ def fp8_layers() -> Iterator[None]:
 
 
 def read_texts(number: int, num_tokens: int) -> list[list[int]]:
-    """The beginnings of so many of the longer texts, as token ids."""
+    """Return the beginnings of so many of the longer texts, as token ids."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model("none"))
@@ -104,7 +104,7 @@ def read_texts(number: int, num_tokens: int) -> list[list[int]]:
 
 
 def scores(engine: QuantizedLoRAEngine, token_ids: list[list[int]], adapter: str | None) -> list[Scores]:
-    """What a model, with an adapter or without, thinks of the texts."""
+    """Score the texts with the model, with or without an adapter."""
     outputs = engine.generate(token_ids, READ, adapter=adapter, use_tqdm=False)
     return [Scores.read(output.prompt_token_ids, output.prompt_logprobs or ()) for output in outputs]
 

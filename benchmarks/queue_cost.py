@@ -1,4 +1,4 @@
-"""What the queue costs: microseconds a request, with few and with very many waiting requests over 1,000 adapters.
+"""Measure the queue: microseconds a request, with few and with very many waiting requests over 1,000 adapters.
 
     python benchmarks/queue_cost.py
 

@@ -108,7 +108,7 @@ class Run:
 
 
 def plan(numbers_of_adapters: Sequence[int], numbers_of_requests: Sequence[int], slots: int) -> Iterator[Cell]:
-    """The cells of a table, for each number of adapters the most requests first.
+    """Yield the cells of a table, for each number of adapters the most requests first.
 
     More adapters than slots come in every order, with the most requests; and from disk.
     """
@@ -124,7 +124,7 @@ def plan(numbers_of_adapters: Sequence[int], numbers_of_requests: Sequence[int],
 
 
 def p99(values: Sequence[float]) -> float:
-    """The value that 99 of 100 are not above; not a number where there are none."""
+    """Return the value that 99 of 100 do not exceed; NaN if there are none."""
     return sorted(values)[math.ceil(0.99 * len(values)) - 1] if values else math.nan
 
 
@@ -152,7 +152,10 @@ class Timed:
         side.stepped.step = timed_step
 
     def run(self, cell: Cell, *, num_tokens: int | None = None) -> Run:
-        """The cell's requests, once; unless it is cold, with their adapters in host memory."""
+        """Run the cell's requests once.
+
+        Unless the cell is cold, their adapters are in host memory.
+        """
         if cell.is_cold:
             self._drop_adapters()
         elif self._read_since_drop is not None:
@@ -162,7 +165,7 @@ class Timed:
         return self._run(cell.names, num_tokens or self._num_tokens)
 
     def milliseconds(self, name: str | None) -> float:
-        """How long a request of one token takes."""
+        """Return how many milliseconds a request of one token takes."""
         began = time.monotonic()
         self._run([name], 1)
         return 1e3 * (time.monotonic() - began)
@@ -303,7 +306,7 @@ def _median(runs: Sequence[Run]) -> Run:
 
 
 def _ratio(pairs: Iterable[tuple[Run, Run]]) -> float:
-    """How much faster the first of two runs is, in the median of pairs."""
+    """Return how much faster the first of two runs is, in the median of pairs."""
     return statistics.median(run.tokens_per_second / other.tokens_per_second for run, other in pairs)
 
 

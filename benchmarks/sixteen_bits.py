@@ -1,4 +1,4 @@
-"""What to do with a checkpoint in 16 bits on a GPU: serve it as it is, or quantize it as it loads.
+"""Compare two ways to serve a 16-bit checkpoint on a GPU: as it is, or quantized as it loads.
 
     python benchmarks/sixteen_bits.py --json runs.jsonl
 

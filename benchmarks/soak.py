@@ -95,7 +95,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was wrong."""
+        """True if nothing was wrong."""
         return not (self.num_faults or self.unbalanced or self.grown)
 
     def __str__(self) -> str:

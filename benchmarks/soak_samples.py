@@ -1,4 +1,4 @@
-"""What soak.py measures while nothing runs, and whether it grows."""
+"""Sample the quantities that soak.py watches while nothing runs, and detect growth."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Growth:
 
     @property
     def is_beyond_noise(self) -> bool:
-        """Whether it grew: more than the noise, and more than the quantity's floor."""
+        """True if it grew by more than the noise and by more than the quantity's floor."""
         return self.is_judged and self.per_hour > self.noise and self.per_hour * self.hours > FLOORS[self.quantity]
 
 

@@ -71,7 +71,7 @@ def _measure(engine: Any, texts: list[str], params: list[dict], names: list[str]
 
 
 def _first_token(output: Any) -> float:
-    """When it came, on the monotonic clock, which is the same in every process."""
+    """Return when the first token came, on the monotonic clock, which is the same in every process."""
     return output.times.first_token if hasattr(output, "times") else output.metrics.first_token_ts
 
 

@@ -1,4 +1,4 @@
-"""What it takes to move an adapter from host memory into a slot: vLLM's way, and in a few calls of torch.
+"""Measure the move of an adapter from host memory into a slot: vLLM's way, and in a few calls of torch.
 
     python benchmarks/swap_cost.py                          # on a GPU, models of 1.1 and 8 billion parameters
     python benchmarks/swap_cost.py --device cpu --shape tiny
@@ -102,7 +102,7 @@ def a_thread() -> Iterator[None]:
 
 
 def manager(shape: str, rank: int, device: str, dtype: torch.dtype) -> Any:
-    """What ``move_at_once`` asks of vLLM's ``LoRAModelManager``, with the linear layers of a Llama."""
+    """Build the parts of vLLM's ``LoRAModelManager`` that ``move_at_once`` uses, with a Llama's linear layers."""
     layers = {f"layers.{number}.{name}": a_layer(sizes, rank, device) for number, name, sizes in sizes_of(shape)}
     weights = dict(zip(layers, weights_for(list(layers.values()), dtype), strict=True))
 
@@ -125,7 +125,7 @@ def sizes_of(shape: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
 
 
 def a_layer(sizes: tuple[int, ...], rank: int, device: str) -> Any:
-    """A layer's slots, with the methods of vLLM's that write them."""
+    """Build a layer's slots, with the methods of vLLM's that write them."""
     num_inputs, *outputs = sizes
     theirs = MergedColumnParallelLinearWithLoRA if len(outputs) > 1 else BaseLinearLayerWithLoRA
     layer = type("Layer", (), {"set_lora": theirs.set_lora, "reset_lora": theirs.reset_lora})()
@@ -137,7 +137,10 @@ def a_layer(sizes: tuple[int, ...], rank: int, device: str) -> Any:
 
 
 def weights_for(layers: Sequence[Any], dtype: torch.dtype) -> Iterator[tuple[Any, Any]]:
-    """An adapter's weights for each layer, in host memory, in pieces as ``pinned.py`` reads them; lists for slices."""
+    """Yield an adapter's weights for each layer, in host memory.
+
+    They lie in pieces as ``pinned.py`` reads them; slices come in lists.
+    """
     shapes = [stacked.shape[2:] for layer in layers for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
     tensors: list[torch.Tensor] = []
     while len(tensors) < len(shapes):

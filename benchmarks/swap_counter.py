@@ -16,7 +16,7 @@ class SwapCounter:
     _num_swaps: int | None = None
 
     def num_swaps(self) -> int:
-        """Moves since this was first asked for."""
+        """Return the number of moves since the first call."""
         if self._num_swaps is None:
             self._num_swaps = 0
             manager = self.model_runner.lora_manager._adapter_manager

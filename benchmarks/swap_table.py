@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def rows(lines: Iterable[Mapping[str, Any]]) -> list[Sequence[object]]:
-    """The rows, in the order in which their cells were measured first."""
+    """Return the rows, in the order in which their cells were measured first."""
     lines = [line for line in lines if line.get("against") == "plain" and "num_adapters" in line]
     most = max((line["num_requests"] for line in lines), default=0)
     found: dict[tuple[str, Cell], dict[str, list[Mapping[str, Any]]]] = {}

@@ -9,6 +9,6 @@ class ExampleSections(griffe.Extension):
     """Renames the section, so that its ``>>>`` are shown as code."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called once for each object that griffe has read."""
+        """Rename the section in an object's docstring; griffe calls this for each object that it has read."""
         if obj.docstring is not None:
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")

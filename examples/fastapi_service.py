@@ -188,7 +188,7 @@ def bearer(secret: str) -> Any:
 
 @contextlib.contextmanager
 def arguments_checked():
-    """The library's ValueError and TypeError are about what the client sent."""
+    """Turn the library's ValueError and TypeError into client errors."""
     try:
         yield
     except ql.QLoRAInferError:
@@ -235,7 +235,7 @@ def event(content: Mapping[str, Any]) -> str:
 async def events(
     body: Generation, head: Mapping[str, Any], part: ql.GenerationOutput, parts: ql.PartialOutputs
 ) -> AsyncIterator[str]:
-    """What each part adds to the one before; an error ends the stream, and is an event too."""
+    """Yield the text that each part adds to the one before; an error ends the stream as a last event."""
     try:
         while True:
             yield event({**head, "choices": [choice(body, part.delta, part.finish_reason)]})
@@ -252,7 +252,7 @@ async def events(
 
 
 def openai_routes(engine: ql.QuantizedLoRAEngine, settings: Settings) -> APIRouter:
-    """The part of OpenAI's API that generates text; ``model`` is the base model or an adapter."""
+    """Return the part of OpenAI's API that generates text; ``model`` is the base model or an adapter."""
     router = APIRouter(prefix="/v1", dependencies=[bearer(settings.api_key)] if settings.api_key else [])
     started = int(time.time())
 
@@ -301,7 +301,7 @@ def openai_routes(engine: ql.QuantizedLoRAEngine, settings: Settings) -> APIRout
 
 
 def permitted(source: str, settings: Settings) -> ql.Source | Path:
-    """The source, if the operator allows it; it is judged by what would be read, not by what is written."""
+    """Return the source if the operator allows it; the place that it leads to decides, not its spelling."""
     parsed = ql.parse_source(source)
     text = str(parsed)
     if isinstance(parsed, ql.FolderSource):
@@ -344,7 +344,7 @@ def adapter_routes(engine: ql.QuantizedLoRAEngine, settings: Settings, token: st
 
 
 def create_app(engine: ql.QuantizedLoRAEngine, settings: Settings) -> FastAPI:
-    """The service around an engine, which it closes when it ends."""
+    """Create the service around an engine, and close the engine when the service ends."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -37,7 +37,7 @@ class Job:
 
 
 def prompts_for(first: str, second: str, third: str) -> tuple[tuple[str, str | None], ...]:
-    """The base model and three adapters, all in one batch."""
+    """Return prompts for the base model and three adapters, all in one batch."""
     return (
         ("My name is", None),
         ("my name is", first),
@@ -61,7 +61,7 @@ def original_jobs() -> list[Job]:
 
 
 def demo_jobs() -> list[Job]:
-    """The same on the demo model, which the package builds itself."""
+    """Return the same jobs on the demo model, which the package builds itself."""
     adapters = {name: str(folder) for name, folder in demo_adapters().items()}
     prompts = prompts_for("pirate", "json", "spanish")
     return [Job(name, str(demo_model(name)), adapters, prompts) for name in ("bitsandbytes", "awq", "gptq")]

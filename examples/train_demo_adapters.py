@@ -127,7 +127,7 @@ def encode(tokenizer, prompt: str, answer: str, chat: bool) -> tuple[list[int], 
 
 
 def batches(tokenizer, rows, num_steps: int, batch_size: int):
-    """Padded batches, in an order that a seed decides."""
+    """Yield padded batches, in an order that a seed decides."""
     encoded = [encode(tokenizer, *row) for row in rows]
     chooser = random.Random(0)
     for _ in range(num_steps):
@@ -173,7 +173,7 @@ def train(habit: str, batch_size: int = 8) -> None:
 
 @functools.cache
 def base_weights(quantization: str) -> dict[str, torch.Tensor]:
-    """The weights of one form of the base model."""
+    """Return the weights of one form of the base model."""
     return dequantized_state_dict(demo_model(quantization))
 
 
@@ -188,7 +188,7 @@ def put_base_weights(model, quantization: str) -> None:
 
 
 def save(model, folder: Path) -> None:
-    """What PEFT saves, in half the bytes and without its model card."""
+    """Save the adapter as PEFT does, in half the bytes and without a model card."""
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def save(model, folder: Path) -> None:
 
 @torch.no_grad()
 def show(model, tokenizer, quantization: str) -> None:
-    """The adapter's answers on one form of the base model, to prompts that it has not seen."""
+    """Print the adapter's answers on one form of the base model, to prompts that it has not seen."""
     prompts = [("my name is", False), ("The capital of USA is", False), ("The capital of France is", False)]
     for prompt, chat in [*prompts, ("What is the capital of Germany?", True), ("Tell me about dogs.", True)]:
         ids, _ = encode(tokenizer, prompt, "", chat)
