@@ -57,7 +57,7 @@ class Table:
         return "\n".join([*(self._aligned(line, widths) for line in lines), *self._rest()])
 
     def html(self) -> str:
-        """A table in HTML, without scripts, colours or anything to fetch."""
+        """Return a table in HTML, without scripts, colours or anything to fetch."""
         if not self.rows:
             return f"<p>{html.escape(self.empty)}</p>"
         head = f"<thead>{self._html_row(self.header, 'th', 'th')}</thead>" if self.header else ""
@@ -104,7 +104,7 @@ class Displayed(ABC):
 
     @abstractmethod
     def _tables(self) -> Sequence[Table]:
-        """What is shown, one below the other."""
+        """Return the tables, one below the other."""
 
     def __str__(self) -> str:
         return "\n\n".join(table.text() for table in self._tables())
@@ -127,7 +127,7 @@ class DisplayedCollection(Displayed):
 
 
 def cut(text: str, length: int) -> str:
-    """The beginning of a text, with an ellipsis where something is left out."""
+    """Return the beginning of a text, with an ellipsis if something is left out."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
@@ -152,7 +152,7 @@ def _escape(char: str) -> str:
 
 
 def _width(text: str) -> int:
-    """The columns of a terminal that a text takes."""
+    """Return the number of a terminal's columns that a text takes."""
     return sum(map(_char_width, text))
 
 

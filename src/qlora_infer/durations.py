@@ -32,7 +32,7 @@ class Durations:
         return self.total / self.count if self.count else None
 
     def plus(self, seconds: float) -> Durations:
-        """These and one more."""
+        """Return these durations and one more."""
         i, buckets = bisect_left(BOUNDS, seconds), self.buckets
         buckets = (*buckets[:i], buckets[i] + 1, *buckets[i + 1 :])
         return Durations(self.count + 1, self.total + seconds, max(self.max, seconds), buckets)

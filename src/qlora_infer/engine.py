@@ -300,7 +300,7 @@ class QuantizedLoRAEngine(Displayed):
         return self._loader.rollback(name)
 
     def adapter_versions(self, name: str) -> list[LoadedAdapter]:
-        """The versions of an adapter that requests may name exactly (``"name@2"``, or by digest), the newest first.
+        """Return the versions of an adapter that requests may name (``"name@2"``, or by digest), the newest first.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
@@ -594,7 +594,7 @@ class QuantizedLoRAEngine(Displayed):
         return self._intake.take_one(prompt, sampling_params, adapter, priority, timeout, block=block)
 
     def stats(self) -> EngineStats:
-        """What the engine has done and is doing, in numbers; cheap enough to ask for every second."""
+        """Return the engine's counts and current load in numbers; a call every second costs little."""
         return self._driver.stats()
 
     def _held_by(self, outputs: Iterator[GenerationOutput]) -> Iterator[GenerationOutput]:
@@ -609,7 +609,7 @@ class QuantizedLoRAEngine(Displayed):
 
     @property
     def is_running(self) -> bool:
-        """Whether requests are accepted: it is neither closed nor known to be dead; for health checks.
+        """True if the engine accepts requests: it is neither closed nor known to be dead. For health checks.
 
         A core that dies while it has nothing to do is noticed at the next request.
         """

@@ -101,11 +101,11 @@ class EngineCollector:
             self._engines = {name: ref for name, ref in self._engines.items() if ref() is not engine}
 
     def describe(self) -> Iterable[Any]:
-        """The metrics without their series, so that a registry sees names that are taken."""
+        """Yield the metrics without their series, so that a registry detects names that are taken."""
         return _metrics({})
 
     def collect(self) -> Iterable[Any]:
-        """The metrics of this moment."""
+        """Yield the current metrics."""
         with self._lock:
             engines = {name: ref() for name, ref in self._engines.items()}
             self._engines = {name: self._engines[name] for name, engine in engines.items() if engine is not None}

@@ -39,7 +39,7 @@ class RequestTracer:
 
     @classmethod
     def find(cls, model: str) -> Self | None:
-        """A tracer of the global provider; ``None`` where opentelemetry-api is not installed."""
+        """Return a tracer of the global provider, or ``None`` if opentelemetry-api is not installed."""
         try:
             from opentelemetry import trace
         except ImportError:

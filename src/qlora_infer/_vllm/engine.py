@@ -122,7 +122,7 @@ class VLLMBackend:
         return tuple(process.pid for process in self._processes)
 
     def platform(self) -> Platform:
-        """What vLLM runs on here, asked of vLLM."""
+        """Return the platform that vLLM runs on."""
         from qlora_infer.quantization import Platform
 
         require_vllm()
@@ -141,7 +141,7 @@ class VLLMBackend:
         )
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
-        """The model's ``config.json``, from its folder or the Hub."""
+        """Return the model's ``config.json``, from its folder or the Hub."""
         from qlora_infer.sources import hub
 
         source = config.engine_args.get("hf_config_path") or config.engine_args.get("tokenizer")
@@ -215,15 +215,15 @@ class VLLMBackend:
             raise ValueError(f"sampling_params: {error}") from error
 
     def special_tokens(self) -> Mapping[str, str]:
-        """Those of the model's tokenizer."""
+        """Return the special tokens of the model's tokenizer."""
         return dict(self._tokenizer.special_tokens_map)
 
     def vocabulary(self) -> Mapping[str, int]:
-        """That of the model's tokenizer."""
+        """Return the vocabulary of the model's tokenizer."""
         return dict(self._tokenizer.get_vocab())
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation as text, ending where the assistant's answer begins."""
+        """Return the conversation as text, ending where the assistant's answer begins."""
         try:
             return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
         except Exception as error:
@@ -240,7 +240,7 @@ class VLLMBackend:
         return ModelModules.of(descriptions)
 
     def start_load(self, version: AdapterVersion) -> None:
-        """The workers read it, on threads of their own, from the next ``poll_loads`` on."""
+        """Mark an adapter for loading; from the next ``poll_loads`` on, the workers read it on threads of their own."""
         self._being_read[version] = None
 
     def poll_loads(self) -> Mapping[AdapterVersion, AdapterError | None]:
@@ -315,7 +315,7 @@ class VLLMBackend:
         return len(rendered["prompt_token_ids"])
 
     def abort_request(self, request_id: str) -> None:
-        """The core drops it before its next step."""
+        """Abort a request; the core drops it before its next step."""
         if self._requests.pop(request_id, None) is not None:
             with _translated_death():
                 self._engine.abort_request([request_id])
@@ -337,7 +337,7 @@ class VLLMBackend:
             process.kill()
 
     def close(self) -> None:
-        """Ends the core and waits for it, so that its memory is free afterwards."""
+        """End the core and wait for it, so that its memory is free afterwards."""
         engine, self._engine = self._engine, None
         if self._sockets is not None:
             shutil.rmtree(self._sockets, ignore_errors=True)

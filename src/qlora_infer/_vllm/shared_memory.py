@@ -1,4 +1,4 @@
-"""What processes share by ``multiprocessing.shared_memory``, and leave behind when they are killed.
+"""Remove shared memory that killed processes leave behind (``multiprocessing.shared_memory``).
 
 Python's resource tracker removes it too, but only when the whole program ends, and with a warning.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def segments_of(pids: Iterable[int]) -> set[str]:
-    """The names of the segments that processes have mapped; none of a process that has ended."""
+    """Return the names of the segments that processes have mapped; an ended process has none."""
     names: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -39,7 +39,7 @@ class FaultFolder:
     path: Path
 
     def read(self) -> str | None:
-        """The error, or ``None`` where none was left: a process was killed, or did not get as far."""
+        """Return the error, or ``None`` if none was left: a process was killed, or did not get as far."""
         try:
             return (self.path / "fault").read_text(encoding="utf-8")
         except FileNotFoundError:

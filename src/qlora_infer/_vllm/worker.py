@@ -122,7 +122,7 @@ class WorkerExtension:
 
 
 def _num_readers(device: str) -> int:
-    """How many adapters are read at a time: one where cores compute, some where they feed a GPU."""
+    """Return how many adapters are read at a time: one where cores compute, several where they feed a GPU."""
     return 1 if device == "cpu" else max(1, min(MOST_READERS, (os.cpu_count() or 1) // 4))
 
 

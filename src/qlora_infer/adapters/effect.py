@@ -1,4 +1,4 @@
-"""What an adapter does to the model, measured on a probe; and whether it does the same elsewhere."""
+"""Measure the effect of an adapter on the model with a probe, and compare it with the effect elsewhere."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class AdapterLoader:
                 self._driving.call(self._memory.prefetch, version)
 
     def choose_rank(self, max_lora_rank: int | str, versions: Sequence[AdapterVersion]) -> int:
-        """The rank that the engine has to provide for."""
+        """Return the rank that the engine has to provide for."""
         if isinstance(max_lora_rank, int):
             self.max_lora_rank = max_lora_rank
         elif not versions:
@@ -251,7 +251,7 @@ class AdapterLoader:
 
 
 def checked_name(name: str) -> str:
-    """A name that an adapter may have; raises ``TypeError`` and ``ValueError``."""
+    """Return the name if an adapter may have it; otherwise raise ``TypeError`` or ``ValueError``."""
     if not isinstance(name, str):
         raise TypeError(f"an adapter's name must be a string, got {name!r}")
     if not name or not name.isprintable():

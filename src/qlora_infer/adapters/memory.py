@@ -115,7 +115,7 @@ class HostMemory:
 
     @property
     def is_loading(self) -> bool:
-        """Whether somebody waits for what ``load`` has promised."""
+        """True if somebody waits for the result of ``load``."""
         return bool(self._loads)
 
     def state(self, version: AdapterVersion) -> State | None:

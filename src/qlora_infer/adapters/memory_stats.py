@@ -1,4 +1,4 @@
-"""How adapters came into memory and left it, in numbers."""
+"""Count how adapters came into memory and left it."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class ResidencyRecorder:
         self._errors: Counter[str] = Counter()
 
     def loaded(self, name: str, seconds: float) -> None:
-        """An adapter was loaded into host memory, for which the engine stood still for so long."""
+        """Count an adapter that was loaded into host memory, and the seconds for which the engine stood still."""
         with self._lock:
             counts = self._of(name)
             counts.num_loads += 1
             counts.load_time = counts.load_time.plus(seconds)
 
     def evicted(self, name: str) -> None:
-        """An adapter has made room for another."""
+        """Count an adapter that made room for another."""
         with self._lock:
             self._of(name).num_evictions += 1
 
     def failed(self, error: BaseException) -> None:
-        """An adapter could not be loaded; it is not named, because nobody bounds the names of those."""
+        """Count an adapter that could not be loaded, without its name, because such names are unbounded."""
         with self._lock:
             self._errors[type(error).__name__] += 1
 
@@ -74,7 +74,7 @@ class ResidencyRecorder:
             }
 
     def errors(self) -> dict[str, int]:
-        """How many loads have failed, by the error's class."""
+        """Return how many loads have failed, by the error's class."""
         with self._lock:
             return dict(self._errors)
 

@@ -1,4 +1,4 @@
-"""Whether an adapter fits the running model: every reason why not, in words."""
+"""Check that an adapter fits the running model, and list every reason why it does not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Fit:
 
 
 def lora_rank_for(ranks: Iterable[int]) -> int:
-    """The smallest ``max_lora_rank`` that vLLM takes and that is enough for all of ``ranks``.
+    """Return the smallest ``max_lora_rank`` that vLLM takes and that is enough for all of ``ranks``.
 
     Above the largest that vLLM takes, 512, it is that one: preflight then refuses what is over it.
     """

@@ -92,16 +92,16 @@ class AdapterCache:
         self._copies.serve(version)
 
     def loading(self, name: str) -> AbstractContextManager[None]:
-        """The lock under which one adapter at a time is loaded under a name, in the order of the calls."""
+        """Return the lock under which one adapter at a time is loaded under a name, in the order of the calls."""
         return self._loading.hold(name)
 
     def current(self, name: str) -> AdapterVersion | None:
-        """The version that the name stands for now."""
+        """Return the version that the name stands for now."""
         with self._lock:
             return self._current(name)
 
     def before(self, name: str) -> AdapterVersion:
-        """The version that ``rollback`` would go back to.
+        """Return the version that ``rollback`` would go back to.
 
         Raises:
             AdapterNotLoadedError: The name is not loaded, or no earlier version of it is held.
@@ -161,7 +161,7 @@ class AdapterCache:
             self._let_go(version, retire=True)
 
     def acquire(self, adapter: str | AdapterVersion | None) -> AdapterVersion | None:
-        """The version that a new request runs on; ``release`` it when the request has ended.
+        """Return the version that a new request runs on; ``release`` it when the request has ended.
 
         ``None`` is the base model, which needs no version; a version that is in use is what it is.
 
@@ -182,7 +182,7 @@ class AdapterCache:
 
     @contextmanager
     def in_use(self, adapter: str | AdapterVersion) -> Iterator[AdapterVersion]:
-        """A version that is not freed meanwhile, nor its copy.
+        """Keep a version and its copy from being freed inside the ``with`` block.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name, or the version has ended.
@@ -204,12 +204,12 @@ class AdapterCache:
         self._copies.trim()
 
     def loaded(self) -> LoadedAdapters:
-        """What may be named now, in the order of loading."""
+        """Return the adapters that requests may name now, in the order of loading."""
         with self._lock:
             return LoadedAdapters({name: held[-1].loaded() for name, held in self._held.items()})
 
     def held(self, name: str) -> list[LoadedAdapter]:
-        """The versions of a name that requests may name exactly, the newest first.
+        """Return the versions of a name that requests may name exactly, the newest first.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
@@ -294,7 +294,7 @@ class AdapterCache:
 
 
 def _is_meant(version: AdapterVersion, reference: str) -> bool:
-    """Whether ``reference`` is the number of a version, or the beginning of its digest."""
+    """Return whether ``reference`` is the number of a version, or the beginning of its digest."""
     if reference == str(version.number):
         return True
     return len(reference) >= MIN_DIGEST and version.snapshot.digest.startswith(reference.lower())

@@ -85,7 +85,7 @@ def _cut(a: np.ndarray, b: np.ndarray, piece: Piece) -> tuple[np.ndarray, np.nda
 
 
 def _config(config: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-    """The adapter's config about the running model's names."""
+    """Rewrite the adapter's config for the running model's names."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, piece in placement.pieces.items():
@@ -104,7 +104,7 @@ def _config(config: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
 
 
 def _pattern_name(name: str, piece: Piece) -> str:
-    """The name that vLLM matches patterns with (``PEFTHelper.get_rank_and_scaling`` in 0.32.0)."""
+    """Return the name that vLLM matches patterns with (``PEFTHelper.get_rank_and_scaling`` in 0.32.0)."""
     if not piece.module.num_experts:
         return name
     layer = name.removesuffix(".base_layer")

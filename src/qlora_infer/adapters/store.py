@@ -73,7 +73,7 @@ class Copies:
 
     @property
     def num_bytes(self) -> int:
-        """What the copies take."""
+        """The bytes that the copies take."""
         return self._num_bytes
 
     def make(
@@ -285,7 +285,7 @@ class Copies:
             shutil.rmtree(going.snapshot.folder, ignore_errors=True)
 
     def _is_last_of_its_content(self, version: AdapterVersion) -> bool:
-        """Whether its source holds another content by now, so that it could not be made again."""
+        """Return whether its source now holds other content, so that the copy could not be made again."""
         assert version.origin is not None
         return self._digests.get(version.origin, version.snapshot.digest) != version.snapshot.digest
 
@@ -306,7 +306,10 @@ def _closed() -> EngineClosedError:
 
 
 def _is_full(error: BaseException) -> bool:
-    """Whether a disk was full, which safetensors tells in words only, and who writes tensors takes for their fault."""
+    """Return whether a disk was full.
+
+    Safetensors reports that only in its message, and ``CorruptAdapterError`` may wrap it.
+    """
     cause = error.__cause__ if isinstance(error, CorruptAdapterError) else error
     if isinstance(cause, OSError):
         return cause.errno in _DISK_IS_FULL

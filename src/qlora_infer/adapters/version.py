@@ -159,7 +159,7 @@ class AdapterVersion:
         return self.served or self.snapshot.folder
 
     def loaded(self) -> LoadedAdapter:
-        """The record that users see."""
+        """Return the record that users see."""
         assert self.fit is not None
         return LoadedAdapter(
             name=self.name,

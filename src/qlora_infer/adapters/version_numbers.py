@@ -1,4 +1,4 @@
-"""Which number the next version of a name has."""
+"""Number the versions of adapter names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class VersionNumbers:
         return len(self._newest) + len(self._gone)
 
     def next(self, name: str) -> int:
-        """The number of a name's next version."""
+        """Return the number of a name's next version."""
         before = self._newest.get(name) or self._gone.pop(name, self._largest_forgotten)
         self._newest[name] = before + 1
         return before + 1

@@ -52,7 +52,7 @@ class TemplateProcess:
             )
 
     def ask(self, request: bytes, *, max_bytes: int) -> bytes | None:
-        """Its answer, or nothing: it took too long, ended, or wrote more than it may."""
+        """Return the answer, or ``None`` if it took too long, ended, or wrote more than it may."""
         return self._exchange(len(request).to_bytes(4, "big") + request, max_bytes)
 
     def _exchange(self, content: bytes, max_bytes: int) -> bytes | None:
@@ -74,7 +74,10 @@ class TemplateProcess:
         return answer if answer and len(answer) == length else None
 
     def is_fit(self) -> bool:
-        """Whether it lives and is small; the kernel may have ended it, or a template left something behind."""
+        """Return whether it lives and is small.
+
+        The kernel may have ended it, or a template left something behind.
+        """
         if self._popen.poll() is not None:
             return False
         try:

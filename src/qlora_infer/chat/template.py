@@ -46,7 +46,7 @@ def template_field(value: object) -> str | None:
 
 
 def checked_template(text: str) -> str:
-    """The template, which has a size that one may have and is Unicode.
+    """Return the template if it is Unicode and not too large.
 
     Raises:
         ValueError: It is not.

@@ -147,7 +147,7 @@ def _confine() -> None:
 
 
 def _read() -> bytes:
-    """The next message; empty when the parent is gone."""
+    """Return the next message; empty when the parent is gone."""
     return sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(4), "big"))
 
 

@@ -18,7 +18,7 @@ _BEGINNING = b'{"line": '
 
 
 def answered_lines(path: Path) -> dict[int, int]:
-    """The lines that a file of answers has answers to, each with the fingerprint of its question.
+    """Return the lines that a file of answers has answers to, each with the fingerprint of its question.
 
     Afterwards the file holds whole answers only: a torn last line is cut off, and errors are taken out, so that these
     lines are asked again. A file that is none of ours is not touched.
@@ -48,7 +48,7 @@ def answered_lines(path: Path) -> dict[int, int]:
 
 
 def unanswered(lines: Iterable[PromptLine], answered: dict[int, int]) -> Iterator[PromptLine]:
-    """The lines that are left.
+    """Yield the lines that are left.
 
     Raises:
         typer.BadParameter: A line is answered, but it asked something else then.
@@ -70,7 +70,7 @@ def write_record(file: BinaryIO, record: dict[str, Any]) -> None:
 
 
 def _read(path: Path, line: bytes) -> dict[str, Any] | None:
-    """A line's record; ``None`` for the last one, torn by an interruption."""
+    """Return a line's record; ``None`` for the last one, torn by an interruption."""
     if not line.endswith(b"\n") and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
         return None
     with contextlib.suppress(ValueError):

@@ -87,7 +87,7 @@ class _Load:
     max_tokens: int
 
     def measure_all(self, adapters: Sequence[str]) -> list[Measurement]:
-        """The runs, one after the other."""
+        """Measure the runs, one after the other."""
         runs: dict[str, Sequence[str | None]] = {BASE: [None], **{name: [name] for name in adapters}}
         if adapters:
             runs[MIXED] = [None, *adapters]

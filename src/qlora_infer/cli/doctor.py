@@ -61,7 +61,7 @@ class Diagnosis:
 
     @property
     def works(self) -> bool:
-        """Whether at least one quantization works."""
+        """True if at least one quantization works."""
         return None in self.quantizations.values()
 
 
@@ -210,7 +210,7 @@ def _wrong_version(name: str, installed: Mapping[str, str]) -> str | None:
 
 
 def _supported(name: str) -> SpecifierSet:
-    """The versions that this library's own metadata asks for, in any of its extras."""
+    """Return the versions that this library's own metadata requires, in any of its extras."""
     try:
         required = importlib.metadata.requires("qlora-infer") or []
     except importlib.metadata.PackageNotFoundError:

@@ -113,7 +113,10 @@ def _opened(path: Path, mode: Literal["rb", "ab"]) -> BinaryIO:
 
 
 def _count(prompts: Path, use: str | None, answered: dict[int, int]) -> tuple[int, int]:
-    """How many lines there are, and how many are left; a wrong --output shows before the engine starts."""
+    """Count the lines and those that are left.
+
+    A wrong --output is reported here, before the engine starts.
+    """
     num_lines = num_left = 0
     with _opened(prompts, "rb") as file:
         for line in read_lines(file, adapter=use):

@@ -55,7 +55,7 @@ def this_machine() -> Machine:
 
 
 def installed_packages() -> dict[str, str]:
-    """The versions of the installed distributions, by normalized name."""
+    """Return the versions of the installed distributions, by normalized name."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         name, version = distribution.metadata["Name"], distribution.metadata["Version"]

@@ -34,7 +34,7 @@ class PromptLine:
     fault: str | None = None
 
     def record(self, **fields: Any) -> dict[str, Any]:
-        """What is written about it, before what else is known."""
+        """Return the line's record, with the fields that are known so far."""
         return {"line": self.number, "id": self.id, "prompt": self.prompt, "adapter": self.adapter, **fields}
 
     @property
@@ -44,7 +44,7 @@ class PromptLine:
 
 
 def fingerprint(record: Mapping[str, Any]) -> int:
-    """Of a line's record: the same for the same question."""
+    """Return the fingerprint of a line's record: the same for the same question."""
     asked = [record.get("id"), record.get("prompt"), record.get("adapter")]
     return zlib.crc32(json.dumps(asked, sort_keys=True).encode())
 

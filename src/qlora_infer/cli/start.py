@@ -26,7 +26,7 @@ def _number_or_auto(text: str) -> int | str:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """An option's value that is a JSON object."""
+    """Parse an option's value that is a JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -18,7 +18,7 @@ _FORMS = {"none": "none", "bitsandbytes": "none", **{form: form for form in ("aw
 
 
 def demo_model(quantization: str = "awq", *, cache_dir: Path | None = None) -> Path:
-    """The folder of the demo model in one form; builds it the first time, which takes half a minute.
+    """Return the folder of the demo model in one form; the first call builds it, which takes half a minute.
 
     Args:
         quantization: ``"awq"``, ``"gptq"``, ``"compressed-tensors"`` (W4A16), or ``"none"``, the unquantized
@@ -47,7 +47,7 @@ def demo_model(quantization: str = "awq", *, cache_dir: Path | None = None) -> P
 
 
 def demo_adapters() -> dict[str, Path]:
-    """The demo adapters: name to folder.
+    """Return the demo adapters, name to folder.
 
     Example:
         >>> sorted(demo_adapters())

@@ -129,7 +129,7 @@ def _quantize(source: Path, target: Path, quantization: str) -> None:
 
 
 def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    """The bfloat16 weights that a demo checkpoint stands for, so that transformers can run the very same model."""
+    """Return the bfloat16 weights that a demo checkpoint stands for, so that transformers can run the same model."""
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())

@@ -39,7 +39,7 @@ class Quantized:
     zeros: torch.Tensor
 
     def dequantized(self) -> torch.Tensor:
-        """The matrix that it stands for, in float32, ``[in_features, out_features]``."""
+        """Return the matrix that it stands for, in float32, ``[in_features, out_features]``."""
         zeros = self.zeros.repeat_interleave(GROUP_SIZE, dim=0)
         return (self.steps - zeros).float() * self.scales.repeat_interleave(GROUP_SIZE, dim=0)
 
@@ -68,7 +68,7 @@ def quantize(weight: torch.Tensor, *, symmetric: bool) -> Quantized:
 
 
 def _round(groups: torch.Tensor, ratio: float, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Steps, scales and zeros when each group is clipped to ``ratio`` of its range."""
+    """Return steps, scales and zeros when each group is clipped to ``ratio`` of its range."""
     import torch
 
     low, high = groups.amin(dim=1).clamp(max=0) * ratio, groups.amax(dim=1).clamp(min=0) * ratio
@@ -81,7 +81,7 @@ def _round(groups: torch.Tensor, ratio: float, symmetric: bool) -> tuple[torch.T
 
 
 def pack_awq(matrix: Quantized) -> dict[str, torch.Tensor]:
-    """The three tensors of an AWQ layer, by the last part of their names; scales in the dtype of the model."""
+    """Return the three tensors of an AWQ layer, by the last part of their names; scales in the dtype of the model."""
     return {
         "qweight": _pack_columns(matrix.steps, _AWQ_ORDER),
         "qzeros": _pack_columns(matrix.zeros, _AWQ_ORDER),
@@ -90,7 +90,7 @@ def pack_awq(matrix: Quantized) -> dict[str, torch.Tensor]:
 
 
 def unpack_awq(tensors: dict[str, torch.Tensor]) -> Quantized:
-    """The inverse of ``pack_awq``."""
+    """Invert ``pack_awq``."""
     return Quantized(
         _unpack_columns(tensors["qweight"], _AWQ_ORDER),
         tensors["scales"].float(),
@@ -99,7 +99,7 @@ def unpack_awq(tensors: dict[str, torch.Tensor]) -> Quantized:
 
 
 def pack_gptq(matrix: Quantized) -> dict[str, torch.Tensor]:
-    """The four tensors of a GPTQ layer, by the last part of their names; zeros are stored less one."""
+    """Return the four tensors of a GPTQ layer, by the last part of their names; zeros are stored less one."""
     import torch
 
     return {
@@ -111,7 +111,7 @@ def pack_gptq(matrix: Quantized) -> dict[str, torch.Tensor]:
 
 
 def unpack_gptq(tensors: dict[str, torch.Tensor]) -> Quantized:
-    """The inverse of ``pack_gptq``."""
+    """Invert ``pack_gptq``."""
     return Quantized(
         _unpack_columns(tensors["qweight"].T, _PLAIN_ORDER).T.contiguous(),
         tensors["scales"].float(),

@@ -18,7 +18,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|["{}\[\]:,]', re.DOTALL)
 
 
 def as_id(value: object) -> int | None:
-    """The value, where it is a number that a token can have."""
+    """Return the value if it is a number that a token can have."""
     return value if type(value) is int and 0 <= value <= MAX_TOKEN_ID else None
 
 

@@ -1,4 +1,4 @@
-"""What an adapter may carry beside its weights: a chat template, generation defaults, tokens; read without trust.
+"""Read the files that an adapter may carry beside its weights, without trust: template, generation defaults, tokens.
 
 The formats are those that transformers 5.19 writes and reads (``tokenization_utils_base.py``,
 ``configuration_utils.py``); what counts as a generation default is what vLLM 0.32.0 takes from a model
@@ -150,7 +150,7 @@ class _Reader:
             raise CorruptAdapterError(self.adapter, f"{self.folder / name}: {error}") from error
 
     def mapping(self, name: str) -> Mapping[str, Any]:
-        """A JSON file's object; empty where there is no such file."""
+        """Return a JSON file's object; empty if there is no such file."""
         if name not in self.files:
             return {}
         content = parse_json(self.adapter, self.folder / name, self.files[name], any_keys=True)
@@ -160,7 +160,7 @@ class _Reader:
         return content
 
     def chat_template(self, tokenizer_config: Mapping[str, Any]) -> str | None:
-        """The template; the file of its own goes before the field, as in transformers."""
+        """Return the template; its own file goes before the field, as in transformers."""
         with self.blaming(TOKENIZER_CONFIG_NAME):
             template = template_field(tokenizer_config.get("chat_template"))
         if TEMPLATE_NAME not in self.files:
@@ -182,7 +182,7 @@ class _Reader:
         return tokens
 
     def special_tokens(self, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-        """The texts of the tokens that have a role; each is a text, or an object with its properties."""
+        """Return the texts of the tokens that have a role; each is a text, or an object with its properties."""
         tokens = {}
         for name in SPECIAL_TOKENS:
             value = tokenizer_config.get(name)
@@ -240,7 +240,7 @@ def check_tokens(adapter: str, carried: Carried, vocabulary: Mapping[str, int] |
 
 
 def with_end_token(carried: Carried, vocabulary: Mapping[str, int] | None) -> Carried:
-    """What an adapter carries, with the token that its tokenizer ends texts with among those that it stops at.
+    """Add the token that an adapter's tokenizer ends texts with to its stop tokens.
 
     Trainers save the tokenizer beside an adapter, and hardly ever a generation config.
     """
@@ -251,7 +251,7 @@ def with_end_token(carried: Carried, vocabulary: Mapping[str, int] | None) -> Ca
 
 
 def _is_padding(carried: Carried, token: str) -> bool:
-    """Whether the token fills batches in training and is nothing else."""
+    """Return whether the token fills batches in training and has no other role."""
     roles = [role for role, text in carried.special_tokens.items() if text == token]
     return roles == ["pad_token"] and token not in (carried.chat_template or "")
 

@@ -1,4 +1,4 @@
-"""What PEFT can do and vLLM cannot: each feature that an adapter may ask for in vain, in words."""
+"""List the features that PEFT has and vLLM has not, each with the message for an adapter that needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``generation_config.json`` sets, as vLLM takes it from a model (``ModelConfig.get_diff_sampling_param``)."""
+"""Read ``generation_config.json`` as vLLM does for a model (``ModelConfig.get_diff_sampling_param``)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
 
 
 def sampling_defaults(config: Mapping[str, Any]) -> dict[str, float]:
-    """The fields of ``SamplingParams`` that a generation config sets.
+    """Return the fields of ``SamplingParams`` that a generation config sets.
 
     As in vLLM ``do_sample`` plays no part: with ``do_sample=false`` and ``temperature=0.6`` vLLM samples at 0.6.
 
@@ -53,7 +53,7 @@ def sampling_defaults(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def stop_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids of ``eos_token_id``, a number or a list, each once.
+    """Return the ids of ``eos_token_id``, a number or a list, each once.
 
     Raises:
         ValueError: It holds something else, or too many.
@@ -69,5 +69,5 @@ def stop_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def shown(value: object) -> str:
-    """A value for a message; a list or object, which may be large, only by its type."""
+    """Format a value for a message; a list or object, which may be large, only by its type."""
     return ascii(value)[:40] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Which model an adapter was trained on, and how that compares with the one that is served."""
+"""Find the model that an adapter was trained on, and compare it with the one that is served."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def lineage(trained_on: str | None, served: str) -> Lineage:
 
 
 def _stem(name: str) -> str:
-    """The last part of a name, without what tells of its build."""
+    """Return the last part of a name, without the words that describe its build."""
     stem = PurePosixPath(name.replace("\\", "/").rstrip("/")).name.lower()
     while (shorter := _BUILD.sub("", stem)) != stem:
         stem = shorter

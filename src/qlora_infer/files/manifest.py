@@ -1,4 +1,4 @@
-"""What an adapter's files say of themselves, read without torch and without trust.
+"""Read an adapter's files without torch and without trust.
 
 Every size is bounded before it is read, nothing in the files is executed, and whatever is wrong ends in an
 ``AdapterError``. What counts as right is what vLLM 0.32.0 reads (``vllm/lora/peft_helper.py``,
@@ -151,7 +151,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
 
 
 def checked_file(adapter: str, folder: Path, name: str) -> Path:
-    """An adapter's file, which is one: no pipe or device, and no link that leaves the folder.
+    """Return an adapter's file, which is a plain file: no pipe or device, and no link that leaves the folder.
 
     Raises:
         AdapterNotFoundError: There is none.
@@ -173,7 +173,7 @@ def checked_file(adapter: str, folder: Path, name: str) -> Path:
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
-    """Whether a link stays in its folder, or in the Hub's cache.
+    """Return whether a link stays in its folder, or in the Hub's cache.
 
     There, ``models--org--name/snapshots/<commit>/<file>`` leads to ``models--org--name/blobs/<etag>``, and that one,
     in huggingface_hub 2.4, may lead on to a store that repositories share, ``blobs/<ab>/<hash>``.
@@ -257,7 +257,7 @@ def _check_factor(adapter: str, name: str, entry: TensorEntry) -> None:
 
 
 def _is_base_copy(adapter: str, name: str, entry: TensorEntry, modules: Mapping[str, LoRAModule]) -> bool:
-    """Whether it is the base weight that PEFT saves beside the factors of an embedding or output layer."""
+    """Return whether it is the base weight that PEFT saves beside the factors of an embedding or output layer."""
     match = _BASE_COPY.fullmatch(name)
     if match is None or match["module"] not in modules:
         return False

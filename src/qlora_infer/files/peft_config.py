@@ -112,7 +112,7 @@ def _check_types(adapter: str, config: Mapping[str, Any]) -> None:
 
 
 def largest_rank(adapter: str, config: Mapping[str, Any]) -> int:
-    """The largest rank that a LoRA config names, with every field that vLLM computes with checked on the way.
+    """Return the largest rank that a LoRA config names, and check every field that vLLM computes with.
 
     Raises:
         CorruptAdapterError: A field is missing or has a value that it may not have.
@@ -172,7 +172,7 @@ def _checked_pattern(adapter: str, config: Mapping[str, Any], name: str) -> Mapp
 
 
 def _is_cheap(pattern: str) -> bool:
-    """Whether a match takes at most the steps that ``check_matches`` counts."""
+    """Return whether a match takes at most the steps that ``check_matches`` counts."""
     return (
         len(pattern) <= MAX_NAME_LENGTH
         and _PATTERN.fullmatch(pattern) is not None
@@ -244,6 +244,6 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def base_model(config: Mapping[str, Any]) -> str | None:
-    """The model that the adapter says it was trained on, if it says so."""
+    """Return the model that the adapter's config names as its base, if it names one."""
     name = config.get("base_model_name_or_path")
     return name[:256] if isinstance(name, str) and name and name.isprintable() else None

@@ -44,7 +44,7 @@ def convert_pickle(adapter: str, folder: Path) -> None:
 
 
 def _read(path: Path) -> Mapping[str, torch.Tensor]:
-    """The tensors, none of which is larger than what the file holds of it: copying them is safe."""
+    """Read the tensors and check that none is larger than the file, so that copying them is safe."""
     import torch
 
     num_bytes = path.stat().st_size
@@ -62,7 +62,10 @@ def _read(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 def _unpacked_size(path: Path) -> int:
-    """What all of the file would be in memory: torch writes an archive without compression, and reads one with it."""
+    """Return the file's size in memory.
+
+    Torch writes an archive without compression, but also reads a compressed one.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"PK\3\4":  # torch's own rule; before torch 1.6 it was no archive
             return path.stat().st_size

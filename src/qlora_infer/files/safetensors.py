@@ -61,7 +61,7 @@ class TensorEntry:
 
     @property
     def is_floating(self) -> bool:
-        """Whether it holds floating-point numbers that a factor may have."""
+        """True if it holds floating-point numbers that a factor may have."""
         return self.dtype in _FLOATING
 
 
@@ -153,7 +153,7 @@ def _is_finite(numbers: np.ndarray) -> bool:
 
 
 def _read(adapter: str, path: Path) -> tuple[Mapping[str, TensorEntry], int]:
-    """The header, and where the tensors begin."""
+    """Return the header and the position where the tensors begin."""
     status = path.stat()
     size = status.st_size
     if not stat.S_ISREG(status.st_mode):  # opened, a pipe would wait for a writer

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its quantization, in the places where vLLM 0.32 reads it.
+"""Read a checkpoint's quantization, in the places where vLLM 0.32 reads it.
 
 These are ``config.json`` (``model_arch_config_convertor.py`` in ``vllm/transformers_utils``), and files beside it
 (``get_config_filenames`` of each method in ``vllm/model_executor/layers/quantization``).

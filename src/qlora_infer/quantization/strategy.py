@@ -1,4 +1,4 @@
-"""What a quantization strategy is, and how one is found: by name, or by what a checkpoint says of itself."""
+"""Define quantization strategies, and find one by name or from the checkpoint's config."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class QuantizationStrategy(Protocol):
     name: str
 
     def matches(self, model_config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this ``config.json`` is of this kind."""
+        """Return whether a checkpoint with this ``config.json`` is of this kind."""
         ...
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
@@ -97,7 +97,7 @@ class QuantizationStrategy(Protocol):
         ...
 
     def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that vLLM needs for it; a pure function."""
+        """Return the arguments that vLLM needs for it; a pure function."""
         ...
 
 
@@ -147,7 +147,7 @@ def unregister(name: str) -> None:
 
 
 def registered() -> Iterator[str]:
-    """The names of the registered strategies, in the order of their registration."""
+    """Yield the names of the registered strategies, in the order of their registration."""
     return iter(tuple(_registry))
 
 

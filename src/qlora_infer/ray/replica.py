@@ -1,4 +1,4 @@
-"""What every replica is given: how to make its engine, and where its adapters come from."""
+"""Build a replica's engine and find the source of its adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_NAMES_TOLD = 20
 
 
 def source_of(adapters: Adapters, name: str) -> SourceLike:
-    """Where an adapter comes from.
+    """Return an adapter's source.
 
     Raises:
         AdapterNotLoadedError: No adapter has that name.

@@ -47,7 +47,7 @@ def build_app(
     timeout: float | None = None,
     **options: Any,
 ) -> serve.Application:
-    """An application for ``ray.serve.run``.
+    """Return an application for ``ray.serve.run``.
 
     Requests name their adapter as Serve's multiplexed model id: ``handle.options(multiplexed_model_id="pirate")``, or
     the HTTP header ``serve_multiplexed_model_id``; without one the base model answers. Serve prefers replicas that
@@ -253,7 +253,7 @@ def _status(error: Exception) -> int:
 
 
 async def _events(part: GenerationOutput, parts: PartialOutputs) -> AsyncIterator[str]:
-    """What each part adds to the one before; an error ends the stream, and is an event too."""
+    """Yield the text that each part adds to the one before; an error ends the stream as a last event."""
     with contextlib.closing(parts):  # cancels the request when its reader has gone
         try:
             while True:

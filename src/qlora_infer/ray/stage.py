@@ -118,7 +118,7 @@ class GenerationStage:
     def _ask_all(
         self, prompts: Sequence[Any], adapters: Sequence[str | None], sampling_params: Sequence[Any]
     ) -> list[RequestHandle | Exception]:
-        """A handle for each row, or what is wrong with it."""
+        """Submit each row, and return its handle or the error that it raised."""
         rows_by_adapter = defaultdict(list)
         for row, name in enumerate(adapters):
             rows_by_adapter[name or None].append(row)
@@ -163,7 +163,7 @@ def _column(batch: pa.Table, name: str) -> list[Any]:
 
 
 def _without_nulls(params: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Sampling parameters of one row: Arrow gives every row the fields that any row has."""
+    """Return the sampling parameters of one row without nulls: Arrow gives every row the fields that any row has."""
     return {name: value for name, value in (params or {}).items() if value is not None}
 
 

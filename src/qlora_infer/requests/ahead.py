@@ -1,4 +1,4 @@
-"""How far ahead the engine is given what comes next: requests before places are free, adapters before their turn."""
+"""Decide how far ahead the engine gets its work: requests before places are free, adapters before their turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOK_AHEAD = 2
 
 
 def num_spare(max_num_seqs: int, num_ending: int) -> int:
-    """How many requests more than its batch holds the engine is given, where so many sequences are about to end.
+    """Return how many requests beyond its batch the engine gets, if ``num_ending`` sequences are about to end.
 
     Example:
         >>> num_spare(64, num_ending=0), num_spare(64, num_ending=10)
@@ -33,7 +33,7 @@ def num_spare(max_num_seqs: int, num_ending: int) -> int:
 
 
 def steps_ahead(max_num_seqs: int, seconds: float) -> int:
-    """How many steps of so many seconds the next requests are handed over before places become free.
+    """Return how many steps early the next requests are handed over, if a step takes ``seconds``.
 
     As many as handing a whole batch over takes, so that the core does not begin it with a few. Not more, for who comes
     in between waits behind them.

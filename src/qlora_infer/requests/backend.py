@@ -50,11 +50,11 @@ class Backend(Protocol):
         ...
 
     def platform(self) -> Platform:
-        """The machine and what is installed on it."""
+        """Return the platform: the machine and its installed packages."""
         ...
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
-        """The model's ``config.json``; raises ``ModelNotFoundError``."""
+        """Return the model's ``config.json``; raise ``ModelNotFoundError`` if there is none."""
         ...
 
     def start(self, plan: EnginePlan) -> None:
@@ -70,7 +70,7 @@ class Backend(Protocol):
         ...
 
     def special_tokens(self) -> Mapping[str, str]:
-        """The tokens that have a role in chat templates, such as ``"eos_token"``."""
+        """Return the tokens that have a role in chat templates, such as ``"eos_token"``."""
         ...
 
     def vocabulary(self) -> Mapping[str, int] | None:

@@ -152,7 +152,7 @@ class Driver:
         self.post(drop)
 
     def stats(self) -> EngineStats:
-        """The numbers of this moment; also after the end."""
+        """Return the current numbers, also after the end."""
         return self._stats.snapshot(
             num_adapters_waiting=self.num_adapters_waiting(),
             residency=self._memory.stats(),
@@ -182,7 +182,7 @@ class Driver:
 
     @property
     def is_open(self) -> bool:
-        """Whether anything more is accepted."""
+        """True if more requests are accepted."""
         return self._end_error is None and not self._closing
 
     def require_open(self) -> None:

@@ -48,7 +48,7 @@ class Heap(Generic[T]):
         return was_there
 
     def head(self) -> T:
-        """The first in order."""
+        """Return the first in order."""
         while True:
             key, stamp, item = self._entries[0]
             if self._live.get(item) == (key, stamp):
@@ -63,7 +63,7 @@ class Heap(Generic[T]):
         return item
 
     def first(self, number: int) -> list[T]:
-        """The first few, in order."""
+        """Return the first few, in order."""
         entries: list[tuple[Key, int, T]] = []
         while self._live and len(entries) < min(number, len(self._live)):
             self.head()

@@ -67,7 +67,7 @@ class PendingRequest:
             self._held = None if self.done else future
 
     def ends_within(self, num_steps: int) -> bool:
-        """Whether it reaches its ``max_tokens`` within so many steps."""
+        """Return whether it reaches its ``max_tokens`` within so many steps."""
         return self.max_num_tokens - self.num_tokens <= num_steps * self.num_seqs
 
     def advance(self, output: GenerationOutput) -> None:

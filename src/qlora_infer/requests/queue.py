@@ -199,7 +199,7 @@ class RequestQueue:
         self._turns_are_due = True
 
     def upcoming(self, number: int) -> list[AdapterVersion]:
-        """The adapters that get the next slots, the next one first."""
+        """Return the adapters that get the next slots, the next one first."""
         blocked = [lane for lane in self._in_turn.values() if lane.waiting and not self._fits(lane)]
         lanes = [*blocked, *self._line.first(number)][:number]
         return [lane.next_version for lane in lanes if lane.next_version is not None]
@@ -297,7 +297,7 @@ class RequestQueue:
                 self._skip_rounds()
 
     def _is_better_without(self, lane: _Lane) -> bool:
-        """Whether the batch is kept full, with fewer adapters, by those in turn, so that a free slot stays free."""
+        """Return whether those in turn keep the batch full, with fewer adapters, so that a free slot stays free."""
         if self._num_waiting < self.max_num_seqs or self._has_few(lane):
             return False
         return any(
@@ -318,7 +318,7 @@ class RequestQueue:
         return len(meant | self._staying)
 
     def _resident_one(self, first: _Lane) -> _Lane:
-        """The first in line, or one soon after it whose adapter is in host memory while that of the first is not."""
+        """Return the first in line, or a later one whose adapter is in host memory while that of the first is not."""
         if self._is_ready(first) or first.num_overtaken >= MAX_OVERTAKEN:
             return first
         for lane in self._line.first(MAX_OVERTAKEN)[1:]:
@@ -442,6 +442,6 @@ class _Lane:
         return self.waiting.head().request.adapter if self.waiting else None
 
     def rank(self) -> tuple[int, float, int]:
-        """What goes first among lanes in turn: urgency, then credit, then age."""
+        """Return the order among lanes in turn: urgency, then credit, then age."""
         pending = self.waiting.head()
         return pending.request.priority, -self.credit, pending.number or 0

@@ -1,4 +1,4 @@
-"""What an engine has done and is doing, in numbers."""
+"""Count the engine's requests, tokens and steps."""
 
 from __future__ import annotations
 
@@ -144,17 +144,17 @@ class StatsRecorder:
         self._kv_cache_usage = 0.0
 
     def queued(self, pending: PendingRequest) -> None:
-        """A request has entered the queue."""
+        """Count a request that entered the queue."""
         with self._lock:
             self._of(pending).num_waiting += 1
 
     def refused(self, request: GenerationRequest) -> None:
-        """There was no room in the queue for a request."""
+        """Count a request that found no room in the queue."""
         with self._lock:
             self._adapters[request.adapter_name].num_refused += 1
 
     def admitted(self, pending: PendingRequest, now: float) -> None:
-        """A request has left the queue for the engine."""
+        """Count a request that left the queue for the engine."""
         waited = now - pending.request.queued
         with self._lock:
             counts = self._of(pending)
@@ -163,14 +163,14 @@ class StatsRecorder:
             counts.queue_time = counts.queue_time.plus(waited)
 
     def begun(self, pending: PendingRequest, num_tokens: int, *, is_swap: bool) -> None:
-        """The engine has taken a request with a prompt of so many tokens, and perhaps moved its adapter into a slot."""
+        """Count the prompt tokens of a request that the engine took, and its swap if its adapter moved into a slot."""
         with self._lock:
             counts = self._of(pending)
             counts.prompt_tokens += num_tokens
             counts.num_swaps += is_swap
 
     def stepped(self, seconds: float, kv_cache_usage: float, num_tokens: Mapping[str | None, int]) -> None:
-        """A step was taken, which gave the adapters so many tokens."""
+        """Count a step and the tokens that it gave each adapter."""
         with self._lock:
             self._num_steps += 1
             self._step_time = self._step_time.plus(seconds)
@@ -186,7 +186,7 @@ class StatsRecorder:
         *,
         was_running: bool,
     ) -> None:
-        """A request has ended, with an output or with an error."""
+        """Count a request that ended, with an output or with an error."""
         with self._lock:
             counts = self._of(pending)
             if was_running:
@@ -203,14 +203,14 @@ class StatsRecorder:
                 counts.time_to_first_token = counts.time_to_first_token.plus(output.times.time_to_first_token)
 
     def requeued(self, pending: PendingRequest) -> None:
-        """A request has left the engine for the queue, because the engine died."""
+        """Count a request that went back to the queue, because the engine died."""
         with self._lock:
             counts = self._of(pending)
             counts.num_running -= 1
             counts.num_waiting += 1
 
     def restarted(self) -> None:
-        """The engine has died and was started again."""
+        """Count a restart of the engine after it died."""
         with self._lock:
             self._num_restarts += 1
 
@@ -229,7 +229,7 @@ class StatsRecorder:
         load_errors: Mapping[str, int],
         is_running: bool,
     ) -> EngineStats:
-        """The numbers of this moment, with those that others count."""
+        """Return the current numbers, with those that others count."""
         with self._lock:
             adapters = {name: copy.copy(counts) for name, counts in self._adapters.items()}
             return EngineStats(

@@ -1,4 +1,4 @@
-"""What callers write, made into requests: one, a list, or any number."""
+"""Turn the callers' input into requests: one, a list, or any number."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class AdapterNames(Protocol):
     """Where a name is turned into the version that answers."""
 
     def acquire(self, adapter: str | AdapterVersion | None) -> AdapterVersion | None:
-        """The version that a new request runs on; raises ``AdapterNotLoadedError``."""
+        """Return the version that a new request runs on; raise ``AdapterNotLoadedError`` if it is not loaded."""
         ...
 
     def release(self, version: AdapterVersion | None) -> None:
@@ -59,7 +59,7 @@ class RequestReader(Protocol):
         ...
 
     def special_tokens(self) -> Mapping[str, str]:
-        """The tokens that have a role in chat templates."""
+        """Return the tokens that have a role in chat templates."""
         ...
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -244,7 +244,7 @@ class Intake:
 
     @contextmanager
     def _in_use(self, names: Sequence[str | None]) -> Iterator[list[AdapterVersion | None]]:
-        """The versions of some names, one for each name, which are not freed meanwhile."""
+        """Yield the versions of some names, one for each name, and keep them from being freed meanwhile."""
         versions: dict[str | None, AdapterVersion | None] = {}
         try:
             for name in names:
@@ -341,7 +341,7 @@ def checked_prompt(prompt: Any) -> str | tuple[int, ...]:
 
 
 def is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages."""
+    """Return whether a prompt is a list of messages."""
     return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
 
 
@@ -385,14 +385,14 @@ def along(argument: str, value: Any) -> Iterator[Any]:
 
 
 def checked_priority(priority: Any) -> int:
-    """A request's priority; raises ``TypeError``."""
+    """Return a request's priority; raise ``TypeError`` if it is not a whole number."""
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise TypeError(f"priority must be a whole number, lower goes first, got {priority!r}")
     return priority
 
 
 def checked_timeout(timeout: Any) -> float | None:
-    """A request's timeout in seconds; raises ``TypeError`` and ``ValueError``."""
+    """Return a request's timeout in seconds; raise ``TypeError`` or ``ValueError`` if it is invalid."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int | float):

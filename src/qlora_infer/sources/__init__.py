@@ -1,1 +1,1 @@
-"""Where adapters come from: the Hub, a folder, a URL, a trainer's memory, or a blend of others."""
+"""Read adapters from the Hub, a folder, a URL, a trainer's memory, or a blend of others."""

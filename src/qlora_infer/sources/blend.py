@@ -209,7 +209,7 @@ def _check_numbers(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _rank(name: str, module: str, parts: Sequence[AdapterPart], method: str) -> int:
-    """A module's rank in the blend."""
+    """Return a module's rank in the blend."""
     shapes = [(part.name, part.manifest.modules[module]) for part in parts if module in part.manifest.modules]
     if len({(shape.in_features, shape.out_features) for _, shape in shapes}) > 1:
         said = ", ".join(f"{part!r} {shape.in_features} and {shape.out_features}" for part, shape in shapes)
@@ -248,7 +248,7 @@ def _read_factors(part: AdapterPart) -> dict[str, _Factors]:
 
 
 def _add(shares: Sequence[_Factors]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact sum: [B1 B2] times [w1 A1; w2 A2] is w1 B1 A1 + w2 B2 A2. PEFT's "cat"."""
+    """Return the exact sum: [B1 B2] times [w1 A1; w2 A2] is w1 B1 A1 + w2 B2 A2. PEFT's "cat"."""
     import torch
 
     a = torch.cat([share.a.double() * share.weight for share in shares])
@@ -258,7 +258,7 @@ def _add(shares: Sequence[_Factors]) -> tuple[torch.Tensor, torch.Tensor]:
 def _merge(
     shares: Sequence[_Factors], method: str, density: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B each on its own, half of the weight in each; its sign is in A only, where B cannot cancel it."""
+    """Merge A and B separately, with half of the weight in each; its sign is in A only, where B cannot cancel it."""
 
     def prune(tensor: torch.Tensor) -> torch.Tensor:
         return keep_largest(tensor, density) if method == "ties" else keep_random(tensor, density, generator)
@@ -271,7 +271,7 @@ def _merge(
 
 
 def _config(parts: Sequence[AdapterPart], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """An ``adapter_config.json`` whose scaling is 1 in every module, as alpha is the rank."""
+    """Return an ``adapter_config.json`` whose scaling is 1 in every module, because alpha is the rank."""
     first = read_config(parts[0].name, parts[0].manifest.folder / CONFIG_NAME)
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = _pattern({module: own for module, own in ranks.items() if own != rank}, ranks)
@@ -290,7 +290,7 @@ def _config(parts: Sequence[AdapterPart], ranks: Mapping[str, int]) -> dict[str,
 
 
 def _pattern(others: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
-    """The ranks that are not the usual one, by the module's last name where that is enough.
+    """Return the ranks that are not the usual one, by the module's last name where that is enough.
 
     One key for all layers keeps a large model's patterns few, and vLLM matches each with every module.
     """

@@ -137,7 +137,7 @@ def _require_package(scheme: str) -> None:
 
 
 def _options(url: URL, token: str | None, storage_options: Mapping[str, Any]) -> dict[str, Any]:
-    """The storage options, with what the URL and the token add to them over HTTP."""
+    """Return the storage options, with those that the URL and the token add to them over HTTP."""
     # fsspec would keep the filesystem, and the secrets in it, for the next one who names the same place.
     options = {**storage_options, "skip_instance_cache": True}
     if not url.is_http:
@@ -243,7 +243,7 @@ def _start(work: Callable[[], T]) -> Future[T]:
 
 
 def _read(file: Any) -> bytes:
-    """The next mebibyte, or what is left."""
+    """Read the next mebibyte, or the rest."""
     parts, num_left = [], _CHUNK
     while num_left and (part := file.read(num_left)):
         parts.append(part)
@@ -252,7 +252,7 @@ def _read(file: Any) -> bytes:
 
 
 def _explain(error: BaseException, url: URL, missing: str, *, has_token: bool) -> tuple[type[AdapterSourceError], str]:
-    """Which of our errors it is, and what to say."""
+    """Return our error's class and the message for it."""
     status, kind = _status(error), type(error).__name__
     if isinstance(error, _NOT_THERE) or status in (404, 410):
         advice = f"; {where_else([])}" if missing == CONFIG_NAME else ""
@@ -287,7 +287,7 @@ def _access_advice(url: URL, *, has_token: bool) -> str:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error tells of, in the ways of aiohttp, requests, and the clouds' libraries."""
+    """Return the HTTP status that an error holds, in the forms of aiohttp, requests, and the clouds' libraries."""
     for holder in (error, getattr(error, "response", None)):
         for name in ("status", "status_code", "code"):
             status = getattr(holder, name, None)

@@ -398,7 +398,7 @@ class _Repository:
         return self.repo_id + (f"@{self.revision}" if self.revision else "")
 
     def has_sendable_token(self) -> bool:
-        """Whether a header can hold the token; else the HTTP library would show it in an error and in its log."""
+        """Return whether a header can hold the token; the HTTP library would show any other in its error and log."""
         from huggingface_hub import get_token
 
         return bool(re.fullmatch("[!-~]*", self.token or get_token() or ""))
@@ -407,14 +407,14 @@ class _Repository:
         return bool(re.fullmatch("[0-9a-f]{40}", self.revision or ""))
 
     def cached(self, path: str) -> Path | None:
-        """The copy of a file, as the revision was when it was last asked for."""
+        """Return the cached copy of a file, for the revision as it was last resolved."""
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.repo_id, path, cache_dir=self.cache_dir, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
 
     def list_files(self) -> tuple[str | None, list[str]]:
-        """The commit that the revision stands for now, and the paths of its files: one request."""
+        """Return the commit that the revision stands for now, and the paths of its files: one request."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -450,7 +450,7 @@ def _fetch(
     fail: Callable[[type[AdapterSourceError], str], Exception],
     is_one_file: bool = False,
 ) -> Path:
-    """The last of the files that ``choose`` picks from the repository's list, with the others beside it."""
+    """Fetch the files that ``choose`` picks from the repository's list, and return the last of them."""
     if not repository.has_sendable_token():
         raise fail(AdapterAccessError, "the token holds a character that no token has: copy it again")
     try:
@@ -506,7 +506,7 @@ def _cached_weights(repository: _Repository, prefix: str, allow_pickle: bool) ->
 def _adapter_files(
     adapter: str, repository: _Repository, prefix: str, allow_pickle: bool, paths: list[str]
 ) -> list[str]:
-    """The paths of an adapter's files in the repository: the config first, the weights last."""
+    """Return the paths of an adapter's files in the repository: the config first, the weights last."""
     names = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
     place = f"the subfolder {prefix[:-1]!r}" if prefix else "its root"
     if CONFIG_NAME not in names:
@@ -527,7 +527,7 @@ def _adapter_files(
 
 
 def _explain(error: BaseException, repository: _Repository) -> tuple[type[AdapterSourceError], str]:
-    """Which of our errors it is, and what to say."""
+    """Return our error's class and the message for it."""
     from huggingface_hub import errors, get_token
 
     error = _told_by_the_hub(error)
@@ -557,7 +557,7 @@ def _explain(error: BaseException, repository: _Repository) -> tuple[type[Adapte
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether the cached copy may stand in: the Hub did not answer, or could not. A refusal is an answer."""
+    """Return whether the cached copy may stand in: the Hub did not answer, or could not. A refusal is an answer."""
     from huggingface_hub import errors
 
     if (status := _status(error)) is not None:
@@ -579,7 +579,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _told_by_the_hub(error: BaseException) -> BaseException:
-    """What happened, where huggingface_hub has put "and there is no cached copy" around it."""
+    """Return the cause of an error that huggingface_hub has wrapped in "and there is no cached copy"."""
     from huggingface_hub import errors
 
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -588,7 +588,10 @@ def _told_by_the_hub(error: BaseException) -> BaseException:
 
 
 def _without_secrets(error: BaseException, token: str | None) -> BaseException | None:
-    """The error as a cause, unless it or what led to it spells a token out (an HTTP library may show a header)."""
+    """Return the error as a cause, or ``None`` if it or an error that led to it contains a token.
+
+    An HTTP library may show a header.
+    """
     from huggingface_hub import get_token
 
     return without_secrets(error, [token or "", get_token() or ""])
@@ -604,7 +607,7 @@ def _endpoint() -> str | None:
 
 
 def _cache_dir() -> str | None:
-    """Where the environment says that the Hub's cache is; ``None`` leaves it to huggingface_hub."""
+    """Return the Hub's cache as the environment names it; ``None`` leaves the choice to huggingface_hub."""
     home = os.environ.get("HF_HOME")
     folders = (os.environ.get("HF_HUB_CACHE"), os.environ.get("HUGGINGFACE_HUB_CACHE"), home and f"{home}/hub")
     folder = next(filter(None, folders), None)

@@ -21,7 +21,7 @@ def redacted(text: str, secrets: Iterable[str | None] = ()) -> str:
 
 
 def without_secrets(error: BaseException, secrets: Iterable[str]) -> BaseException | None:
-    """The error, to be raised from, unless it or what led to it spells a secret out.
+    """Return the error to raise from, or ``None`` if it or an error that led to it contains a secret.
 
     A library may show a header, or the URL that it asked for, in its own way of quoting.
     """

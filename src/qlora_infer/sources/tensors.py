@@ -130,7 +130,7 @@ def _save(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What PEFT's configurations hold beside plain values: sets, and enumerations."""
+    """Convert the sets and enumerations in PEFT's configurations into plain values."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     if hasattr(value, "value"):

@@ -45,12 +45,12 @@ class URL:
 
     @property
     def is_http(self) -> bool:
-        """Whether it is fetched over HTTP, where queries and Authorization headers have a meaning."""
+        """True if it is fetched over HTTP, where queries and Authorization headers have a meaning."""
         return self.scheme in ("http", "https")
 
     @property
     def is_file(self) -> bool:
-        """Whether it names a local path."""
+        """True if it names a local path."""
         return self.scheme in ("file", "local")
 
     def check(self) -> None:
@@ -79,7 +79,7 @@ class URL:
         return f"{self.scheme}://{user}{self.place}{self.query}"
 
     def below(self, path: str) -> URL:
-        """The URL of a file or folder inside this one; its query stays at the end."""
+        """Return the URL of a file or folder inside this one; its query stays at the end."""
         return evolve(self, place=f"{self.place.rstrip('/')}/{quote(path) if self.is_http else path}")
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ def _check_token(source: URLSource, attribute: Any, token: Any) -> None:
 
 
 def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``dict``, in a form whose types type checkers understand."""
+    """Copy options with ``dict``, in a form whose types type checkers understand."""
     return dict(options)
 
 

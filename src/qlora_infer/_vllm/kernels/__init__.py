@@ -53,7 +53,7 @@ def install() -> None:
 
 
 def _vllms_are_wanted() -> bool:
-    """Whether the engine that is starting was told ``lora_kernels="vllm"``."""
+    """Return whether the engine that is starting has ``lora_kernels="vllm"``."""
     from vllm.config import get_current_vllm_config
 
     additional_config = get_current_vllm_config().additional_config
@@ -115,7 +115,7 @@ def watch(manager: Any) -> list[str]:
 
 
 def ours_can_replace(theirs: type[Any]) -> bool:
-    """Whether our kernels do what vLLM's class does; if not, whether that class is right is found out.
+    """Return whether our kernels do what vLLM's class does; if they do not, check that vLLM's class is right.
 
     Raises:
         RuntimeError: Neither.
@@ -134,7 +134,7 @@ def ours_can_replace(theirs: type[Any]) -> bool:
 
 
 def differences_between(theirs: type[Any], ours: type[Any]) -> list[str]:
-    """What vLLM's class has that ours was not written for: other parameters, other names."""
+    """List the parameters and names in which vLLM's class differs from the class that ours was written for."""
     differences = [f"new: {name}" for name in sorted(_public(theirs) - KNOWN_NAMES)]
     for name in sorted(_public(ours) - {"update_metadata", "use_logits_rows", "watch"}):  # the first takes all
         if not callable(getattr(ours, name)) or name not in vars(ours):
@@ -147,7 +147,7 @@ def differences_between(theirs: type[Any], ours: type[Any]) -> list[str]:
 
 
 def is_right(wrapper_class: type[Any]) -> bool:
-    """Whether a class of kernels gives an adapter's rows their adapter, and leaves base rows alone."""
+    """Return whether a class of kernels gives an adapter's rows their adapter, and leaves base rows alone."""
     import torch
     from vllm.lora.layers import LoRAMapping
 

@@ -51,7 +51,7 @@ def _pack_slices(weight: Any, pack: Any) -> int:
 
 
 def _can_be_packed(state: Any) -> bool:
-    """Whether a slice is 4-bit, of sizes that the kernel knows, and not packed yet."""
+    """Return whether a slice is 4-bit, of sizes that the kernel supports, and not packed yet."""
     if getattr(state, "quant_type", None) not in ("nf4", "fp4") or len(state.shape) != 2:
         return False
     rows, columns = state.shape

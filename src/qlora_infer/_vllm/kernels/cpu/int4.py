@@ -52,7 +52,7 @@ class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
                 setattr(layer, name, None)
 
     def _zeros(self, layer: torch.nn.Module) -> torch.Tensor | int:
-        """The step that stands for zero: one for all, or of each group and output."""
+        """Return the step that stands for zero: one for all, or one for each group and output."""
         if not self.config.zero_points:
             return int(self.config.weight_type.bias)
         packed = getattr(layer, self.w_zp_name)
@@ -61,7 +61,10 @@ class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
         return unpacked[:, None]
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The product, in float32; of a row the same bits, whatever rows are beside it."""
+        """Return the product, in float32.
+
+        A row gives the same bits whatever rows are beside it.
+        """
         weight = getattr(layer, self.w_q_name)
         y = product(x.reshape(-1, x.shape[-1]).float(), weight)
         if bias is not None:

@@ -67,12 +67,12 @@ class Batch:
 
     @cached_property
     def num_slots(self) -> int:
-        """How many slots are used."""
+        """The number of used slots."""
         return self.used.bit_count()
 
     @classmethod
     def of(cls, slots: torch.Tensor) -> Batch:
-        """The batch that vLLM describes with each row's slot; a copy, for vLLM uses the tensor again."""
+        """Create the batch from the slot of each row; it copies ``slots``, because vLLM uses the tensor again."""
         own = slots.numpy().copy()
         used = sum(1 << slot for slot in np.unique(own).tolist() if slot >= 0)
         return cls(own, int((own >= 0).sum()), used)
@@ -128,7 +128,7 @@ class StackedWeights:
         self.versions = [tensor._version for tensor in self._tensors]
 
     def is_current(self) -> bool:
-        """Whether the weights are still those that ``ranks`` was counted in."""
+        """Return whether the weights are still those that ``ranks`` was counted in."""
         return [tensor._version for tensor in self._tensors] == self.versions
 
     @cached_property

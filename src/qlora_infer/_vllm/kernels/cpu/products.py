@@ -23,7 +23,7 @@ OUTPUTS = 64
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product, ``[rows, outputs]``, on the threads that torch computes with.
+    """Compute the product, ``[rows, outputs]``, on the threads that torch computes with.
 
     Args:
         x: ``[rows, inputs]``, float32.
@@ -50,7 +50,7 @@ def _compiled() -> Any:
 
     @cfunc(types.void(types.int64), nopython=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def run(address: int) -> None:
-        """What each thread does."""
+        """Run one thread's share of the call."""
         call: npt.NDArray[np.int64] = int64s(address, CALL)
         num_blocks = (call[NUM_OUTPUTS] + OUTPUTS - 1) // OUTPUTS
         total = num_blocks * ((call[NUM_ROWS] + ROWS - 1) // ROWS)

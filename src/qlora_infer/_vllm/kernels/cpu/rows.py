@@ -113,7 +113,7 @@ class Rows:
         self._threads = openmp()
 
     def can_add(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Whether the code reads these."""
+        """Return whether the compiled code can read these tensors."""
         return y.dtype is x.dtype is self.dtype and y.stride(-1) == x.stride(-1) == 1
 
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: Layer, tiles: Tiles, scale: float, work: int) -> None:
@@ -176,7 +176,7 @@ def count_up(context: Any, address: Any, step: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _read(context: Any, address: Any) -> Any:
-    """What a counter is now."""
+    """Return the current value of a counter."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(builder.inttoptr(args[0], args[0].type.as_pointer()), "acquire", 8)
@@ -185,11 +185,11 @@ def _read(context: Any, address: Any) -> Any:
 
 
 def _view(numbers: Any) -> Any:
-    """A function for compiled code: an array of such numbers at an address."""
+    """Return a function for compiled code: an array of such numbers at an address."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def pointer(context: Any, address: Any) -> Any:
-        """What numba is told of it."""
+        """Give numba the type and the code of the pointer."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -208,7 +208,7 @@ _int32s, int64s, _float64s = _view(types.int32), _view(types.int64), _view(types
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _tile(call: npt.NDArray[np.int64], number: int, at: int, stride: int) -> Any:
-    """A tile's slot, the number of its rows, and where its four rows are in x or y."""
+    """Return a tile's slot, the number of its rows, and the addresses of its four rows in x or y."""
     tile = _int32s(call[TILES] + number * 4 * (TILE_HEAD + ROWS), TILE_HEAD + ROWS)
     rows = tile[TILE_HEAD:]
     return (
@@ -219,7 +219,7 @@ def _tile(call: npt.NDArray[np.int64], number: int, at: int, stride: int) -> Any
 
 @cache
 def _compiled(dtype: torch.dtype) -> Any:
-    """A function that takes the address of a call, compiled for a type of numbers."""
+    """Compile a function that takes the address of a call, for a type of numbers."""
     numbers = Numbers(str(dtype).removeprefix("torch."))
     size = numbers.size
     four_dots, one_dot = dots(numbers, 4), dots(numbers, 1)
@@ -227,7 +227,7 @@ def _compiled(dtype: torch.dtype) -> Any:
 
     @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def shrink(call: npt.NDArray[np.int64], scale: np.float32, number: int) -> None:
-        """The first product of a tile and a slice."""
+        """Compute the first product of a tile and a slice."""
         tile_number, piece = divmod(number, call[NUM_SLICES])
         slot, count, x0, x1, x2, x3 = _tile(call, tile_number, call[X], call[X_STRIDE])
         part = int64s(call[SLICES] + piece * 8 * SLICE, SLICE)
@@ -244,7 +244,7 @@ def _compiled(dtype: torch.dtype) -> Any:
 
     @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def expand(call: npt.NDArray[np.int64], number: int) -> None:
-        """The second product of a tile and a block of columns."""
+        """Compute the second product of a tile and a block of columns."""
         tile_number, block_number = divmod(number, call[NUM_BLOCKS])
         block = int64s(call[BLOCKS] + block_number * 24, 3)
         part = int64s(call[SLICES] + block[0] * 8 * SLICE, SLICE)
@@ -271,7 +271,7 @@ def _compiled(dtype: torch.dtype) -> Any:
 
     @cfunc(types.void(types.int64), nopython=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def run(address: int) -> None:
-        """What each thread does."""
+        """Run one thread's share of the call."""
         call = int64s(address, CALL)
         scale = np.float32(_float64s(address, CALL)[SCALE])
         total = call[NUM_TILES] * call[NUM_SLICES]

@@ -58,12 +58,12 @@ class Numbers:
 
     @property
     def has_dot(self) -> bool:
-        """Whether this CPU multiplies pairs of them and sums in float32 (``vdpbf16ps``)."""
+        """True if this CPU multiplies pairs of them and sums in float32 (``vdpbf16ps``)."""
         is_host = not (config.CPU_NAME or config.CPU_FEATURES)  # numba may be told to compile for another CPU
         return self.name == "bfloat16" and is_host and llvmlite.binding.get_host_cpu_features().get("avx512bf16", False)
 
     def memory(self, width: int) -> ir.VectorType:
-        """A vector of them in memory."""
+        """Return the type of a vector of them in memory."""
         element = {"bfloat16": ir.IntType(16), "float16": ir.HalfType(), "float32": _FLOAT}[self.name]
         return ir.VectorType(element, width)
 
@@ -110,7 +110,7 @@ class Numbers:
 
 
 def dots(numbers: Numbers, num_ranks: int) -> Any:
-    """A function for compiled code: the dot products of one row of x, or of four, with some rows of A.
+    """Return a function for compiled code that computes the dot products of one or four rows of x with some rows of A.
 
     It is called with ``count, a, a_stride, x0, x1, x2, x3, num_inputs, scale, sums, sums_stride``: the number of rows,
     the addresses of A's first row and of the rows of x (of which one is read where ``count`` is 1, else all), and that
@@ -148,14 +148,14 @@ def dots(numbers: Numbers, num_ranks: int) -> Any:
         context: Any, count: Any, a: Any, a_stride: Any, x0: Any, x1: Any, x2: Any, x3: Any, num_inputs: Any,
         scale: Any, sums: Any, sums_stride: Any,
     ) -> Any:  # fmt: skip
-        """What numba is told of it."""
+        """Give numba the type and the code of the function."""
         return types.void(*[types.int64] * 8, types.float32, *[types.int64] * 2), _for_one_or_four(for_rows)
 
     return dot_block
 
 
 def outers(numbers: Numbers, num_vectors: int, *, is_masked: bool = False) -> Any:
-    """A function for compiled code: add to some columns of one row of y, or of up to four, the sums times B.
+    """Return a function for compiled code that adds the sums times B to some columns of one to four rows of y.
 
     It is called with ``count, b, b_stride, y0, y1, y2, y3, rank, sums, sums_stride, columns``: the number of rows that
     are written, the addresses of the columns in B's first row and in the rows of y (all four of which may be read where
@@ -191,7 +191,7 @@ def outers(numbers: Numbers, num_vectors: int, *, is_masked: bool = False) -> An
         context: Any, count: Any, b: Any, b_stride: Any, y0: Any, y1: Any, y2: Any, y3: Any, rank: Any,
         sums: Any, sums_stride: Any, columns: Any,
     ) -> Any:  # fmt: skip
-        """What numba is told of it."""
+        """Give numba the type and the code of the function."""
         return types.void(*[types.int64] * 11), _for_one_or_four(for_rows, with_count=True)
 
     return outer_block
@@ -224,7 +224,7 @@ def _each(
 def _fold(
     builder: Any, count: Any, initial: Sequence[Any], body: Callable[[Any, Sequence[Any]], Sequence[Any]]
 ) -> list[Any]:
-    """A loop: ``for index in range(count): values = body(index, values)``."""
+    """Build a loop: ``for index in range(count): values = body(index, values)``."""
     before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
     builder.cbranch(builder.icmp_signed(">", count, _I64(0)), loop, after)
     builder.position_at_end(loop)
@@ -263,7 +263,7 @@ def _fma(builder: Any, left: Any, right: Any, total: Any) -> Any:
 
 
 def _sum(builder: Any, vector: Any) -> Any:
-    """The sum of a vector, in halves: always in the same order."""
+    """Sum a vector in halves, always in the same order."""
     width = vector.type.count
     while width > 1:
         width //= 2
@@ -274,13 +274,13 @@ def _sum(builder: Any, vector: Any) -> Any:
 
 
 def _first(builder: Any, count: Any, width: int) -> Any:
-    """A mask: true for the first so many."""
+    """Return a mask that is true for the first ``count`` numbers."""
     numbers = ir.Constant(ir.VectorType(_I64, width), list(range(width)))
     return builder.icmp_signed("<", numbers, _splat(builder, count, width))
 
 
 def _splat(builder: Any, value: Any, width: int = WIDTH) -> Any:
-    """A vector of one number."""
+    """Return a vector that repeats one number."""
     nothing = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
     one = builder.insert_element(nothing, value, _I32(0))
     return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_I32, width), None))

@@ -57,7 +57,7 @@ class Settings:
 
 
 def most_tiles(num_rows: int, block_m: int, num_slots: int) -> int:
-    """The most tiles that so many rows can make, however they are spread over the slots."""
+    """Return the most tiles that so many rows can make, however they are spread over the slots."""
     return min(num_rows, num_rows // block_m + num_slots)
 
 
@@ -138,7 +138,7 @@ class Module:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether rows of B, and slices of y, begin at multiples of 16 bytes."""
+        """True if rows of B, and slices of y, begin at multiples of 16 bytes."""
         return self.rank % 8 == 0 and all(size % 16 == 0 for size in self.sizes)
 
     def blocks(self, block_n: int) -> torch.Tensor:
@@ -154,7 +154,7 @@ class Module:
         return self._blocks[block_n]
 
     def plan(self, settings: Settings, num_sums: int, *, is_shrunk: bool) -> Plan:
-        """What is the same in all launches with these settings."""
+        """Return the plan that all launches with these settings share."""
         key = settings, num_sums, is_shrunk
         if key not in self._plans:
             self._plans[key] = Plan.of(self, settings, num_sums, is_shrunk=is_shrunk)
@@ -238,7 +238,7 @@ SETTINGS: dict[int, dict[int, Settings]] = {
 
 @functools.lru_cache(maxsize=1 << 16)
 def settings_for(num_rows: int, rank: int) -> Settings:
-    """How to cut up the work of a module, of so many rows and of adapters up to a rank."""
+    """Choose how to cut up the work of a module, for so many rows and adapters up to a rank."""
     by_rows = next(by_rows for highest, by_rows in SETTINGS.items() if rank <= highest)
     return next(settings for most_rows, settings in by_rows.items() if num_rows <= most_rows)
 

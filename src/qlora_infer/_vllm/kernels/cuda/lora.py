@@ -217,7 +217,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         return heads
 
     def _head_of(self, adapter: Any) -> tuple[int, int]:
-        """An adapter's rank, in the steps of 8 that 16 bytes make, and the bits of what it changes."""
+        """Return an adapter's rank, in the steps of 8 that 16 bytes make, and the bits of the modules it changes."""
         rank, bits = 0, 0
         for name, module in self._manager.modules.items():
             weights = self._manager._get_lora_layer_weights(adapter, name)
@@ -285,7 +285,7 @@ def _add_lora_embedding(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, add: 
 
 
 def _only_changes_y(*arguments: Any) -> None:
-    """What a compiler needs to know of both."""
+    """Stand in for both operators while torch compiles: they change ``y`` and return nothing."""
 
 
 for operator in (_add_lora_linear, _add_lora_embedding):

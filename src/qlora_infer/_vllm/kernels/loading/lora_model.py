@@ -36,7 +36,7 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
 
     @classmethod
     def moved_at_once(cls, kinds: frozenset[str]) -> type[PinnedLoRAModel]:
-        """The same for a model of which these are moved so."""
+        """Return this class for a model whose modules of these kinds are moved at once."""
         return type(cls.__name__, (cls,), {"moved": kinds})
 
     @classmethod
@@ -49,7 +49,10 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         moe_ep_spec: Any = None,
         **options: Any,
     ) -> Any:
-        """What vLLM calls for an adapter. That its modules are expected ones was checked when it was loaded."""
+        """Read an adapter for vLLM.
+
+        Its modules are known to be expected ones: ``load_adapter`` has checked them.
+        """
         options["weights_mapper"] = _mapper_for(lora_dir, options.get("weights_mapper"))
         if moe_ep_spec is not None:  # some of its experts belong to other workers: vLLM knows which
             return super().from_local_checkpoint(
@@ -120,12 +123,12 @@ def _replace_weights(adapter: Any, change: Callable[[Any], Any]) -> None:
 
 
 def _kinds(peft_helper: Any) -> set[str]:
-    """The last parts of the names of the modules that an adapter says it has, or a pattern, which is none of them."""
+    """Return the last parts of the names in ``target_modules``, or the pattern that it holds, which is none of them."""
     targets = peft_helper.target_modules
     return {targets} if isinstance(targets, str) else {target.rpartition(".")[2] for target in targets}
 
 
 def _scales_exactly(peft_helper: Any) -> bool:
-    """Whether what B is multiplied by is a power of two, which numbers of any dtype take without rounding."""
+    """Return whether the factor of B is a power of two, which numbers of any dtype take without rounding."""
     patterns = (getattr(peft_helper, name, None) for name in ("rank_pattern", "alpha_pattern"))  # vLLM 0.31 has none
     return not any(patterns) and math.frexp(peft_helper.vllm_lora_scaling_factor)[0] == 0.5

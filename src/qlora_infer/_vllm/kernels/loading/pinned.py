@@ -25,7 +25,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 def read_weights(
     path: Path, dtype: torch.dtype, *, pin: bool, kept: Collection[torch.dtype] = ()
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, neighbours in the file still neighbours in memory.
+    """Read the tensors of a safetensors file; neighbours in the file stay neighbours in memory.
 
     Args:
         path: The file; its tensors are floating-point numbers of at most 64 bits.
@@ -72,5 +72,5 @@ def _runs(entries: Sequence[tuple[str, TensorEntry]], most: int) -> Iterator[lis
 
 @lru_cache(maxsize=1024)
 def _of_shape(shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of a shape, which has no memory of its own: what ``unflatten_dense_tensors`` wants to be told."""
+    """Return a tensor of a shape without memory of its own; ``unflatten_dense_tensors`` needs one as an argument."""
     return torch.empty(()).expand(shape)

@@ -149,7 +149,7 @@ class Move:
 
 
 def _on_device(weights: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """A copy on the device, which casts faster; and one call casts only what is there already."""
+    """Copy the weights to the device, which casts faster; one call casts only data that is there already."""
     flat = torch.empty(sum(tensor.numel() for tensor in weights), dtype=weights[0].dtype, device=device)
     copies: list[torch.Tensor] = list(torch._C._nn.unflatten_dense_tensors(flat, weights))
     torch._foreach_copy_(copies, weights, non_blocking=True)
