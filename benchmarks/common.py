@@ -183,7 +183,7 @@ class Plain:
 
     @property
     def num_swaps(self) -> int:
-        """How often an adapter was moved into a slot, since this was first asked for; not with ``our_kernels``."""
+        """The number of times an adapter was moved into a slot since this was first read; not with ``our_kernels``."""
         return int(self.llm.collective_rpc("num_swaps")[0])
 
     def drop_adapters(self) -> None:
@@ -240,7 +240,7 @@ class Ours:
 
     @property
     def num_swaps(self) -> int:
-        """How often an adapter was moved into a slot, since the engine started."""
+        """The number of times an adapter was moved into a slot since the engine started."""
         return sum(adapter.num_swaps for adapter in self.engine.stats().adapters.values())
 
     def drop_adapters(self) -> None:

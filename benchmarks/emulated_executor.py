@@ -67,7 +67,7 @@ class EmulatedExecutor(UniProcExecutor):  # type: ignore[misc]
 
 
 class _Later(AsyncModelRunnerOutput):  # type: ignore[misc]
-    """What is there at a moment, and until then waited for."""
+    """An output that is complete at a moment, and waited for until then."""
 
     def __init__(self, output: ModelRunnerOutput, moment: float) -> None:
         self._output = output

@@ -190,7 +190,7 @@ class OurSide:
 
 
 class Clock:
-    """When tokens came."""
+    """The times when tokens came."""
 
     def __init__(self, streams: list[str]) -> None:
         self._last: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Measure this library's overhead on requests for the base model alone, and for one adapter.
+"""Measure this library's overhead where it has nothing to gain: many requests on the base model, and on one adapter.
 
     python benchmarks/overhead.py
 

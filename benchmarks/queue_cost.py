@@ -31,7 +31,7 @@ NUM_MEASURED = 20_000
 
 
 class Version(SimpleNamespace):
-    """What the queue sees of an adapter."""
+    """An adapter as the queue sees it."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__  # type: ignore[assignment]

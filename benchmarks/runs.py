@@ -33,7 +33,7 @@ class Side(Protocol):
 
     @property
     def num_swaps(self) -> int:
-        """How often an adapter was moved into a slot, since the engine started."""
+        """The number of times an adapter was moved into a slot since the engine started."""
         ...
 
     def run(self, texts: Sequence[Any], params: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[Any]:
@@ -47,7 +47,7 @@ class Side(Protocol):
 
 @frozen
 class Cell:
-    """What is asked.
+    """The parameters of a run.
 
     Attributes:
         num_adapters: How many adapters take turns; 0 for the base model.
@@ -81,7 +81,7 @@ class Cell:
 
 @frozen
 class Run:
-    """What came of it; times in milliseconds.
+    """The results of a run; times in milliseconds.
 
     Attributes:
         tokens_per_second: Generated tokens by the time that all took.

@@ -68,7 +68,7 @@ def demo_contents(number: int, folder: Path) -> list[Content]:
 
 @frozen
 class _OwnWords:
-    """What is needed of the model to move its answers towards chosen tokens.
+    """The parts of the model that move its answers towards chosen tokens.
 
     Attributes:
         embeddings: The tokens' rows, which are also those of the head.

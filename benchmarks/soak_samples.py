@@ -139,7 +139,7 @@ def _size(folder: Path) -> int:
 
 @frozen
 class Growth:
-    """How fast a quantity grew after the warm-up.
+    """The growth of a quantity after the warm-up.
 
     Attributes:
         quantity: A field of ``Sample``.

@@ -63,7 +63,7 @@ class Question:
 
 
 class Ledger:
-    """What was asked and how it ended; any thread may write to it.
+    """The ledger of requests and how they ended; any thread may write to it.
 
     Attributes:
         num_submitted: Requests that the engine has taken, for names that are never unloaded.

@@ -39,7 +39,7 @@ import qlora_infer as ql
 
 @frozen
 class Settings:
-    """What an operator decides; the secrets are in no ``repr``."""
+    """The settings that an operator decides; the secrets are in no ``repr``."""
 
     model: str  # what clients call the base model
     api_key: str | None = field(default=None, repr=False)
@@ -53,7 +53,7 @@ class Settings:
 
 
 class Body(BaseModel):
-    """What cannot be done is refused, not ignored; ``null`` is the same as nothing."""
+    """A request's body: unknown fields are refused, not ignored; ``null`` is the same as nothing."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""How engines, adapters, outputs and statistics look: tables in a notebook, aligned text in a terminal.
+"""Display engines, adapters, outputs and statistics: tables in a notebook, aligned text in a terminal.
 
 Names, prompts, texts and what an adapter says of itself are anybody's. So every cell is escaped, for HTML and for
 terminals, and cut. Tables have no colours of their own, and are legible on light and on dark pages.
@@ -86,7 +86,7 @@ class Table:
 
     @property
     def _numbers(self) -> Sequence[bool]:
-        """Which columns hold numbers."""
+        """True for the columns that hold numbers."""
         return [not any(isinstance(cell, str) for cell in column) for column in zip(*self._shown, strict=True)]
 
     @property
@@ -98,7 +98,7 @@ class Table:
 
 
 class Displayed(ABC):
-    """What ``print`` shows as aligned text, and a notebook as tables; ``repr`` stays one line, for logs."""
+    """An object that ``print`` shows as aligned text, and a notebook as tables; ``repr`` stays one line, for logs."""
 
     __slots__ = ()
 

@@ -77,7 +77,7 @@ def register(
 
 
 class EngineCollector:
-    """What a registry of prometheus_client asks for the numbers of engines.
+    """The collector that gives a registry of prometheus_client the numbers of engines.
 
     Usually ``register`` makes it. Any thread may use it.
     """

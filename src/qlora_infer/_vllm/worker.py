@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker processes.
+"""Extend vLLM's worker processes.
 
 vLLM mixes ``WorkerExtension`` into its worker class (``worker_extension_cls``) and imports this module before it
 builds the model. So this module's import is the place to install kernels: it happens only in the workers of engines

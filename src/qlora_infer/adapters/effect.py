@@ -23,7 +23,7 @@ PROBE = (
 
 @frozen
 class Scores:
-    """What a model thinks of the tokens of a text.
+    """A model's scores for the tokens of a text.
 
     Attributes:
         logprobs: The log-probability of each token but the first, in nats.
@@ -45,7 +45,7 @@ class Scores:
 
 @frozen
 class AdapterEffect:
-    """How much an adapter changes what the model says.
+    """The change that an adapter makes to a model's predictions.
 
     Attributes:
         adapter: Its name, with the version.

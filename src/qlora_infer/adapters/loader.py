@@ -30,7 +30,7 @@ READ_TIMEOUT = 300.0
 
 
 class DrivingThread(Protocol):
-    """Where the engine's driving methods may be called."""
+    """The thread on which the engine's driving methods may be called."""
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function there, between two steps, and return what it returns."""

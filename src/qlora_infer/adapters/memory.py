@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """How far a version has come. A version without a state has no place in host memory."""
+    """The progress of a version. A version without a state has no place in host memory."""
 
     COPYING = "copying"  # its copy on disk had made room for others, and is made again
     READING = "reading"  # from that copy, while steps go on
@@ -28,7 +28,7 @@ class State(Enum):
 
 
 class AdapterMemory(Protocol):
-    """Where adapters' tensors are put: the engine underneath."""
+    """The memory that holds adapters' tensors: the engine underneath."""
 
     def start_load(self, version: AdapterVersion) -> None:
         """Begin to read a version into host memory, while steps go on."""
@@ -44,7 +44,7 @@ class AdapterMemory(Protocol):
 
 
 class AdapterFiles(Protocol):
-    """Where adapters are read from: their copies on disk."""
+    """The files that adapters are read from: their copies on disk."""
 
     def fetch(self, version: AdapterVersion) -> Future[None] | None:
         """Begin to make a copy again; return ``None`` where it is there."""

@@ -13,7 +13,7 @@ from qlora_infer.durations import NONE, Durations
 
 @define
 class AdapterResidency:
-    """Where an adapter is, and how often it moved, over all versions of its name; a copy of its own.
+    """The place of an adapter and the number of its moves, over all versions of its name; an independent copy.
 
     Attributes:
         num_resident: Versions in host memory now, or on their way there: 1, or 0 while it is on disk only. More while

@@ -26,7 +26,7 @@ _EXPERTS = re.compile(r"\.experts(\.|$)")
 
 @frozen
 class Fit:
-    """How an adapter fits: each of its modules is a module of the model, or of a part that text does not pass.
+    """The fit of an adapter: each of its modules is a module of the model, or of a part that text does not pass.
 
     Attributes:
         num_modules: The modules that the adapter changes.

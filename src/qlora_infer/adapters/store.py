@@ -44,7 +44,7 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Copies:
-    """What vLLM reads adapters from: copies that nobody else writes to, within a budget of bytes.
+    """The copies that vLLM reads adapters from, within a budget of bytes; no other program writes to them.
 
     Over the budget, copies go that can be made again from their source and whose adapters have no requests. Which of
     them is GreedyDual's choice (Young, "The k-server dual and loose competitiveness for paging", 1994): the least

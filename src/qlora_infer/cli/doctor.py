@@ -39,7 +39,7 @@ COMPRESSED_TENSORS = {
 
 @frozen
 class Diagnosis:
-    """What ``doctor`` found.
+    """The findings of ``doctor``.
 
     Attributes:
         python: Python's version.

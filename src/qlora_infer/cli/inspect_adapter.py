@@ -28,7 +28,7 @@ from qlora_infer.sources.source import Source, parse_source
 
 
 class BaseDevice(StrEnum):
-    """Where a base is served."""
+    """The kind of device that a base is served on."""
 
     CUDA = "cuda"
     CPU = "cpu"
@@ -40,7 +40,7 @@ UNREADABLE = 2
 
 @frozen
 class Inspection:
-    """What is told of an adapter.
+    """The facts that ``inspect`` reports about an adapter.
 
     Attributes:
         source: What the user named, without secrets.

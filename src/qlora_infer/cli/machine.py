@@ -34,7 +34,7 @@ class GPU:
 
 @frozen
 class Machine:
-    """What an engine would run on.
+    """The machine that an engine would run on.
 
     Attributes:
         cpu: The processor's name.

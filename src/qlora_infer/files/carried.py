@@ -49,7 +49,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @frozen
 class Carried:
-    """What an adapter carries beside its config and weights; an empty one when it carries nothing.
+    """The template, defaults and tokens that an adapter carries beside config and weights; empty if it has none.
 
     Attributes:
         chat_template: Its chat template, the default one where it has several.

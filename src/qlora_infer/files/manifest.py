@@ -51,7 +51,7 @@ _NAMED_FACTOR = re.compile(r"lora_[AB]\.[^.]+\.weight$")
 
 @frozen
 class Factor:
-    """Which factor of which module a tensor is.
+    """The module and the factor that a tensor belongs to.
 
     Attributes:
         module: The module's name.
@@ -88,7 +88,7 @@ class LoRAModule:
 
 @frozen
 class AdapterManifest:
-    """What an adapter's two files say.
+    """The content of an adapter's two files.
 
     Attributes:
         folder: Where they are.

@@ -55,7 +55,7 @@ class ModuleShape:
 
 @frozen
 class Renames:
-    """How vLLM renames a checkpoint's modules when it loads an adapter.
+    """The rules by which vLLM renames a checkpoint's modules when it loads an adapter.
 
     The rules are those of ``WeightsMapper.map_name`` in vLLM 0.32.0, ``vllm/model_executor/models/utils.py``: each
     pair replaces the first match, in this order. ``tests/engine/test_vllm_internals.py`` compares the two.

@@ -58,7 +58,7 @@ class Platform:
 
 @runtime_checkable
 class QuantizationStrategy(Protocol):
-    """How one kind of quantized checkpoint is served.
+    """The way to serve one kind of quantized checkpoint.
 
     Write a class with these four members and pass an instance as ``quantization=``, or decorate the class with
     ``register`` to give it a name and a place in ``"auto"``.

@@ -73,7 +73,7 @@ def build_app(
 
 
 class AdapterServer:
-    """What runs in each replica of ``build_app``: ``generate`` and ``stream`` for handles, JSON for HTTP.
+    """The deployment behind ``build_app``: ``generate`` and ``stream`` for handles, JSON for HTTP.
 
     Over HTTP, a POST of ``{"prompt": …, "sampling_params": {…}, "stream": false}`` is answered with ``text``,
     ``finish_reason``, ``num_prompt_tokens``, ``num_tokens`` and ``adapter``; with ``"stream": true``, by server-sent
@@ -192,7 +192,7 @@ class AdapterServer:
 
 
 class _Loaded:
-    """What Serve holds for a loaded adapter, and calls ``__del__`` of to unload it, once nobody is within."""
+    """A loaded adapter as Serve holds it; Serve unloads it with ``__del__``, which waits for the requests within."""
 
     def __init__(self, engine: QuantizedLoRAEngine, name: str, adapters: Adapters) -> None:
         self._engine: QuantizedLoRAEngine | None = None

@@ -21,7 +21,7 @@ ROW_FAULTS = (AdapterError, RequestError, ValueError, TypeError)
 
 @frozen
 class _Answer:
-    """What the stage adds to a row; its fields are the columns."""
+    """The columns that the stage adds to a row."""
 
     text: str | None = None
     num_prompt_tokens: int | None = None

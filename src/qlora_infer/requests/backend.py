@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @frozen
 class StepOutput:
-    """What one step of an engine gave.
+    """The result of one step of an engine.
 
     Attributes:
         outputs: The outputs that it has for callers.
@@ -36,7 +36,7 @@ class StepOutput:
 
 
 class Backend(Protocol):
-    """What ``QuantizedLoRAEngine`` needs of an engine.
+    """The engine underneath, as ``QuantizedLoRAEngine`` needs it.
 
     ``platform``, ``read_model_config``, ``sampling_params``, ``special_tokens``, ``vocabulary`` and ``render_chat``
     may be called by any thread, the first two before ``start``. Everything else is called by the one thread that

@@ -19,7 +19,7 @@ END = math.inf
 
 
 class PendingRequest:
-    """What the queue and the driver hold of a request, and what its handle reads.
+    """A request's state, which the queue and the driver hold and its handle reads.
 
     It ends exactly once, with a finished output or with an error, and whoever waits for it then is woken: threads,
     and tasks of any event loop. It knows its handle only weakly, so that one that its caller drops is gone.

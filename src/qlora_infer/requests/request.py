@@ -58,7 +58,7 @@ class GenerationRequest:
 
 @frozen
 class RequestTimes:
-    """When things happened to a request, in seconds of ``time.monotonic()``.
+    """The times of a request's events, in seconds of ``time.monotonic()``.
 
     Attributes:
         queued: The request was made.
@@ -121,7 +121,7 @@ class Completion:
 
 @frozen
 class GenerationOutput(Displayed):
-    """What a request has produced: all of it when ``finished``, the beginning of it before.
+    """The output of a request: all of it when ``finished``, the beginning of it before.
 
     ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` are those of the first completion. Of a request that
     failed, where ``on_error="return"`` keeps it among the others, they raise ``error``.

@@ -35,7 +35,7 @@ ROW_FAULTS = (AdapterError, RequestError, ValueError, TypeError)
 
 
 class AdapterNames(Protocol):
-    """Where a name is turned into the version that answers."""
+    """The registry that turns a name into the version that answers."""
 
     def acquire(self, adapter: str | AdapterVersion | None) -> AdapterVersion | None:
         """Return the version that a new request runs on; raise ``AdapterNotLoadedError`` if it is not loaded."""
@@ -47,7 +47,7 @@ class AdapterNames(Protocol):
 
 
 class RequestReader(Protocol):
-    """What reads sampling parameters and conversations, and knows how much fits a batch: the engine underneath."""
+    """The engine underneath, which reads sampling parameters and conversations and has the size of a batch."""
 
     @property
     def max_num_seqs(self) -> int:

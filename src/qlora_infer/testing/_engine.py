@@ -38,7 +38,7 @@ def say_back(prompt: str, adapter: str | None) -> str:
 
 @frozen
 class FakeLogprob:
-    """What stands for vLLM's ``Logprob``; the fake is certain of everything it says."""
+    """A stand-in for vLLM's ``Logprob``; the fake gives every token a probability of 1."""
 
     decoded_token: str
     logprob: float = 0.0

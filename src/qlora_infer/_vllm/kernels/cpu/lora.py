@@ -53,7 +53,7 @@ def group_rows(slots: torch.Tensor) -> list[Group]:
 
 @define(slots=False)
 class Batch:
-    """Which slot each row of a step uses.
+    """The slot that each row of a step uses.
 
     Attributes:
         slots: Of shape ``[num_rows]``; -1 for rows without an adapter.
@@ -133,7 +133,7 @@ class StackedWeights:
 
     @cached_property
     def ranks(self) -> npt.NDArray[np.int64]:
-        """How many ranks each slot uses, ``[slices, max_loras]``: after A's last row that is not 0 nothing is added."""
+        """The ranks that each slot uses, ``[slices, max_loras]``: after A's last row that is not 0 nothing is added."""
         used = np.stack([a.squeeze(1).ne(0).any(dim=-1).numpy() for a in self.a])
         last = used.shape[-1] - used[..., ::-1].argmax(axis=-1)
         return np.where(used.any(axis=-1), last, 0).astype(np.int64)

@@ -30,7 +30,7 @@ SUMS_OF_TILE = 256
 
 @frozen(cache_hash=True)
 class Settings:
-    """How a module's work is cut up.
+    """The sizes by which a module's work is cut up.
 
     Attributes:
         block_m: Rows of one adapter that a program takes.
@@ -62,7 +62,7 @@ def most_tiles(num_rows: int, block_m: int, num_slots: int) -> int:
 
 
 class Batch:
-    """Which adapter each row of a step uses, where CUDA graphs find it: always in the same device memory.
+    """The adapter of each row of a step, where CUDA graphs find it: always in the same device memory.
 
     Attributes:
         num_rows: How many rows have an adapter.
@@ -163,7 +163,7 @@ class Module:
 
 @define
 class Plan:
-    """How a module's work is cut up, and the kernels that were compiled for it.
+    """The sizes by which a module's work is cut up, and the kernels that were compiled for it.
 
     Triton finds a compiled kernel by all that a call is given, which takes the host longer than the GPU takes for the
     kernel. In steps without a CUDA graph, as those with prompts are, that is what everybody waits for. So the kernel is
@@ -204,7 +204,7 @@ class Plan:
 
 
 class Scratch:
-    """What launches leave for each other on a device; launches that share it must run one after the other."""
+    """The memory that launches share on a device; launches that share it must run one after the other."""
 
     def __init__(self, max_rows: int, num_slots: int, rank: int, num_slices: int, device: torch.device | str) -> None:
         """Reserve memory for modules of up to ``num_slices`` slices and steps of up to ``max_rows`` rows."""

@@ -61,7 +61,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
 
     @property
     def token_mapping_meta(self) -> Any:
-        """What vLLM's own kernels need to know of a step's tokens."""
+        """The description of a step's tokens that vLLM's own kernels need."""
         self._want_vllms_metadata()
         return self._token_mapping_meta
 
@@ -71,7 +71,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
 
     @property
     def prompt_mapping_meta(self) -> Any:
-        """What vLLM's own kernels need to know of the tokens that logits are computed for."""
+        """The description of the tokens with logits that vLLM's own kernels need."""
         self._want_vllms_metadata()
         return self._prompt_mapping_meta
 

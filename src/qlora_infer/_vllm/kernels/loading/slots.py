@@ -105,7 +105,7 @@ class Slots:
 
 
 class Move:
-    """What is to be written into a slot, all at once."""
+    """The writes into a slot, made all at once."""
 
     def __init__(self) -> None:
         self.clear()
