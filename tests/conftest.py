@@ -27,6 +27,7 @@ WARNINGS = (
     "error",
     "ignore:The following alpha_pattern keys:RuntimeWarning",  # of experts, whose patterns PEFT does not match itself
     "ignore:Detected pickle protocol:UserWarning",
+    "ignore::ResourceWarning",  # it comes when the garbage collector finds something, in whichever test that is
     r"ignore::DeprecationWarning:ray\..*",
 )
 

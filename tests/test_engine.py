@@ -494,11 +494,18 @@ def test_a_step_that_hangs_does_not_hang_close(monkeypatch):
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    """import qlora_infer loads neither torch, vllm, transformers, numpy, huggingface_hub nor an optional package."""
+    """import qlora_infer loads neither torch, vllm, transformers, numpy, huggingface_hub nor an optional package.
+
+    Nor the engine, which is imported when it is named; then, too, nothing of these is loaded.
+    """
     heavy = ("torch", "vllm", "transformers", "numpy", "huggingface_hub", "fsspec", "aiohttp")
     heavy += ("prometheus_client", "opentelemetry", "ray")
-    code = f"import sys, qlora_infer; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    count = "sum(name.startswith('qlora_infer.') for name in sys.modules)"
+    code = f"import sys, qlora_infer; print({count}); qlora_infer.QuantizedLoRAEngine; "
+    code += f"print([name for name in {heavy} if name in sys.modules])"
+    num_modules, found = subprocess.check_output([sys.executable, "-c", code], text=True).split("\n", 1)
+    assert int(num_modules) <= 30
+    assert found.strip() == "[]"
 
 
 def test_without_vllm_the_engine_says_which_extra_to_install():

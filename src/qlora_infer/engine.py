@@ -146,9 +146,6 @@ class QuantizedLoRAEngine(Displayed):
             from qlora_infer._vllm.arguments import format_unknown
 
             raise TypeError(format_unknown(unknown))
-        if adapters is not None and not isinstance(adapters, Mapping):
-            given = type(adapters).__name__  # what is in it may hold a secret
-            raise TypeError(f"adapters must map names to sources, as in {{'pirate': 'me/pirate-lora'}}, got a {given}")
         config = EngineConfig(
             model=os.fspath(model),
             quantization=quantization,

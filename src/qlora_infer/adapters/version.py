@@ -70,7 +70,7 @@ class LoadedAdapter(Displayed):
 class LoadedAdapters(DisplayedCollection, Mapping[str, LoadedAdapter]):
     """Adapters by name, as they were at one moment: reading it changes nothing, and nobody can change it."""
 
-    def __init__(self, loaded: Mapping[str, LoadedAdapter]) -> None:
+    def __init__(self, loaded: Mapping[str, LoadedAdapter] = {}) -> None:  # it is copied
         self._loaded = dict(loaded)
 
     def __getitem__(self, name: str) -> LoadedAdapter:
@@ -83,7 +83,7 @@ class LoadedAdapters(DisplayedCollection, Mapping[str, LoadedAdapter]):
         return len(self._loaded)
 
     def __repr__(self) -> str:
-        return f"LoadedAdapters({self._loaded!r})"
+        return repr(self._loaded)
 
     def _tables(self) -> Sequence[Table]:
         header = ("adapter", "version", "rank", "modules", "MiB", "share", "lineage", "source")
