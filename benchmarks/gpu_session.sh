@@ -145,7 +145,7 @@ for name in ${@:-tests 8b}; do
         --ours-env VLLM_USE_BREAKABLE_CUDAGRAPH=0
       ;;
     sizes)
-      small=$(python3 -c 'from qlora_infer.plan.startup import GRAPH_SIZES; print([size for size in GRAPH_SIZES if size <= 512])')
+      small=$(python3 -c 'from qlora_infer.plan.graphs import GRAPH_SIZES; print([size for size in GRAPH_SIZES if size <= 512])')
       sizes() { # NAME SECONDS ARGUMENTS...
         bench "$@" --requests 512 --against ours --ours-args "{\"cudagraph_capture_sizes\": $small}"
       }

@@ -410,7 +410,7 @@ def test_loading_into_a_closed_engine_is_an_error(tmp_path):
     engine.close()
     with pytest.raises(EngineClosedError):
         engine.load_adapter("a", write_adapter(tmp_path / "a"))
-    assert not engine._cache._copies._store.exists()
+    assert not engine._registry._store._folder.exists()
 
 
 def test_an_engine_that_nobody_holds_is_closed(tmp_path):
@@ -418,7 +418,7 @@ def test_an_engine_that_nobody_holds_is_closed(tmp_path):
     backend = FakeEngine()
     engine = fake_engine(backend=backend, adapters={"a": write_adapter(tmp_path / "a")})
     assert engine.generate("x", adapter="a")[0].text == "a says: x"
-    store = engine._cache._copies._store
+    store = engine._registry._store._folder
     assert store.exists()
     del engine
     gc.collect()

@@ -22,8 +22,8 @@ from qlora_infer._forked import LivingEngines
 from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
 from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.memory import HostMemory
-from qlora_infer.adapters.registry import AdapterCache
-from qlora_infer.adapters.store import Copies
+from qlora_infer.adapters.registry import AdapterRegistry
+from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.config import EngineConfig, LoraKernels, Startup
 from qlora_infer.display import Displayed, Table
@@ -173,11 +173,11 @@ class QuantizedLoRAEngine(Displayed):
         self._plan = plan = EnginePlan.of(config, self._backend.read_model_config(config), self._backend.platform())
 
         # None of these may hold on to this object: when its last reference goes, it is closed.
-        store = new_folder("store-")
-        copies = Copies(store, max_bytes=config.max_disk_bytes, token=config.token)
-        memory = HostMemory(self._backend, copies, plan.max_cpu_loras, plan.max_loras, config.max_cpu_bytes)
-        cache = AdapterCache(
-            copies,
+        folder = new_folder("store-")
+        store = AdapterStore(folder, max_bytes=config.max_disk_bytes, token=config.token)
+        memory = HostMemory(self._backend, store, plan.max_cpu_loras, plan.max_loras, config.max_cpu_bytes)
+        registry = AdapterRegistry(
+            store,
             on_idle=lambda version: _unless_ended(driver.post, memory.evict, version),
             on_gone=lambda name: _unless_ended(driver.forget, name),
         )
@@ -186,14 +186,14 @@ class QuantizedLoRAEngine(Displayed):
             self._backend,
             queue,
             memory,
-            release=cache.release,
+            release=registry.release,
             max_waiting=config.max_waiting,
             restarts=config.restart == "on-failure",
         )
-        self._memory, self._cache, self._driver = memory, cache, driver
-        self._loader = AdapterLoader(cache, memory, driver, model=config.model, vocabulary=self._backend.vocabulary)
-        self._intake = Intake(self._backend, cache, driver, model=config.model)
-        self._close = weakref.finalize(self, _close, driver, copies, store)
+        self._memory, self._registry, self._driver = memory, registry, driver
+        self._loader = AdapterLoader(registry, memory, driver, model=config.model, vocabulary=self._backend.vocabulary)
+        self._intake = Intake(self._backend, registry, driver, model=config.model)
+        self._close = weakref.finalize(self, _close, driver, store, folder)
         _living.add(self)
         try:
             self._start(sources)
@@ -222,7 +222,7 @@ class QuantizedLoRAEngine(Displayed):
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
         """The adapters that requests may name now, by name; a copy that does not change."""
-        return self._cache.loaded()
+        return self._registry.loaded()
 
     def load_adapter(
         self,
@@ -302,7 +302,7 @@ class QuantizedLoRAEngine(Displayed):
         Raises:
             AdapterNotLoadedError: No adapter has that name.
         """
-        return self._cache.held(name)
+        return self._registry.held(name)
 
     def pin_adapter(self, name: str) -> None:
         """Keep an adapter, and each later version of it, in host memory until it is unpinned or unloaded.
@@ -372,7 +372,7 @@ class QuantizedLoRAEngine(Displayed):
         texts = prompt_list(PROBE if prompts is None else prompts)
         if not texts:
             raise ValueError("prompts must hold at least one text")
-        with self._cache.in_use(name) as version:
+        with self._registry.in_use(name) as version:
             exact = f"{version.name}@{version.number}"
             outputs = self._intake.answer_all(
                 [*texts, *texts],
@@ -389,7 +389,7 @@ class QuantizedLoRAEngine(Displayed):
             other = None
             if reference is not None:
                 token_ids = [output.prompt_token_ids for output in outputs[: len(texts)]]
-                self._cache.fetch(version)
+                self._registry.fetch(version)
                 other = reference_scores(
                     os.fspath(reference), version.snapshot.folder, token_ids, token=self._config.token
                 )
@@ -649,7 +649,7 @@ class QuantizedLoRAEngine(Displayed):
         return "running" if self.is_running else "dead" if self._close.alive else "closed"
 
     def _tables(self) -> Sequence[Table]:
-        stats, adapters = self.stats(), self._cache.loaded()
+        stats, adapters = self.stats(), self._registry.loaded()
         rows = [
             ("model", self._config.model),
             ("quantization", self._plan.quantization),
@@ -660,13 +660,13 @@ class QuantizedLoRAEngine(Displayed):
         return [Table(rows), *(adapters._tables() if adapters else ())]
 
 
-_living = LivingEngines(parts=("_backend", "_memory", "_cache", "_driver", "_loader", "_intake"))
+_living = LivingEngines(parts=("_backend", "_memory", "_registry", "_driver", "_loader", "_intake"))
 
 
-def _close(driver: Driver, copies: Copies, store: Path) -> None:
+def _close(driver: Driver, store: AdapterStore, folder: Path) -> None:
     driver.close()
-    copies.close()
-    shutil.rmtree(store, ignore_errors=True)
+    store.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unless_ended(function: Callable[..., Any], *args: Any) -> None:

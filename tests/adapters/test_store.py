@@ -55,7 +55,7 @@ def engine_for(max_disk_bytes, **arguments):
 
 
 def copies(engine):
-    return sum(path.is_dir() for path in engine._cache._copies._store.iterdir())
+    return sum(path.is_dir() for path in engine._registry._store._folder.iterdir())
 
 
 def test_copies_stay_within_their_budget_and_come_back(folders, size):
@@ -69,7 +69,7 @@ def test_copies_stay_within_their_budget_and_come_back(folders, size):
             assert [output.text for output in outputs] == [f"{name} says: x" for name in names]
         engine.generate("x", adapter="a1")
         assert copies(engine) <= 3
-        assert engine._cache._copies.num_bytes <= 3 * size + size // 2
+        assert engine._registry._store.num_bytes <= 3 * size + size // 2
 
 
 def test_a_source_that_has_changed_is_told(folders, size):
@@ -110,7 +110,7 @@ def test_what_has_requests_is_not_let_go(folders, size):
         running = engine.add_request("word " * 20_000, {"max_tokens": 20_000}, adapter="busy")
         for number in range(1, 6):
             engine.load_adapter(f"a{number}", folders[number])
-        version = engine._cache.current("busy")
+        version = engine._registry.current("busy")
         assert version.path.is_dir()
         running.cancel()
 
@@ -125,7 +125,7 @@ def test_a_download_is_kept_longer_than_a_folder(folders, size):
         engine.load_adapter("remote", "memory://remote")
         for number in range(1, 4):
             engine.load_adapter(f"a{number}", folders[number])
-        remote = engine._cache.current("remote")
+        remote = engine._registry.current("remote")
         assert remote.path.is_dir()
         for turn in range(20):
             engine.generate("x", adapter=f"a{turn % 3 + 1}")
@@ -138,7 +138,7 @@ def test_a_copy_that_comes_back_is_made_once(folders, size):
     with engine_for(size + size // 2) as engine:
         for number in range(2):
             engine.load_adapter(f"a{number}", folders[number])
-        held, version = engine._cache._copies, engine._cache.current("a0")
+        held, version = engine._registry._store, engine._registry.current("a0")
         lock, seen = held._lock, []
 
         class Watched:
@@ -189,14 +189,14 @@ def test_work_that_outlives_the_engine_leaves_nothing(folders, size, work, slow_
             ended.append(type(error))
 
     thread = threading.Thread(target=load)
-    held = engine._cache._copies
+    held = engine._registry._store
     if work == "load":
         thread.start()
     else:
-        fetch = held.fetch(engine._cache.current("a0"))
+        fetch = held.fetch(engine._registry.current("a0"))
     assert begun.acquire(timeout=10)
     engine.close()
-    assert not held._store.exists()
+    assert not held._folder.exists()
     go_on.set()
     if work == "load":
         thread.join(10)
@@ -204,7 +204,7 @@ def test_work_that_outlives_the_engine_leaves_nothing(folders, size, work, slow_
     else:
         with suppress(EngineClosedError):
             fetch.result(10)
-    assert not held._store.exists()
+    assert not held._folder.exists()
 
 
 def test_who_waits_for_a_copy_hears_that_the_engine_was_closed(folders, size, slow_copies):
@@ -212,8 +212,8 @@ def test_who_waits_for_a_copy_hears_that_the_engine_was_closed(folders, size, sl
     engine = engine_for(size + size // 2)
     for number in range(7):
         engine.load_adapter(f"a{number}", folders[number])
-    held = engine._cache._copies
-    versions = [engine._cache.current(f"a{number}") for number in range(6)]
+    held = engine._registry._store
+    versions = [engine._registry.current(f"a{number}") for number in range(6)]
     begun, go_on = slow_copies()
     ended = []
 
@@ -272,7 +272,7 @@ def test_files_are_checked_once_and_on_the_copy(folders, monkeypatch):
         recording(name)
     with engine_for(None) as engine:
         loaded = engine.load_adapter("a", folders[0])
-        copy = engine._cache._copies._store / str(loaded.int_id)
+        copy = engine._registry._store._folder / str(loaded.int_id)
         weights = copy / "adapter_model.safetensors"
         assert read == [("read_manifest", copy), ("read_carried", copy), ("check_finite", weights)]
 
@@ -292,7 +292,7 @@ def test_an_error_names_the_source_and_not_the_copy(folders, damage, words):
         with pytest.raises(CorruptAdapterError) as caught:
             engine.load_adapter("a", folders[0])
         assert str(caught.value).startswith(f"{folders[0]}/{words}")
-        assert str(engine._cache._copies._store) not in str(caught.value)
+        assert str(engine._registry._store._folder) not in str(caught.value)
         assert copies(engine) == 0
 
 
@@ -362,7 +362,7 @@ def test_a_full_disk_is_no_fault_of_the_adapter(folders, source, monkeypatch):
         if source == "folder":
             monkeypatch.setattr(content, "_copy", full)
         monkeypatch.setattr(numbers, "save_file", full_for_tensors)
-        with pytest.raises(AdapterLoadError, match=rf"{engine._cache._copies._store} has no room: .*TMPDIR"):
+        with pytest.raises(AdapterLoadError, match=rf"{engine._registry._store._folder} has no room: .*TMPDIR"):
             if source == "folder":
                 engine.load_adapter("b", folders[1])
             elif source == "tensors":

@@ -155,15 +155,15 @@ def test_any_traffic_leaves_the_books_right(seed, folders):
     with engine:
         assert run_all(engine, backend, folders, seed, may_die=seed % 2) == []
         gc.collect()  # handles that nobody holds cancel their requests
-        engine._cache._copies._pool.shutdown()  # what is still being fetched is done
+        engine._registry._store._pool.shutdown()  # what is still being fetched is done
         for _ in range(2):  # and what was posted to the driving thread meanwhile
             assert engine.generate("x")[0].text == "You said: x"
-        cache, copies, memory, queue = engine._cache, engine._cache._copies, engine._memory, engine._driver._queue
+        cache, copies, memory, queue = engine._registry, engine._registry._store, engine._memory, engine._driver._queue
         versions = {version for held in cache._held.values() for version in held}
         assert not any(version.num_uses or version.num_running for version in versions)
         assert (len(queue), queue.num_running, engine._driver._running, backend.num_unfinished) == (0, 0, {}, 0)
         assert (len(cache._loading), copies._fetches, memory._loads) == (0, {}, [])
-        assert {path.name for path in copies._store.iterdir()} == {str(version.int_id) for version in copies._sizes}
+        assert {path.name for path in copies._folder.iterdir()} == {str(version.int_id) for version in copies._sizes}
         assert copies.num_bytes == sum(copies._sizes.values())
         assert set(memory._places) | set(copies._sizes) <= versions
         assert memory._pinned <= set(cache._held) == set(cache._num_alive)
@@ -182,7 +182,7 @@ def test_any_traffic_ends_when_the_engine_is_closed(seed, folders):
     """Whatever goes on then ends with an error of this library, and no file is left."""
     backend, engine = some_engine(seed, folders)
     assert run_all(engine, backend, folders, seed, may_die=False, then=engine.close) == []
-    assert not engine._cache._copies._store.exists()
+    assert not engine._registry._store._folder.exists()
     assert (backend.num_unfinished, backend.is_running) == (0, False)
     with pytest.raises(EngineClosedError):
         engine.generate("x")

@@ -81,7 +81,7 @@ def test_only_the_version_before_is_held(engine, backend, tmp_path):
         engine.generate("x", adapter="a@2")
     engine.generate("flush")
     assert backend.resident == ("a",)
-    assert len(list(engine._cache._copies._store.iterdir())) == 2
+    assert len(list(engine._registry._store._folder.iterdir())) == 2
 
 
 def test_rollback_goes_back_and_forgets_the_newer(engine, backend, tmp_path):
@@ -101,7 +101,7 @@ def test_rollback_goes_back_and_forgets_the_newer(engine, backend, tmp_path):
     assert engine.rollback_adapter("a").version == 1
     engine.generate("flush")
     assert backend.resident == ("a",)
-    assert len(list(engine._cache._copies._store.iterdir())) == 1
+    assert len(list(engine._registry._store._folder.iterdir())) == 1
 
 
 def test_a_rollback_that_cannot_be_loaded_changes_nothing(engine, backend, tmp_path):
@@ -166,7 +166,7 @@ def test_an_adapter_comes_straight_from_memory(engine, tmp_path):
     with pytest.raises(CorruptAdapterError):
         engine.load_adapter("c", TensorSource({"lora": np.array([1, 2], dtype=object)}, CONFIG))
     assert set(engine.adapters) == {"a", "b"}
-    assert len(list(engine._cache._copies._store.iterdir())) == 2
+    assert len(list(engine._registry._store._folder.iterdir())) == 2
 
 
 def test_a_blend_serves_like_any_adapter(engine, tmp_path):
@@ -224,7 +224,7 @@ def test_a_blend_that_cannot_be_changes_nothing(adapters, arguments, error, mess
         with pytest.raises(error, match=message):
             engine.load_adapter("mix", BlendSource(adapters, **arguments))
         assert engine.adapters == before
-        assert len(list(engine._cache._copies._store.iterdir())) == 3
+        assert len(list(engine._registry._store._folder.iterdir())) == 3
 
 
 def test_an_effect_is_measured_on_any_texts(engine, tmp_path):
@@ -398,9 +398,9 @@ def test_a_thousand_replacements_under_load(tmp_path):
         engine.generate("flush")
         gc.collect()
         assert len(backend.resident) == 1
-        assert len(list(engine._cache._copies._store.iterdir())) == 2
+        assert len(list(engine._registry._store._folder.iterdir())) == 2
         assert len(engine.adapter_versions("a")) == 2
-        assert engine._cache._num_alive == {"a": 2}
+        assert engine._registry._num_alive == {"a": 2}
 
 
 def test_replacing_keeps_an_adapter_s_numbers(engine, tmp_path):
@@ -469,7 +469,7 @@ def test_a_name_that_is_unloaded_during_a_rollback_leaves_nothing(tmp_path):
 
         thread = threading.Thread(target=roll_back)
         thread.start()
-        before = engine._cache.before("pirate")
+        before = engine._registry.before("pirate")
         time.sleep(0.2)  # while it is read
         engine.unload_adapter("pirate")
         thread.join(10)
@@ -533,7 +533,7 @@ def test_names_that_are_gone_leave_no_locks(engine, tmp_path):
         engine.unload_adapter(f"good-{number}")
         with pytest.raises(AdapterNotFoundError):
             engine.load_adapter(f"bad-{number}", tmp_path / "nothing")
-    assert len(engine._cache._loading) == 0
+    assert len(engine._registry._loading) == 0
 
 
 def with_a_death(engine, backend, folder):
@@ -551,7 +551,7 @@ def test_who_keeps_an_error_keeps_no_lock(tmp_path, backend):
         with pytest.raises(EngineDeadError) as raised:
             engine.rollback_adapter("a")
         assert "rollback" in {entry.name for entry in raised.traceback}
-        assert len(engine._cache._loading) == 0
+        assert len(engine._registry._loading) == 0
         assert engine.rollback_adapter("a").version == 1
 
 

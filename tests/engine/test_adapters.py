@@ -107,7 +107,7 @@ def test_more_adapters_than_places_all_answer_rightly(awq, tmp_path):
         folder = shutil.copytree(folders[habit], tmp_path / str(number))
         awq.load_adapter(f"many-{number}", folder)
         shutil.rmtree(folder)
-    assert len(awq.adapters) > awq._config.num_cpu_loras
+    assert len(awq.adapters) > awq.plan.max_cpu_loras
     handles = [awq.add_request(PROMPT, GREEDY, adapter=f"many-{number}") for number in range(len(habits))]
     texts = [handle.result(timeout=300).text for handle in handles]
     assert texts == [expected[habit] for habit in habits]

@@ -122,7 +122,7 @@ def test_tokens_are_counted_as_they_are(awq):
 
 def test_an_adapter_that_is_read_ahead_takes_no_slot_from_one_that_runs(awq):
     """Reading an adapter into host memory leaves the slots as they are; its first request moves it in, and is right."""
-    pirate = awq._cache.current("pirate")
+    pirate = awq._registry.current("pirate")
     (expected,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
     awq.generate([PROMPT] * 2, GREEDY, adapter=["json", "spanish"], use_tqdm=False)
     call = awq._driver.call
@@ -148,7 +148,7 @@ def test_an_adapter_that_is_read_ahead_takes_no_slot_from_one_that_runs(awq):
 def test_an_adapter_is_read_once_beside_the_steps(awq, tmp_path):
     """What the workers have read while steps went on is not read again when it is loaded: its files may be gone."""
     version = awq._loader.prepare("once", FolderSource(demo_adapters()["pirate"]))
-    version.fit = awq._cache.current("pirate").fit
+    version.fit = awq._registry.current("pirate").fit
     call, memory = awq._driver.call, awq._memory
     (expected,) = awq.generate(PROMPT, GREEDY, adapter="pirate", use_tqdm=False)
     call(memory.prefetch, version)
@@ -157,7 +157,7 @@ def test_an_adapter_is_read_once_beside_the_steps(awq, tmp_path):
     assert version.int_id in call(awq._backend._engine.list_loras)  # no step has to wait for it any more
     shutil.rmtree(version.path)
     call(memory.load, version).result(60)
-    awq._cache.publish(version)
+    awq._registry.publish(version)
     (output,) = awq.generate(PROMPT, GREEDY, adapter="once", use_tqdm=False)
     assert output.token_ids == expected.token_ids
     awq.unload_adapter("once")

@@ -59,7 +59,7 @@ def test_fifty_replacements_under_load(awq, tmp_path):
     assert len(awq.adapter_versions("habit")) == 2
     awq.unload_adapter("habit")
     assert answer(awq, "pirate") == expected["pirate"]
-    assert len(list(awq._cache._copies._store.iterdir())) == len(awq.adapters)
+    assert len(list(awq._registry._store._folder.iterdir())) == len(awq.adapters)
     in_vllm = set(awq._driver.call(awq._backend._engine.list_loras))
     assert in_vllm <= {adapter.int_id for adapter in awq.adapters.values()}
     size = awq.adapters["spanish"].num_bytes

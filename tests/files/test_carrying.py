@@ -74,7 +74,7 @@ def test_a_request_may_be_a_conversation(engine, tmp_path):
         assert handle._pending.request.add_special_tokens is False
     with pytest.raises(ValueError, match="no"):
         engine.add_request(HELLO, adapter="strict")
-    assert engine._cache.current("strict").num_uses == 0
+    assert engine._registry.current("strict").num_uses == 0
 
 
 def test_a_template_belongs_to_its_version(engine, tmp_path):

@@ -185,7 +185,7 @@ def test_evicted_adapters_come_back(awq, tmp_path, record_property):
         folder = shutil.copytree(folders[habit], tmp_path / str(number))
         awq.load_adapter(f"many-{number}", folder)
         shutil.rmtree(folder)
-    assert len(awq.adapters) > awq._config.num_cpu_loras
+    assert len(awq.adapters) > awq.plan.max_cpu_loras
     handles = [awq.add_request(PROMPT, GREEDY, adapter=f"many-{number}") for _ in range(2) for number in range(21)]
     answers = [handle.result(timeout=60) for handle in handles]
     distances = [distance(expected[habit], answer) for habit, answer in zip(habits * 2, answers)]

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.store import Copies
+from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.model.checkpoint import read_checkpoint
 from qlora_infer.model.modules import ModelModules
@@ -42,7 +42,7 @@ def differences(running: ModelModules, checkpoint: Path) -> list[str]:
 def verdict(adapter: Path, model: ModelModules, *, max_lora_rank: int = 64) -> str | tuple[str, ...]:
     """Return how an adapter fits a model, or every reason why it does not."""
     with tempfile.TemporaryDirectory() as store:
-        copies = Copies(Path(store))
+        copies = AdapterStore(Path(store))
         try:
             _, manifest, _ = copies.make(adapter.name, 1, FolderSource(adapter), allow_pickle=False)
             return str(preflight.check(adapter.name, manifest, model, max_lora_rank=max_lora_rank))

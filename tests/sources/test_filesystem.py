@@ -89,7 +89,10 @@ def test_an_engine_serves_an_adapter_from_a_url(kind, server, memory, adapter):
         assert engine.generate("ahoy", adapter="pirate")[0].text == "pirate says: ahoy"
         same = engine.load_adapter("again", adapter)
         assert same.digest == loaded.digest
-        assert {path.name for path in engine._cache._copies._store.iterdir()} == {str(loaded.int_id), str(same.int_id)}
+        assert {path.name for path in engine._registry._store._folder.iterdir()} == {
+            str(loaded.int_id),
+            str(same.int_id),
+        }
 
 
 def test_an_adapter_s_files_are_fetched_and_no_others(server, folder):
@@ -360,7 +363,7 @@ def test_a_failed_replacement_leaves_the_old_version_serving(server):
         with pytest.raises(AdapterDownloadError):
             engine.load_adapter("pirate", f"{server.url}/sub/pirate")
         assert engine.adapters == {"pirate": before}
-        assert [path.name for path in engine._cache._copies._store.iterdir()] == [str(before.int_id)]
+        assert [path.name for path in engine._registry._store._folder.iterdir()] == [str(before.int_id)]
 
 
 # Files that are too large -------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_an_answer_that_is_not_the_file_changes_nothing(lie, server, adapter):
             engine.load_adapter("pirate", f"{server.url}/pirate")
         assert engine.adapters == {"pirate": before}
         assert engine.generate("ahoy", adapter="pirate")[0].text == "pirate says: ahoy"
-        assert not list(engine._cache._copies._store.glob("*-scratch"))
+        assert not list(engine._registry._store._folder.glob("*-scratch"))
 
 
 def test_a_compressed_answer_is_the_file(server, adapter, folder):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.memory import HostMemory
-from qlora_infer.adapters.registry import AdapterCache
+from qlora_infer.adapters.registry import AdapterRegistry
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
 from qlora_infer.files.carried import check_tokens, with_end_token
@@ -44,7 +44,7 @@ class AdapterLoader:
     into the engine happens on the driving thread.
 
     Args:
-        cache: Names and versions.
+        registry: Names and versions.
         memory: What is in host memory; only touched on the driving thread.
         driving: That thread.
         model: The name of the model that is served.
@@ -53,14 +53,14 @@ class AdapterLoader:
 
     def __init__(
         self,
-        cache: AdapterCache,
+        registry: AdapterRegistry,
         memory: HostMemory,
         driving: DrivingThread,
         *,
         model: str,
         vocabulary: Callable[[], Mapping[str, int] | None],
     ) -> None:
-        self._cache = cache
+        self._registry = registry
         self._memory = memory
         self._driving = driving
         self._model = model
@@ -71,7 +71,7 @@ class AdapterLoader:
 
     def prepare(self, name: str, source: Source, *, allow_pickle: bool = False) -> AdapterVersion:
         """Everything that can be done without the model; raises ``AdapterError``."""
-        version = self._cache.prepare(checked_name(name), source, allow_pickle=allow_pickle)
+        version = self._registry.prepare(checked_name(name), source, allow_pickle=allow_pickle)
         version.lineage = lineage(version.manifest.base_model, self._model)
         return version
 
@@ -87,9 +87,9 @@ class AdapterLoader:
         """Load a source under a name; the adapters of a blend stay until it has been written."""
         with contextlib.ExitStack() as stack:
             if isinstance(source, BlendSource):
-                versions = {part: stack.enter_context(self._cache.in_use(part)) for part in source.adapters}
+                versions = {part: stack.enter_context(self._registry.in_use(part)) for part in source.adapters}
                 for version in versions.values():
-                    self._cache.fetch(version)
+                    self._registry.fetch(version)
                 named = {part: (f"{v.name}@{v.number}", v.manifest) for part, v in versions.items()}
                 source = source.of(named)
             return self._replace(name, source, share=share, allow_pickle=allow_pickle, expect=expect)
@@ -101,10 +101,10 @@ class AdapterLoader:
         name = checked_name(name)
 
         def load(call: object = None) -> LoadedAdapter:
-            with self._cache.loading(name), self._counting_errors():
+            with self._registry.loading(name), self._counting_errors():
                 # Who calls from now on may mean what the source holds from now on.
                 self._waiting.pop(call, None)
-                self._cache.require_version(name, expect)
+                self._registry.require_version(name, expect)
                 return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), share=share, expect=expect)
 
         if expect is not None or source.refetch_cost is None:
@@ -129,9 +129,9 @@ class AdapterLoader:
     def publish(self, version: AdapterVersion, *, share: float = 1.0, expect: str | int | None = None) -> LoadedAdapter:
         """Hold a prepared version against the model, load it, and move its name over."""
         version.share = share
-        current = self._cache.current(version.name)
+        current = self._registry.current(version.name)
         if current is not None and current.snapshot.digest == version.snapshot.digest:
-            self._cache.discard(version)
+            self._registry.discard(version)
             current.share = share
             if version.origin is not None:  # where it is fetched from again, from now on
                 current.source, current.origin = version.source, version.origin
@@ -145,14 +145,14 @@ class AdapterLoader:
                 vocabulary = self._vocabulary()
                 check_tokens(version.name, version.carried, vocabulary)
                 version.carried = with_end_token(version.carried, vocabulary)
-            with self._cache.in_use(version):  # its copy stays
+            with self._registry.in_use(version):  # its copy stays
                 if not version.fit.placement.is_vllms_own(self.model_modules):
-                    self._cache.serve(version)
+                    self._registry.serve(version)
                 self._load(version)
-                self._cache.publish(version, expect=expect)
+                self._registry.publish(version, expect=expect)
         except BaseException:
             self._forget(version)
-            self._cache.discard(version)
+            self._registry.discard(version)
             raise
         self._tell(version)
         return version.loaded()
@@ -160,36 +160,36 @@ class AdapterLoader:
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""
         # The version is in use meanwhile, because another thread may unload the name.
-        with self._cache.loading(checked_name(name)), self._cache.in_use(self._cache.before(name)) as before:
+        with self._registry.loading(checked_name(name)), self._registry.in_use(self._registry.before(name)) as before:
             self._load(before)
-            version = self._cache.rollback(name)
+            version = self._registry.rollback(name)
         logger.info("adapter %r is version %d again", name, version.number)
         return version.loaded()
 
     def pin(self, name: str) -> None:
         """Keep an adapter in host memory."""
-        with self._cache.in_use(name) as version:
+        with self._registry.in_use(name) as version:
             self._load(version)
             self._driving.call(self._memory.pin, version)
-        if self._cache.current(version.name) is None:  # it was unloaded before it was pinned
+        if self._registry.current(version.name) is None:  # it was unloaded before it was pinned
             self._unpin(version.name)
 
     def unpin(self, name: str) -> None:
         """Let an adapter leave host memory again."""
-        with self._cache.in_use(name) as version:
+        with self._registry.in_use(name) as version:
             self._driving.call(self._memory.unpin, version.name)
 
     def unload(self, name: str) -> None:
         """Forget a name, and that it was pinned."""
-        self._cache.unload(name)
+        self._registry.unload(name)
         self._unpin(name)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to read adapters into host memory, as far as there is room."""
         names = list(names)
-        self._cache.require(names)
+        self._registry.require(names)
         for name in names:
-            with self._cache.in_use(name) as version:
+            with self._registry.in_use(name) as version:
                 self._driving.call(self._memory.prefetch, version)
 
     def choose_rank(self, max_lora_rank: int | str, versions: Sequence[AdapterVersion]) -> int:
@@ -213,7 +213,7 @@ class AdapterLoader:
 
     def _load(self, version: AdapterVersion) -> None:
         """Load a version into host memory and wait for it, while steps go on."""
-        self._cache.fetch(version)
+        self._registry.fetch(version)
         loaded: Future[None] = self._driving.call(self._memory.load, version)
         try:
             loaded.result(READ_TIMEOUT)
@@ -232,7 +232,7 @@ class AdapterLoader:
         """Take what did not come to serve out of memory."""
         with contextlib.suppress(EngineClosedError, EngineDeadError):
             self._driving.call(self._memory.evict, version)
-            if self._cache.current(version.name) is None:
+            if self._registry.current(version.name) is None:
                 self._memory.recorder.forget(version.name)
 
     def _tell(self, version: AdapterVersion) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from qlora_infer.adapters.name_locks import NameLocks
-from qlora_infer.adapters.store import Copies
+from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
 from qlora_infer.adapters.version_numbers import VersionNumbers
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
@@ -21,7 +21,7 @@ HELD_VERSIONS = 2
 MIN_DIGEST = 7
 
 
-class AdapterCache:
+class AdapterRegistry:
     """Names, their versions, and how many requests each version still serves.
 
     Of each name the version that serves now is held, and the one before it, for ``rollback``. Any thread may use this
@@ -29,18 +29,18 @@ class AdapterCache:
     nobody.
 
     Args:
-        copies: The private copies that versions are read from.
+        store: The private copies that versions are read from.
         on_idle: Called with each version that new requests do not get by its name, when its last request has ended.
         on_gone: Called with each name that is gone, when the last request of its last version has ended.
     """
 
     def __init__(
         self,
-        copies: Copies,
+        store: AdapterStore,
         on_idle: Callable[[AdapterVersion], None],
         on_gone: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self._copies = copies
+        self._store = store
         self._on_idle = on_idle
         self._on_gone = on_gone
         self._lock = threading.Lock()
@@ -65,11 +65,11 @@ class AdapterCache:
             AdapterError: The source cannot be read, or what it holds cannot be an adapter.
         """
         int_id = next(self._int_ids)
-        snapshot, manifest, carried = self._copies.make(name, int_id, source, allow_pickle=allow_pickle)
+        snapshot, manifest, carried = self._store.make(name, int_id, source, allow_pickle=allow_pickle)
         origin = source if source.refetch_cost is not None else None  # not a trainer's tensors
         version = AdapterVersion(name, int_id, str(source), origin, allow_pickle, snapshot, manifest, carried)
         try:
-            self._copies.keep(version)
+            self._store.keep(version)
         except BaseException:
             self.discard(version)
             raise
@@ -81,7 +81,7 @@ class AdapterCache:
         Raises:
             AdapterError: Its source cannot be read, or holds another content now.
         """
-        self._copies.restore(version)
+        self._store.restore(version)
 
     def serve(self, version: AdapterVersion) -> None:
         """Write a version's copy in the running model's names.
@@ -89,7 +89,7 @@ class AdapterCache:
         Raises:
             AdapterLoadError: There is no room for it on disk.
         """
-        self._copies.serve(version)
+        self._store.serve(version)
 
     def loading(self, name: str) -> AbstractContextManager[None]:
         """Return the lock under which one adapter at a time is loaded under a name, in the order of the calls."""
@@ -144,7 +144,7 @@ class AdapterCache:
 
     def discard(self, version: AdapterVersion) -> None:
         """Throw away a version that was prepared and not published."""
-        self._copies.remove(version)
+        self._store.remove(version)
 
     def unload(self, name: str) -> None:
         """Forget a name; requests that wait or run finish on the version that they have.
@@ -177,7 +177,7 @@ class AdapterCache:
             if version.freed:
                 raise self._not_loaded(version.name)
             version.num_uses += 1
-            self._copies.use(version)
+            self._store.use(version)
             return version
 
     @contextmanager
@@ -201,7 +201,7 @@ class AdapterCache:
         with self._lock:
             version.num_uses -= 1
         self._let_go(version)
-        self._copies.trim()
+        self._store.trim()
 
     def loaded(self) -> LoadedAdapters:
         """Return the adapters that requests may name now, in the order of loading."""

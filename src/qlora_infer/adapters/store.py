@@ -32,7 +32,7 @@ from qlora_infer.sources.source import Source
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
 
-#: Copies that are made again at a time.
+#: AdapterStore that are made again at a time.
 MAX_FETCHES = 4
 
 #: Seconds that a copy may take to be made again, for those who wait for it.
@@ -43,7 +43,7 @@ logger = logging.getLogger("qlora_infer")
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Copies:
+class AdapterStore:
     """The copies that vLLM reads adapters from, within a budget of bytes; no other program writes to them.
 
     Over the budget, copies go that can be made again from their source and whose adapters have no requests. Which of
@@ -52,13 +52,13 @@ class Copies:
     another content by now goes only when no other can. Any thread may use it.
 
     Args:
-        store: The folder for the copies; this object owns what is inside.
+        folder: The folder for the copies; this object owns what is inside.
         max_bytes: The budget; ``None`` for none.
         token: The Hub's access token for sources that have none of their own.
     """
 
-    def __init__(self, store: Path, *, max_bytes: int | None = None, token: str | None = None) -> None:
-        self._store = store
+    def __init__(self, folder: Path, *, max_bytes: int | None = None, token: str | None = None) -> None:
+        self._folder = folder
         self._max_bytes = max_bytes
         self._token = token
         self._lock = threading.Lock()
@@ -86,7 +86,7 @@ class Copies:
             AdapterLoadError: The disk is full.
             EngineClosedError: This object was closed meanwhile.
         """
-        folder = self._store / str(int_id)
+        folder = self._folder / str(int_id)
         try:
             source.fetch(name, folder, token=self._token, allow_pickle=allow_pickle)
             return _check(name, folder, allow_pickle=allow_pickle)
@@ -96,7 +96,8 @@ class Copies:
                 raise _closed() from error
             if _is_full(error):
                 raise AdapterLoadError(
-                    name, f"{self._store} has no room: free some, or start with TMPDIR set to a folder on a larger disk"
+                    name,
+                    f"{self._folder} has no room: free some, or start with TMPDIR set to a folder of a larger disk",
                 ) from error
             if isinstance(error, AdapterError):  # the copy was checked, and the user knows its source
                 error.args = (str(error).replace(str(folder), str(source).rstrip("/")),)
@@ -237,7 +238,7 @@ class Copies:
             version.served = write_served(version.name, version.snapshot.folder, version.fit.placement)
         except OSError as error:
             raise AdapterLoadError(
-                version.name, f"adapter {version.name!r} could not be written for vLLM into {self._store}: {error}"
+                version.name, f"adapter {version.name!r} could not be written for vLLM into {self._folder}: {error}"
             ) from error
 
     def _is_there(self, version: AdapterVersion) -> bool:
@@ -246,7 +247,7 @@ class Copies:
             return False
         if version.path.joinpath(WEIGHTS_NAME).exists():
             return True
-        logger.warning("the copy of adapter %s is gone from %s: it is made again", version.name, self._store)
+        logger.warning("the copy of adapter %s is gone from %s: it is made again", version.name, self._folder)
         self._num_bytes -= self._sizes.pop(version)
         shutil.rmtree(version.snapshot.folder, ignore_errors=True)
         return False
@@ -255,7 +256,7 @@ class Copies:
         shutil.rmtree(folder, ignore_errors=True)
         if self._closed:
             with contextlib.suppress(OSError):  # made anew by work that outlived the engine
-                self._store.rmdir()
+                self._folder.rmdir()
 
     def _count(self, version: AdapterVersion) -> None:
         size = sum(path.stat().st_size for path in version.snapshot.folder.rglob("*") if path.is_file())

@@ -14,7 +14,7 @@ import typer
 from attrs import asdict, evolve, frozen
 
 from qlora_infer.adapters import preflight
-from qlora_infer.adapters.store import Copies
+from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
 from qlora_infer.files.carried import Carried
@@ -132,18 +132,18 @@ def _inspect(
 def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
     """Everything that an engine would do with it up to the model, on a copy that is thrown away."""
     name = str(source)
-    with tempfile.TemporaryDirectory(dir=scratch_folder()) as store:
-        copies = Copies(Path(store))
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
+        store = AdapterStore(Path(folder))
         try:
-            snapshot, manifest, carried = copies.make(name, 1, source, allow_pickle=False)
+            snapshot, manifest, carried = store.make(name, 1, source, allow_pickle=False)
             pickled = False
         except UnsafeAdapterError:
             if not allow_pickle:
                 raise
-            snapshot, manifest, carried = copies.make(name, 1, source, allow_pickle=True)
+            snapshot, manifest, carried = store.make(name, 1, source, allow_pickle=True)
             pickled = True
         finally:
-            copies.close()
+            store.close()
         config = read_config(name, snapshot.folder / CONFIG_NAME)
     found = Inspection(
         source=name,
