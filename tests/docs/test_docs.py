@@ -46,6 +46,7 @@ NOT_EXECUTED: dict[tuple[str, str], str] = {
 #: The package that examples need beside the library's own requirements, by module or page.
 NEEDED = {
     "qlora_infer.engine": "torch",
+    "qlora_infer.sources.blend": "torch",
     "qlora_infer.ray.server": "ray.serve",
     "qlora_infer.ray.stage": "ray.data",
     "docs/adapters.md": "torch",
