@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from attrs import evolve, field, frozen
 
@@ -78,13 +78,16 @@ class BlendSource:
         16
     """
 
-    refetch_cost: ClassVar[None] = None  # its adapters may be gone by then
-
     adapters: Mapping[str, float] = field(validator=_check_adapters)
     method: BlendMethod = field(default="linear", kw_only=True)
     density: float = field(default=0.5, kw_only=True)
     seed: int = field(default=0, kw_only=True)
     _parts: tuple[AdapterPart, ...] | None = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def refetch_cost(self) -> None:
+        """It cannot be fetched again: its adapters may be gone by then."""
+        return None
 
     def of(self, versions: Mapping[str, tuple[str, AdapterManifest]]) -> BlendSource:
         """Return the blend of certain versions.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import ClassVar
 
 from attrs import field, frozen
 
@@ -39,9 +38,12 @@ class FolderSource:
         TypeError: The path is neither text nor a path.
     """
 
-    refetch_cost: ClassVar[float] = 1.0
-
     path: str = field(converter=_as_path)
+
+    @property
+    def refetch_cost(self) -> float:
+        """The cost of fetching it again, in copies of a local folder."""
+        return 1.0
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
         """Copy the adapter's files into a new folder; ``Source`` has the arguments.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from attrs import evolve, field, frozen
 from attrs.validators import instance_of, optional
@@ -116,12 +116,15 @@ class HubSource:
         TypeError: An attribute is no text.
     """
 
-    refetch_cost: ClassVar[float] = 8.0
-
     repo_id: str = field(validator=(instance_of(str), _check_repo_id))
     revision: str | None = field(default=None, kw_only=True, validator=(optional(instance_of(str)), _check_revision))
     subfolder: str | None = field(default=None, kw_only=True, validator=(optional(instance_of(str)), _check_subfolder))
     token: str | None = field(default=None, kw_only=True, repr=False, validator=_check_token)
+
+    @property
+    def refetch_cost(self) -> float:
+        """The cost of fetching it again, in copies of a local folder."""
+        return 8.0
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
         """Download what is not in the Hub's cache, and copy the adapter's files into a new folder.

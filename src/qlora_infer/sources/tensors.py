@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from attrs import Attribute, field, frozen
 
@@ -62,10 +62,13 @@ class TensorSource:
         TypeError: They are something else.
     """
 
-    refetch_cost: ClassVar[None] = None  # the tensors are not kept, because they are the trainer's
-
     tensors: Mapping[str, Any] = field(repr=False, validator=_check_tensors)
     config: Mapping[str, Any] = field(repr=False, converter=_as_mapping)
+
+    @property
+    def refetch_cost(self) -> None:
+        """It cannot be fetched again: the tensors are not kept, because they are the trainer's."""
+        return None
 
     @classmethod
     def from_peft(cls, model: PeftModel) -> Self:

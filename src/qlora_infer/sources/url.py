@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
 from attrs import evolve, field, frozen
@@ -136,11 +136,14 @@ class URLSource:
         MissingDependencyError: fsspec is not installed.
     """
 
-    refetch_cost: ClassVar[float] = 8.0
-
     url: str = field(validator=_check_url, repr=lambda text: repr(str(URL.read(text))))
     token: str | None = field(default=None, kw_only=True, repr=False, validator=_check_token)
     storage_options: Mapping[str, Any] = field(factory=dict, kw_only=True, converter=_copied, repr=False, hash=False)
+
+    @property
+    def refetch_cost(self) -> float:
+        """The cost of fetching it again, in copies of a local folder."""
+        return 8.0
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
         """Download the adapter's files into a new folder; ``Source`` has the arguments.
