@@ -52,7 +52,7 @@ class Step:
         self.dtype = dtype
 
     def rows(self, num_rows: int, num_adapters: int) -> None:
-        """Have a batch of so many rows, whose adapters take turns."""
+        """Make a batch of so many rows, whose adapters take turns."""
         self.slots = (np.arange(num_rows) % num_adapters).astype(np.int32)
         self.batch = Batch(num_rows, SLOTS, "cuda")
         self.batch.update(self.slots)

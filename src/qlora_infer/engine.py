@@ -314,7 +314,7 @@ class QuantizedLoRAEngine(Displayed):
         self._loader.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
-        """Let a pinned adapter leave host memory again; harmless when it was not pinned.
+        """Allow a pinned adapter to leave host memory again; harmless when it was not pinned.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.

@@ -127,6 +127,6 @@ def _num_readers(device: str) -> int:
 
 
 def _leave_the_compute_cores() -> None:
-    """Let this thread run on any core: on the CPU, vLLM binds a worker to those that compute, which are busy."""
+    """Allow this thread any core: on the CPU, vLLM binds a worker to those that compute, which are busy."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))

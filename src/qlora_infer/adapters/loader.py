@@ -175,7 +175,7 @@ class AdapterLoader:
             self._unpin(version.name)
 
     def unpin(self, name: str) -> None:
-        """Let an adapter leave host memory again."""
+        """Allow an adapter to leave host memory again."""
         with self._registry.in_use(name) as version:
             self._driving.call(self._memory.unpin, version.name)
 

@@ -76,7 +76,7 @@ class AdapterRegistry:
         return version
 
     def fetch(self, version: AdapterVersion) -> None:
-        """Have a version's copy on disk, which may have made room for others; on this thread, which waits.
+        """Fetch a version's copy again if it has made room for others; the calling thread waits.
 
         Raises:
             AdapterError: Its source cannot be read, or holds another content now.

@@ -144,7 +144,7 @@ class AdapterStore:
                 self._use(version)
 
     def trim(self) -> None:
-        """Let copies go that had to stay, because their adapters had requests, and are too many."""
+        """Remove copies that are too many, and had to stay while their adapters had requests."""
         if self._max_bytes is not None and self._num_bytes > self._max_bytes:
             with self._lock:
                 self._make_room()
@@ -177,7 +177,7 @@ class AdapterStore:
             return self._fetches[version]
 
     def restore(self, version: AdapterVersion) -> bool:
-        """Have a copy on disk, waiting for it where it is gone; whether it was.
+        """Fetch a copy again where it is gone, and wait for it; return whether it was.
 
         Raises:
             AdapterError: What ``fetch`` ends with, or it was not made within ``FETCH_TIMEOUT`` seconds.

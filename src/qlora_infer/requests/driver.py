@@ -246,7 +246,7 @@ class Driver:
         self._spare(0)
 
     def _spare(self, num_ending: int) -> None:
-        """Have some requests more in the engine than its batch holds, where so many sequences are about to end."""
+        """Make places for some requests more than the batch holds, where so many sequences are about to end."""
         max_num_seqs = self._backend.max_num_seqs
         self._num_spare = num_spare(max_num_seqs, num_ending)
         with self._lock:

@@ -108,7 +108,7 @@ class PendingRequest:
             self._changed.wait_for(lambda: self._has_news(num_seen))
 
     async def wait_async(self, num_seen: float = END) -> None:
-        """Let the event loop run until there are more outputs than ``num_seen``, or the end."""
+        """Wait in an event loop until there are more outputs than ``num_seen``, or the end."""
         import asyncio  # whoever awaits has it already, and who does not is spared a slow import
 
         loop = asyncio.get_running_loop()

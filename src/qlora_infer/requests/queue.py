@@ -185,7 +185,7 @@ class RequestQueue:
         self._settle(lane)
 
     def expect(self, ending: Mapping[AdapterVersion, int], *, at_most: int) -> None:
-        """Let the next adapters begin where all running requests of another are about to end.
+        """Begin the next adapters where all running requests of another are about to end.
 
         Args:
             ending: How many of an adapter's running requests end within a few steps; it holds until it is told anew.
@@ -260,7 +260,7 @@ class RequestQueue:
         self._few.remove(lane)
 
     def _settle(self, lane: _Lane) -> None:
-        """Let go of what a lane needs no longer, after a request has gone."""
+        """Drop what a lane needs no longer, after a request has gone."""
         self._turns_are_due = True
         if lane.waiting:
             self._line_up(lane)
@@ -345,7 +345,7 @@ class RequestQueue:
         return bool(ending) if any_number else any(not lane.num_running for lane in ending)
 
     def _begin_leaving(self) -> bool:
-        """Let one adapter leave whose last requests are about to end; whether there is one."""
+        """Release one adapter whose last requests are about to end; return whether there is one."""
         if len(self._leaving) >= self._most_leaving:
             return False
         for version, num_ending in self._ending.items():
@@ -382,7 +382,7 @@ class RequestQueue:
         lane.credit = min(self._quantum, lane.credit + self._quantum * rounds)
 
     def _skip_rounds(self) -> None:
-        """Let those rounds pass at once in which nobody in line would do more than pay off debt."""
+        """Skip the rounds in which nobody in line would do more than pay off debt."""
         if any(lane.credit > -self._quantum for lane in self._line):
             return
         rounds = min(int(-lane.credit // self._quantum) for lane in self._line)

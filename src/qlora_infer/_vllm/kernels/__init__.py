@@ -26,7 +26,7 @@ KNOWN_NAMES = frozenset(
 
 
 def install() -> None:
-    """Have vLLM use our kernels in this process, on the devices that we have kernels for.
+    """Install our kernels in this process, on the devices that we have kernels for.
 
     ``Platform.get_punica_wrapper`` names the class whose methods vLLM's LoRA layers call (read in vLLM 0.32.0,
     ``vllm/lora/punica_wrapper/punica_selector.py``). Where vLLM's class is not the one that ours was written for,
@@ -61,7 +61,7 @@ def _vllms_are_wanted() -> bool:
 
 
 def _complete_4_bit_weights() -> None:
-    """Have products with 4-bit weights where vLLM was compiled without them: on CPUs without AVX-512."""
+    """Install products with 4-bit weights where vLLM was compiled without them: on CPUs without AVX-512."""
     import torch
     from vllm import _custom_ops  # noqa: F401  # loads the operators that were compiled for this CPU
 

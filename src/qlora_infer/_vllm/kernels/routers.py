@@ -11,7 +11,7 @@ from typing import Any
 
 
 def hand_on_routers() -> None:
-    """Have experts run the router that vLLM's LoRA layer around them was given."""
+    """Make experts run the router that vLLM's LoRA layer around them was given."""
     from vllm.lora.layers import FusedMoEWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
 

@@ -73,7 +73,7 @@ class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
 
 
 def install() -> None:
-    """Have vLLM use it in this process."""
+    """Install this kernel in vLLM, for this process."""
     logger.info("this CPU has no AVX-512: AWQ and GPTQ weights are written out in float32 (docs/cpu.md)")
     register_linear_kernel(ExpandedLinearKernel, PlatformEnum.CPU, "mp")
     disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")

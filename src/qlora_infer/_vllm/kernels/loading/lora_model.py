@@ -100,7 +100,7 @@ class _Placed:
 
 
 def merge(manager: Any, adapter: Any) -> None:
-    """Have a manager put the modules together that the model has in one, and not ask of each whether it is pinned.
+    """Make a manager merge the modules that the model has in one, and ask none of them whether it is pinned.
 
     The weights of experts it joins, for which it needs tensors.
     """
