@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import wait
 from itertools import islice
 from queue import SimpleQueue
-from typing import TypeVar
 
 from qlora_infer.requests.handle import RequestHandle
 from qlora_infer.requests.request import GenerationOutput
 
-T = TypeVar("T", bound=RequestHandle)
 
-
-def as_ended(handles: Iterable[T], *, max_pending: int, in_order: bool) -> Generator[T, None, None]:
+def as_ended(
+    handles: Iterable[RequestHandle], *, max_pending: int, in_order: bool
+) -> Generator[RequestHandle, None, None]:
     """Yield handles whose requests have ended, while requests that ``handles`` has not made yet are made.
 
     Args:
@@ -28,8 +28,8 @@ def as_ended(handles: Iterable[T], *, max_pending: int, in_order: bool) -> Gener
         Exception: What ``handles`` raises. The requests on their way are cancelled then, as they are when the caller
             stops.
     """
-    source, pending = iter(handles), dict[T, None]()  # in the order of the requests
-    ended = SimpleQueue[T]()
+    source, pending = iter(handles), OrderedDict[RequestHandle, None]()  # whose oldest is found at once
+    ended = SimpleQueue[RequestHandle]()
 
     def begin(number: int) -> None:
         for handle in islice(source, number):
@@ -41,7 +41,8 @@ def as_ended(handles: Iterable[T], *, max_pending: int, in_order: bool) -> Gener
         begin(max_pending)
         while pending:
             handle = next(iter(pending)) if in_order else ended.get()
-            wait([handle])
+            if in_order:
+                wait([handle])
             del pending[handle]
             begin(1)
             yield handle

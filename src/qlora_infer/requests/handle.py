@@ -84,6 +84,8 @@ class RequestHandle(Future[GenerationOutput]):
         Returns:
             Whether it was still unfinished. ``result`` then raises ``RequestCancelledError``.
         """
+        if self._pending.done:
+            return False
         was_unfinished = self._pending.fail(RequestCancelledError(f"request {self.request_id} was cancelled"))
         if was_unfinished:
             self._end(self._pending)
