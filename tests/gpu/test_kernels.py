@@ -83,7 +83,10 @@ def test_the_same_answers_as_with_vllms_kernels(engine, engines, record_property
     prompts, names = [prompt for prompt, _ in jobs], [adapter for _, adapter in jobs]
     ours = engine.generate(prompts, GREEDY, adapter=names)
     with start(
-        model=engines.demo.served, quantization="auto", adapters=engines.demo.adapters, lora_kernels="vllm"
+        model=engines.demo.served,
+        quantization=engines.demo.quantization,
+        adapters=engines.demo.adapters,
+        lora_kernels="vllm",
     ) as other:
         theirs = other.generate(prompts, GREEDY, adapter=names)
     distances = list(map(distance, theirs, ours))
