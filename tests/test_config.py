@@ -66,7 +66,7 @@ def test_the_constructor_has_the_options_of_the_config():
         if parameter.kind is not Parameter.VAR_KEYWORD
     }
     options = {option.name: option.default for option in fields(EngineConfig)}
-    assert {**options, "adapters": None, "backend": None} == parameters
+    assert {**options, "adapters": None, "known_adapters": None, "backend": None} == parameters
     assert all(option.metadata["help"].endswith(".") for option in fields(EngineConfig))
 
 

@@ -51,6 +51,11 @@ def _positive_or_auto(instance: Any, attribute: Attribute[Any], value: Any) -> N
     _positive(instance, attribute, value)
 
 
+def _positive_or_none(instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value is not None:
+        _positive(instance, attribute, value)
+
+
 def _known_rank(_: Any, attribute: Attribute[Any], value: Any) -> None:
     if value != "auto" and value not in ALLOWED_RANKS:
         raise ValueError(f'{attribute.name} must be "auto" or one of {ALLOWED_RANKS}, got {value!r}')
@@ -110,7 +115,7 @@ class EngineConfig:
     )
     max_slot_bytes: int | None = field(
         default=None,
-        validator=[validators.optional(_positive), _instead_of_a_number],
+        validator=[_positive_or_none, _instead_of_a_number],
         metadata={"help": "With max_loras=auto: bytes for all slots on the device."},
     )
     max_lora_rank: int | Literal["auto"] = field(
@@ -123,17 +128,22 @@ class EngineConfig:
     )
     max_cpu_bytes: int | None = field(
         default=None,
-        validator=validators.optional(_positive),
+        validator=_positive_or_none,
         metadata={"help": "Bytes of adapters in host memory."},
     )
     max_disk_bytes: int | None = field(
         default=None,
-        validator=validators.optional(_positive),
+        validator=_positive_or_none,
         metadata={"help": "Bytes of private copies on disk."},
+    )
+    max_loaded_adapters: int | None = field(
+        default=256,
+        validator=_positive_or_none,
+        metadata={"help": "Adapters loaded on first use that are kept; over it the least recently used is unloaded."},
     )
     max_model_len: int | None = field(
         default=None,
-        validator=validators.optional(_positive),
+        validator=_positive_or_none,
         metadata={"help": "Tokens of prompt and answer together."},
     )
     enforce_eager: bool | Literal["auto"] = field(
@@ -164,7 +174,7 @@ class EngineConfig:
     )
     max_waiting: int | None = field(
         default=None,
-        validator=validators.optional(_positive),
+        validator=_positive_or_none,
         metadata={"help": "Requests that may wait at a time."},
     )
     restart: Literal["never", "on-failure"] = field(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeAlias
 
 from qlora_infer._forked import LivingEngines
 from qlora_infer.adapters.effect import PROBE, AdapterEffect, Scores, effect, reference_scores
+from qlora_infer.adapters.known import KnownAdapters, Sources
 from qlora_infer.adapters.loader import AdapterLoader
 from qlora_infer.adapters.memory import HostMemory
 from qlora_infer.adapters.registry import AdapterRegistry
@@ -69,6 +70,9 @@ class QuantizedLoRAEngine(Displayed):
             of a registered strategy, or a strategy. ``None`` is as in vLLM: what ``config.json`` says, and an
             unquantized checkpoint as it is.
         adapters: Adapters to load at once, by name.
+        known_adapters: Adapters to load when a request first names them: their sources by name, a folder that has one
+            in each of its folders, or a function from a name to a source, or to ``None`` where it knows none. Requests
+            for other adapters go on meanwhile.
         max_loras: Adapters that one batch may mix; each takes a slot in the device's memory, of the size that
             ``max_lora_rank`` needs. ``"auto"`` chooses from that size and the memory, and logs it.
         max_slot_bytes: With ``max_loras="auto"``, the bytes for all slots; ``None`` for a twentieth of the memory.
@@ -80,6 +84,9 @@ class QuantizedLoRAEngine(Displayed):
         max_disk_bytes: Bytes of private copies on disk, from which adapters are read; ``None`` for no limit. Over it,
             copies of idle adapters go, and are made again from their source when they are asked for: keep what the
             source names as it was.
+        max_loaded_adapters: Of more adapters than these that were loaded on first use, the least recently used that
+            has no requests is unloaded, until it is asked for again; ``None`` for no limit. Those that ``adapters`` or
+            ``load_adapter`` loaded, or that are pinned, stay.
         max_model_len: Tokens of prompt and answer together; ``None`` takes what the model allows.
         enforce_eager: Run without CUDA graphs: several times slower. ``"auto"`` does so only on a GPU that is short of
             memory for them, and logs it.
@@ -123,12 +130,14 @@ class QuantizedLoRAEngine(Displayed):
         *,
         quantization: str | QuantizationStrategy | None = "auto",
         adapters: Mapping[str, SourceLike] | None = None,
+        known_adapters: Sources | None = None,
         max_loras: int | Literal["auto"] = 8,
         max_slot_bytes: int | None = None,
         max_lora_rank: int | Literal["auto"] = "auto",
         max_cpu_loras: int | Literal["auto"] = "auto",
         max_cpu_bytes: int | None = None,
         max_disk_bytes: int | None = None,
+        max_loaded_adapters: int | None = 256,
         max_model_len: int | None = None,
         enforce_eager: bool | Literal["auto"] = "auto",
         startup: Startup = "fast",
@@ -155,6 +164,7 @@ class QuantizedLoRAEngine(Displayed):
             max_cpu_loras=max_cpu_loras,
             max_cpu_bytes=max_cpu_bytes,
             max_disk_bytes=max_disk_bytes,
+            max_loaded_adapters=max_loaded_adapters,
             max_model_len=max_model_len,
             enforce_eager=enforce_eager,
             startup=startup,
@@ -180,6 +190,7 @@ class QuantizedLoRAEngine(Displayed):
             store,
             on_idle=lambda version: _unless_ended(driver.post, memory.evict, version),
             on_gone=lambda name: _unless_ended(driver.forget, name),
+            on_unused=lambda: known.trim(),
         )
         queue = RequestQueue(config.policy, max_loras=plan.max_loras, is_resident=memory.__contains__)
         driver = Driver(
@@ -192,8 +203,15 @@ class QuantizedLoRAEngine(Displayed):
         )
         self._memory, self._registry, self._driver = memory, registry, driver
         self._loader = AdapterLoader(registry, memory, driver, model=config.model, vocabulary=self._backend.vocabulary)
-        self._intake = Intake(self._backend, registry, driver, model=config.model)
-        self._close = weakref.finalize(self, _close, driver, store, folder)
+        self._known = known = KnownAdapters(
+            known_adapters,
+            registry,
+            self._loader,
+            max_loaded=config.max_loaded_adapters,
+            on_failed=lambda name: _unless_ended(driver.forget, name),
+        )
+        self._intake = Intake(self._backend, registry, known, driver, model=config.model)
+        self._close = weakref.finalize(self, _close, known, driver, store, folder)
         _living.add(self)
         try:
             self._start(sources)
@@ -227,7 +245,7 @@ class QuantizedLoRAEngine(Displayed):
     def load_adapter(
         self,
         name: str,
-        source: SourceLike,
+        source: SourceLike | None = None,
         *,
         share: float = 1.0,
         expect: str | int | None = None,
@@ -244,7 +262,8 @@ class QuantizedLoRAEngine(Displayed):
             source: A Hub id (``"org/repo"``, ``"org/repo@revision:sub/folder"``), a local folder, the URL of a folder
                 on any fsspec filesystem (``"s3://bucket/pirate"``, ``"https://host/pirate"``), or PEFT's ``PeftModel``.
                 ``HubSource`` and ``URLSource`` add tokens and options, ``TensorSource`` is a state dict with its
-                config, and ``BlendSource`` blends loaded adapters.
+                config, and ``BlendSource`` blends loaded adapters. ``None`` is what ``known_adapters`` has for the
+                name, where it is not loaded already; the other arguments are then those of a first use.
             share: Its share of the engine while others wait too; the base model counts as an adapter of share 1.
                 Loading the same content again changes the share only.
             expect: The version that the name stands for now, by number or digest, or 0 for none; for trainers that
@@ -257,7 +276,7 @@ class QuantizedLoRAEngine(Displayed):
         Raises:
             ValueError: The source is not written as one is, or a blend's adapters cannot be blended this way.
             AdapterNotFoundError: The source does not exist.
-            AdapterNotLoadedError: An adapter of a blend is not loaded.
+            AdapterNotLoadedError: An adapter of a blend is not loaded, or ``known_adapters`` does not have the name.
             AdapterAccessError: The source needs a token, or another one.
             AdapterDownloadError: The connection failed.
             AdapterSourceError: Its files cannot be read.
@@ -277,9 +296,13 @@ class QuantizedLoRAEngine(Displayed):
             1
         """
         _check_share(share)
+        if source is None:
+            return self._known.load(name)
         given = parse_source(source)
         self._driver.require_open()
-        return self._loader.load(name, given, share=share, allow_pickle=allow_pickle, expect=expect)
+        loaded = self._loader.load(name, given, share=share, allow_pickle=allow_pickle, expect=expect)
+        self._known.keep(name)
+        return loaded
 
     def rollback_adapter(self, name: str) -> LoadedAdapter:
         """Go back to the version before the one that ``name`` stands for, and forget the newer one.
@@ -311,7 +334,9 @@ class QuantizedLoRAEngine(Displayed):
             AdapterNotLoadedError: No adapter has that name.
             AdapterLoadError: No room would be left for adapters that are not pinned.
         """
+        self._known.require(name)
         self._loader.pin(name)
+        self._known.keep(name)
 
     def unpin_adapter(self, name: str) -> None:
         """Allow a pinned adapter to leave host memory again; harmless when it was not pinned.
@@ -325,9 +350,13 @@ class QuantizedLoRAEngine(Displayed):
         """Begin to read adapters into host memory, as far as there is room, so that their first requests are quick.
 
         Raises:
-            AdapterNotLoadedError: One of them is not loaded; nothing is read.
+            AdapterNotLoadedError: One of them is neither loaded nor known; nothing is read.
         """
-        self._loader.prefetch(names)
+        names = list(names)
+        to_load = [name for name in names if name not in self.adapters and self._known.knows(name)]
+        self._loader.prefetch(name for name in names if name not in to_load)
+        for name in to_load:
+            self._known.request(name, lambda found: None)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter, all its versions, and that it was pinned; requests that were added before finish on them.
@@ -372,6 +401,7 @@ class QuantizedLoRAEngine(Displayed):
         texts = prompt_list(PROBE if prompts is None else prompts)
         if not texts:
             raise ValueError("prompts must hold at least one text")
+        self._known.require(name)
         with self._registry.in_use(name) as version:
             exact = f"{version.name}@{version.number}"
             outputs = self._intake.answer_all(
@@ -463,13 +493,13 @@ class QuantizedLoRAEngine(Displayed):
         Raises:
             ValueError: The template cannot write the messages; and everything that ``generate`` raises.
         """
-        return self._intake.answer_chats(
-            conversation_list(messages), sampling_params, adapter, priority, timeout, use_tqdm=use_tqdm
+        return self._intake.answer_all(
+            conversation_list(messages), sampling_params, adapter, priority, timeout, is_chat=True, use_tqdm=use_tqdm
         )
 
     def generate_iter(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[Prompt | Sequence[Message]],
         sampling_params: Sampling | Iterable[Sampling] = None,
         *,
         adapter: str | Iterable[str | None] | None = None,
@@ -483,7 +513,8 @@ class QuantizedLoRAEngine(Displayed):
         """Answer any number of prompts, and yield outputs while later prompts have not been read yet.
 
         Args:
-            prompts: Any iterable, endless ones too; it is read as outputs are taken.
+            prompts: Any iterable of texts, token ids and conversations, endless ones too; it is read as outputs are
+                taken.
             sampling_params: As in ``generate``; one for all, or an iterable with one per prompt.
             adapter: As in ``generate``; one for all, or an iterable with one per prompt.
             priority: As in ``generate``, one for all.
@@ -660,10 +691,11 @@ class QuantizedLoRAEngine(Displayed):
         return [Table(rows), *(adapters._tables() if adapters else ())]
 
 
-_living = LivingEngines(parts=("_backend", "_memory", "_registry", "_driver", "_loader", "_intake"))
+_living = LivingEngines(parts=("_backend", "_memory", "_registry", "_driver", "_loader", "_known", "_intake"))
 
 
-def _close(driver: Driver, store: AdapterStore, folder: Path) -> None:
+def _close(known: KnownAdapters, driver: Driver, store: AdapterStore, folder: Path) -> None:
+    known.close()
     driver.close()
     store.close()
     shutil.rmtree(folder, ignore_errors=True)

@@ -77,8 +77,9 @@ class RequestTracer:
             "qlora_infer.timeout": request.timeout,
             **{f"gen_ai.request.{name}": getattr(params, name, None) for name in _NUMBERS},
         }
+        if request.adapter_name is not None:
+            attributes["qlora_infer.adapter.name"] = request.adapter_name
         if request.adapter is not None:
-            attributes["qlora_infer.adapter.name"] = request.adapter.name
             attributes["qlora_infer.adapter.version"] = request.adapter.number
         return {name: value for name, value in attributes.items() if value is not None}
 

@@ -24,7 +24,7 @@ from qlora_infer import (
     TensorSource,
 )
 from qlora_infer.adapters.effect import Scores, effect
-from qlora_infer.adapters.version_numbers import VersionNumbers
+from qlora_infer.adapters.version import VersionNumbers
 from qlora_infer.files.lineage import lineage
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 

@@ -107,6 +107,17 @@ def test_a_line_chooses_its_adapter_and_parameters(workplace):
     assert (answers[2]["text"], answers[2]["texts"]) == ("pirate says:", ["pirate says:", "pirate says:"])
 
 
+def test_adapters_of_a_folder_are_loaded_when_a_line_names_them(workplace):
+    """With --known-adapters; a line that names none of them fails alone."""
+    write_adapter(workplace.folder / "adapters" / "poet", seed=1)
+    workplace.write({"prompt": "ode", "adapter": "poet"}, {"prompt": "hi"}, {"prompt": "hi", "adapter": "parrot"})
+    done = workplace.run_file("--known-adapters", workplace.folder / "adapters")
+    assert done.returncode == 1, done.stderr
+    answers = sorted(workplace.answers(), key=lambda answer: answer["line"])
+    assert [answer.get("text") for answer in answers] == ["poet says: ode", "You said: hi", None]
+    assert answers[2]["error"].endswith("known_adapters has none of that name (known: 'poet')")
+
+
 def test_lines_that_fail_are_written_and_fail_the_command(workplace):
     """The others are answered; the same command again asks only those that failed, and puts no line there twice."""
     long = " ".join(["word"] * 50)

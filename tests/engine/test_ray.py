@@ -26,7 +26,9 @@ def test_two_replicas_answer_a_dataset(engines, monkeypatch):
     model = str(demo_model("awq"))
 
     def make_engine():
-        return QuantizedLoRAEngine(model, max_loras=4, max_lora_rank=64, max_cpu_loras=4, max_model_len=256)
+        return QuantizedLoRAEngine(
+            model, known_adapters=demo_adapters(), max_loras=4, max_lora_rank=64, max_cpu_loras=4, max_model_len=256
+        )
 
     class Stage(GenerationStage):
         """Also says which process has answered."""
@@ -44,7 +46,7 @@ def test_two_replicas_answer_a_dataset(engines, monkeypatch):
             ray.data.from_items(rows, override_num_blocks=4)
             .map_batches(
                 Stage,
-                fn_constructor_args=(make_engine, demo_adapters()),
+                fn_constructor_args=(make_engine,),
                 fn_constructor_kwargs={"sampling_params": GREEDY},
                 batch_format="pyarrow",
                 batch_size=4,

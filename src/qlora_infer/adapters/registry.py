@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from qlora_infer.adapters.name_locks import NameLocks
 from qlora_infer.adapters.store import AdapterStore
-from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters
-from qlora_infer.adapters.version_numbers import VersionNumbers
+from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters, VersionNumbers
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
 from qlora_infer.sources.source import Source
 
@@ -32,6 +32,7 @@ class AdapterRegistry:
         store: The private copies that versions are read from.
         on_idle: Called with each version that new requests do not get by its name, when its last request has ended.
         on_gone: Called with each name that is gone, when the last request of its last version has ended.
+        on_unused: Called when a version's last request has ended, whatever the version.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class AdapterRegistry:
         store: AdapterStore,
         on_idle: Callable[[AdapterVersion], None],
         on_gone: Callable[[str], None] = lambda name: None,
+        on_unused: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._on_idle = on_idle
         self._on_gone = on_gone
+        self._on_unused = on_unused
         self._lock = threading.Lock()
         self._loading = NameLocks()
         self._held: dict[str, list[AdapterVersion]] = {}  # the last one is what the name stands for
@@ -177,6 +180,7 @@ class AdapterRegistry:
             if version.freed:
                 raise self._not_loaded(version.name)
             version.num_uses += 1
+            version.last_used = time.monotonic()
             self._store.use(version)
             return version
 
@@ -200,8 +204,11 @@ class AdapterRegistry:
             return
         with self._lock:
             version.num_uses -= 1
+            is_unused = not version.num_uses
         self._let_go(version)
         self._store.trim()
+        if is_unused:
+            self._on_unused()
 
     def loaded(self) -> LoadedAdapters:
         """Return the adapters that requests may name now, in the order of loading."""

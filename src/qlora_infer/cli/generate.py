@@ -43,6 +43,12 @@ def generate(
     timeout: Annotated[float | None, typer.Option(help="Seconds that a prompt may take.")] = None,
     max_pending: Annotated[int, typer.Option(min=1, help="Prompts read ahead of the answers.")] = 1024,
     adapter: start.Adapters = None,
+    known_adapters: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="A folder of adapters, loaded when a prompt names them."
+        ),
+    ] = None,
     *,
     options: Mapping[str, Any],
 ) -> None:
@@ -60,7 +66,7 @@ def generate(
         raise typer.BadParameter("--output is the file of the prompts")
     if use is None and adapter and len(adapter) == 1:
         use = adapter[0][0]
-    opening = start.started(ctx, model, adapter, options)
+    opening = start.started(ctx, model, adapter, options, known_adapters=known_adapters)
     if prompt:
         with opening as engine, start.usage_errors():
             for answer in engine.generate(prompt, sampling_params, adapter=use, timeout=timeout):

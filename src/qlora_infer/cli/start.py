@@ -103,9 +103,9 @@ def _option(field: Attribute[Any], hint: Any) -> inspect.Parameter:
 
 @contextmanager
 def started(
-    ctx: typer.Context, model: str, adapters: Sequence[tuple[str, str]] | None, options: Mapping[str, Any]
+    ctx: typer.Context, model: str, adapters: Sequence[tuple[str, str]] | None, options: Mapping[str, Any], **given: Any
 ) -> Iterator[QuantizedLoRAEngine]:
-    """Start the engine with the options that were given.
+    """Start the engine with the options that were given, and with its other arguments.
 
     Raises:
         typer.BadParameter: An option is out of range, or two contradict each other.
@@ -113,7 +113,7 @@ def started(
     """
     log_to_stderr(ctx)
     with usage_errors():
-        engine = ctx.obj(model, adapters=_by_name(adapters or ()), **options)
+        engine = ctx.obj(model, adapters=_by_name(adapters or ()), **given, **options)
     with engine:
         yield engine
 

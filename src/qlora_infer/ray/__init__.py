@@ -14,8 +14,8 @@ except ImportError as error:
         "qlora_infer.ray needs Ray with Ray Data and Ray Serve: pip install 'qlora-infer[ray]'"
     ) from error
 
-from qlora_infer.ray.replica import Adapters, EngineFactory
+from qlora_infer.ray.replica import EngineFactory
 from qlora_infer.ray.server import AdapterServer, build_app
 from qlora_infer.ray.stage import GenerationStage
 
-__all__ = ["Adapters", "AdapterServer", "EngineFactory", "GenerationStage", "build_app"]
+__all__ = ["AdapterServer", "EngineFactory", "GenerationStage", "build_app"]

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import functools
 import json
-import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from ray import serve
@@ -16,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from qlora_infer import errors
-from qlora_infer.engine import QuantizedLoRAEngine
-from qlora_infer.ray.replica import Adapters, EngineFactory, source_of
+from qlora_infer.adapters.version import LoadedAdapter
+from qlora_infer.ray.replica import EngineFactory
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.request import GenerationOutput
 
@@ -41,9 +40,7 @@ STATUSES: Mapping[type[Exception], int] = {
 
 def build_app(
     engine: EngineFactory,
-    adapters: Adapters | None = None,
     *,
-    max_adapters_per_replica: int = 64,
     timeout: float | None = None,
     **options: Any,
 ) -> serve.Application:
@@ -54,9 +51,8 @@ def build_app(
     have the adapter, and then those that have the fewest. See ``AdapterServer`` for what may be called.
 
     Args:
-        engine: Makes a replica's engine.
-        adapters: Where the adapters come from, by name.
-        max_adapters_per_replica: Of more than these, a replica unloads the least recently used.
+        engine: Makes a replica's engine. Its ``known_adapters`` are loaded on first use, ``max_loaded_adapters`` of
+            them at most.
         timeout: Seconds that a request may take, waiting included; ``None`` for no limit.
         **options: Of ``serve.deployment``: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config`` and so on.
             ``max_ongoing_requests`` is 256 here, as many as vLLM has in a batch; Serve's own default is 5.
@@ -64,12 +60,12 @@ def build_app(
     Example:
         >>> from qlora_infer.ray import build_app
         >>> from qlora_infer.testing import fake_engine
-        >>> app = build_app(fake_engine, {"pirate": "me/pirate-lora"}, num_replicas=2)
+        >>> app = build_app(lambda: fake_engine(known_adapters={"pirate": "me/pirate-lora"}), num_replicas=2)
 
         Then ``handle = serve.run(app)``.
     """
     deployment = serve.deployment(AdapterServer).options(**{"max_ongoing_requests": 256, **options})
-    return deployment.bind(engine, adapters or {}, max_adapters_per_replica=max_adapters_per_replica, timeout=timeout)
+    return deployment.bind(engine, timeout=timeout)
 
 
 class AdapterServer:
@@ -82,27 +78,15 @@ class AdapterServer:
 
     Args:
         engine: Makes the engine.
-        adapters: Where the adapters come from, by name.
-        max_adapters_per_replica: As in ``build_app``.
         timeout: As in ``build_app``.
     """
 
-    def __init__(
-        self,
-        engine: EngineFactory,
-        adapters: Adapters,
-        *,
-        max_adapters_per_replica: int,
-        timeout: float | None,
-    ) -> None:
-        self._adapters = adapters
+    def __init__(self, engine: EngineFactory, *, timeout: float | None) -> None:
         self._timeout = timeout
         self._engine = engine()
-
-        async def load_adapter(name: str) -> _Loaded:
-            return await asyncio.to_thread(_Loaded, self._engine, name, adapters)
-
-        self._load = serve.multiplexed(max_num_models_per_replica=max_adapters_per_replica)(load_adapter)
+        # What Serve knows of a replica's adapters serves its routers: the engine loads and unloads on its own.
+        announced = serve.multiplexed(max_num_models_per_replica=self._engine._config.max_loaded_adapters or -1)
+        self._load = announced(self._load_adapter)
         self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def generate(
@@ -116,7 +100,7 @@ class AdapterServer:
             priority: As in ``QuantizedLoRAEngine.generate``.
 
         Raises:
-            AdapterNotLoadedError: The model id names none of ``adapters``.
+            AdapterNotLoadedError: The engine knows no adapter by the model id.
             Exception: What ``QuantizedLoRAEngine.load_adapter`` and ``QuantizedLoRAEngine.generate`` raise.
         """
         return await (await self._ask(prompt, sampling_params, priority))
@@ -172,54 +156,20 @@ class AdapterServer:
             timeout=self._timeout,
             block=False,
         )
-        # In threads, because a chat template may take its time.
-        if name is None:
-            return await asyncio.to_thread(add_request)
-        # Whoever hangs up in the middle does not undo what others wait for.
-        return await asyncio.shield(self._with_adapter(name, add_request))
+        if name is not None:
+            # Whoever hangs up in the middle does not undo what others wait for.
+            await asyncio.shield(self._announce(name))
+        # In a thread, because a chat template may take its time.
+        return await asyncio.to_thread(add_request)
 
-    async def _with_adapter(self, name: str, add_request: Callable[[], RequestHandle]) -> RequestHandle:
-        """Load an adapter unless it is loaded, count it as used, and keep it until the request has it."""
-        if name not in self._engine.adapters:
-            # Serve would unload another adapter first, and then find that there is none of this name.
-            await asyncio.to_thread(source_of, self._adapters, name)
+    async def _announce(self, name: str) -> None:
+        """Load an adapter unless it is loaded, and make Serve know that it is here."""
         # Of several first requests at once, Serve 2.60 would believe for ever that the adapter is being loaded.
         async with self._loading[name]:
-            loaded = await self._load(name)
-        # Nothing has run in between, so that Serve cannot have unloaded it.
-        with loaded:
-            return await asyncio.to_thread(add_request)
+            await self._load(name)
 
-
-class _Loaded:
-    """A loaded adapter as Serve holds it; Serve unloads it with ``__del__``, which waits for the requests within."""
-
-    def __init__(self, engine: QuantizedLoRAEngine, name: str, adapters: Adapters) -> None:
-        self._engine: QuantizedLoRAEngine | None = None
-        self._name = name
-        self._num_uses = 0
-        self._changed = threading.Condition()
-        engine.load_adapter(name, source_of(adapters, name))
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        with self._changed:
-            self._num_uses += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._num_uses -= 1
-            self._changed.notify_all()
-
-    def __del__(self) -> None:
-        # Serve calls this, and Python does once more, when the adapter may be loaded again: only the first counts.
-        engine, self._engine = self._engine, None
-        if engine is None:
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: not self._num_uses)
-        with contextlib.suppress(errors.AdapterNotLoadedError):
-            engine.unload_adapter(self._name)
+    async def _load_adapter(self, name: str) -> LoadedAdapter:
+        return await asyncio.to_thread(self._engine.load_adapter, name)
 
 
 def _read(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 import pyarrow as pa
 from attrs import asdict, frozen
 
-from qlora_infer.errors import AdapterError, RequestError
-from qlora_infer.ray.replica import Adapters, EngineFactory, source_of
-from qlora_infer.requests.handle import RequestHandle
-
-#: What is wrong with a row, and not with the engine.
-ROW_FAULTS = (AdapterError, RequestError, ValueError, TypeError)
+from qlora_infer.ray.replica import EngineFactory
+from qlora_infer.requests.request import GenerationOutput
+from qlora_infer.requests.submit import OnError
 
 
 @frozen
@@ -29,6 +24,12 @@ class _Answer:
     finish_reason: str | None = None
     error: str | None = None
     error_type: str | None = None
+
+    @classmethod
+    def of(cls, output: GenerationOutput) -> Self:
+        if output.error is not None:
+            return cls(error=str(output.error), error_type=type(output.error).__name__)
+        return cls(output.text, len(output.prompt_token_ids), output.num_tokens, output.finish_reason)
 
 
 # Written down, because a batch in which nothing fails, or everything, would be given other types.
@@ -43,7 +44,7 @@ _COLUMNS = {
 
 
 class GenerationStage:
-    """Answers batches of a Ray Data dataset: one engine in each actor, adapters loaded when a row first names them.
+    """Answers batches of a Ray Data dataset, with one engine in each actor.
 
     For ``Dataset.map_batches`` with ``batch_format="pyarrow"``. It reads the columns ``prompt`` (a text, token ids or a
     conversation), ``adapter`` (a name; null or empty for the base model) and ``sampling_params`` (a struct; nulls in it
@@ -51,22 +52,23 @@ class GenerationStage:
     ``num_tokens``, ``finish_reason``, ``error`` and ``error_type``; of ``n > 1`` answers, ``text`` is the first.
 
     Ray Data gives each actor several batches at a time. Their requests meet in the engine's queue, which keeps those
-    of one adapter together, so rows need not be sorted; adapters that are loaded already begin while others are read.
+    of one adapter together, so rows need not be sorted. Give the engine ``known_adapters``: it loads an adapter when a
+    row first names it, while rows of others are answered.
 
     Args:
         engine: Makes an actor's engine.
-        adapters: Where the adapters come from, by name.
         sampling_params: For all rows; a row's own go over them.
         timeout: Seconds that each row may take from the moment its batch begins, waiting included; ``None`` for no
             limit.
-        on_error: ``"row"`` writes what is wrong with a row into its ``error`` and ``error_type``, with nulls for the
-            rest. ``"raise"`` raises the first. An engine that dies is raised either way.
+        on_error: As in ``QuantizedLoRAEngine.generate_iter``: ``"return"`` writes what is wrong with a row into its
+            ``error`` and ``error_type``, with nulls for the rest; ``"raise"`` raises the first.
 
     Example:
         >>> import pyarrow as pa
         >>> from qlora_infer.ray import GenerationStage
         >>> from qlora_infer.testing import fake_engine, write_adapter
-        >>> stage = GenerationStage(fake_engine, {"pirate": write_adapter("pirate")})
+        >>> adapters = {"pirate": write_adapter("pirate")}
+        >>> stage = GenerationStage(lambda: fake_engine(known_adapters=adapters))
         >>> rows = pa.table({"prompt": ["ahoy", "hello", "hi"], "adapter": ["pirate", None, "parrot"]})
         >>> answered = stage.answer(rows)
         >>> answered["text"].to_pylist()
@@ -78,19 +80,14 @@ class GenerationStage:
     def __init__(
         self,
         engine: EngineFactory,
-        adapters: Adapters | None = None,
         *,
         sampling_params: Mapping[str, Any] | None = None,
         timeout: float | None = None,
-        on_error: Literal["row", "raise"] = "row",
+        on_error: OnError = "return",
     ) -> None:
-        if on_error not in ("row", "raise"):
-            raise ValueError(f'on_error must be "row" or "raise", got {on_error!r}')
-        self._adapters = adapters or {}
         self._sampling_params = sampling_params or {}
         self._timeout = timeout
-        self._faults = ROW_FAULTS if on_error == "row" else ()
-        self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._on_error = on_error
         self._engine = engine()
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -112,50 +109,16 @@ class GenerationStage:
             raise TypeError(f'GenerationStage needs map_batches(..., batch_format="pyarrow"), got a {type(batch)}')
         if "prompt" not in batch.column_names:
             raise ValueError(f"the dataset needs a column 'prompt', it has: {', '.join(batch.column_names)}")
-        asked = self._ask_all(_column(batch, "prompt"), _column(batch, "adapter"), _column(batch, "sampling_params"))
-        return _with_answers(batch, [self._answer(handle) for handle in asked])
-
-    def _ask_all(
-        self, prompts: Sequence[Any], adapters: Sequence[str | None], sampling_params: Sequence[Any]
-    ) -> list[RequestHandle | Exception]:
-        """Submit each row, and return its handle or the error that it raised."""
-        rows_by_adapter = defaultdict(list)
-        for row, name in enumerate(adapters):
-            rows_by_adapter[name or None].append(row)
-        asked: dict[int, RequestHandle | Exception] = {}
-        ready = self._engine.adapters
-        for name in sorted(rows_by_adapter, key=lambda name: name is not None and name not in ready):
-            fault = self._load(name) if name is not None and name not in ready else None
-            for row in rows_by_adapter[name]:
-                asked[row] = fault or self._ask(prompts[row], sampling_params[row], name)
-        return [asked[row] for row in range(len(prompts))]
-
-    def _load(self, name: str) -> Exception | None:
-        try:
-            source = source_of(self._adapters, name)
-            with self._loading[name]:  # another batch may have begun to
-                if name not in self._engine.adapters:
-                    self._engine.load_adapter(name, source)
-        except self._faults as fault:
-            return fault
-        return None
-
-    def _ask(self, prompt: Any, params: Mapping[str, Any] | None, name: str | None) -> RequestHandle | Exception:
-        try:
-            return self._engine.add_request(
-                prompt, {**self._sampling_params, **_without_nulls(params)}, adapter=name, timeout=self._timeout
-            )
-        except self._faults as fault:
-            return fault
-
-    def _answer(self, asked: RequestHandle | Exception) -> _Answer:
-        if isinstance(asked, Exception):
-            return _Answer(error=str(asked), error_type=type(asked).__name__)
-        try:
-            output = asked.result()
-        except self._faults as fault:
-            return self._answer(fault)
-        return _Answer(output.text, len(output.prompt_token_ids), output.num_tokens, output.finish_reason)
+        outputs = self._engine.generate_iter(
+            _column(batch, "prompt"),
+            [{**self._sampling_params, **_without_nulls(params)} for params in _column(batch, "sampling_params")],
+            adapter=[name or None for name in _column(batch, "adapter")],
+            timeout=self._timeout,
+            max_pending=max(1, batch.num_rows),
+            on_error=self._on_error,
+            use_tqdm=False,
+        )
+        return _with_answers(batch, map(_Answer.of, outputs))
 
 
 def _column(batch: pa.Table, name: str) -> list[Any]:

@@ -38,6 +38,9 @@ logger = logging.getLogger("qlora_infer")
 
 T = TypeVar("T")
 
+#: Seconds between two looks at requests that await their adapters, while there is nothing else to do.
+AWAITING_POLL = 0.5
+
 #: Seconds that a step or a load may still take when the engine is closed, before the engine is killed.
 CLOSE_TIMEOUT = 10.0
 
@@ -81,6 +84,7 @@ class Driver:
         self._deadlines = Deadlines(self._expire)
         self._running: dict[str, PendingRequest] = {}
         self._reading: deque[PendingRequest] = deque()  # of those that run, those whose adapters are being read
+        self._awaiting: set[PendingRequest] = set()  # those whose adapters are not loaded yet
         self._num_spare = 0
         self._num_backlog = 0  # requests that the engine has taken and not begun
         self._ended_early: deque[PendingRequest] = deque()  # may be appended to at any moment, without the lock
@@ -103,7 +107,7 @@ class Driver:
         self._started.result()
 
     def submit(self, request: GenerationRequest, *, block: bool = True) -> RequestHandle:
-        """Queue a request, once there is room for it.
+        """Queue a request, once there is room for it; one whose adapter is awaited, when ``complete`` brings it.
 
         Raises:
             QueueFullError: There is none, and ``block`` is false.
@@ -119,11 +123,38 @@ class Driver:
                 self._stats.refused(request)
                 raise
             handle = RequestHandle(pending, self._let_go)  # now, because the request may end as soon as it is queued
-            self._queue.append(pending)
+            if request.awaited is None:
+                self._queue.append(pending)
+            else:
+                self._awaiting.add(pending)
             self._stats.queued(pending)
             self._work.notify()
         self._deadlines.add(pending)
         return handle
+
+    def complete(self, pending: PendingRequest, request: GenerationRequest) -> None:
+        """Queue a request that has awaited its adapter, unless it has ended meanwhile."""
+        with self._lock:
+            was_awaiting = pending in self._awaiting
+            if was_awaiting:
+                self._awaiting.remove(pending)
+                pending.complete(request)
+                self._queue.append(pending)
+                self._work.notify()
+        if not was_awaiting:
+            self._release(request.adapter)
+        elif pending.done:
+            self._let_go(pending)  # again: it was not in the queue when that was done
+
+    def refuse(self, pending: PendingRequest, error: Exception) -> None:
+        """End a request whose adapter could not be loaded, or that cannot be run with it."""
+        with self._lock:
+            if pending not in self._awaiting:
+                return
+            self._awaiting.remove(pending)
+            self._room.notify()
+        self._stats.ended(pending, None, pending.error or error, was_running=False)
+        pending.fail(error)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Run a function on the driving thread, between two steps, and return what it returns."""
@@ -194,16 +225,20 @@ class Driver:
 
     def _wait_for_room(self, request: GenerationRequest, *, block: bool) -> None:
         self.require_open()
-        while self._max_waiting is not None and len(self._queue) >= self._max_waiting:
+        while self._max_waiting is not None and self._num_waiting >= self._max_waiting:
             if not block or _in_event_loop():
                 raise QueueFullError(
-                    f"{len(self._queue)} requests wait already (max_waiting={self._max_waiting}): try again later"
+                    f"{self._num_waiting} requests wait already (max_waiting={self._max_waiting}): try again later"
                 )
             remaining = None if request.timeout is None else request.queued + request.timeout - time.monotonic()
             if remaining is not None and remaining <= 0:
                 raise _too_late(request)
             self._room.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
             self.require_open()
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._queue) + len(self._awaiting)
 
     def _let_go(self, pending: PendingRequest) -> None:
         """Make the driving thread drop a request that has ended early, or that nobody waits for any more.
@@ -266,9 +301,11 @@ class Driver:
 
     def _wait_for_work(self) -> bool:
         with self._work:
-            self._work.wait_for(
-                lambda: self._closing or self._calls or self._running or len(self._queue) or self._memory.is_loading
-            )
+            while not (self._closing or self._calls or self._running or len(self._queue) or self._memory.is_loading):
+                if self._awaiting and self._ended_early:
+                    break
+                # Whoever ends one of those that await their adapters wakes nobody, and they take room.
+                self._work.wait(AWAITING_POLL if self._awaiting else None)
             return not self._closing
 
     def _turn(self) -> None:
@@ -309,7 +346,8 @@ class Driver:
                 self._leave(pending, None)
                 continue
             with self._lock:
-                was_waiting = self._queue.remove(pending)
+                was_waiting = self._queue.remove(pending) or pending in self._awaiting
+                self._awaiting.discard(pending)
                 self._room.notify()
             if was_waiting:
                 self._stats.ended(pending, None, pending.error, was_running=False)
@@ -466,9 +504,10 @@ class Driver:
             if self._end_error is not None:
                 return
             self._end_error = make_error
-            running, waiting = list(self._running.values()), self._queue.drain()
+            running, waiting = list(self._running.values()), [*self._queue.drain(), *self._awaiting]
             futures = [future for future, _ in self._calls]
             self._running.clear()
+            self._awaiting.clear()
             self._calls.clear()
             self._room.notify_all()
         # Whoever waits hears of it first, whatever may go wrong with the rest.

@@ -39,10 +39,7 @@ class PendingRequest:
     """
 
     def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
-        self.num_seqs: int = getattr(request.sampling_params, "n", None) or 1
-        max_tokens: int | None = getattr(request.sampling_params, "max_tokens", None)
-        self.max_num_tokens = math.inf if max_tokens is None else self.num_seqs * max_tokens
+        self.complete(request)
         self.number: int | None = None
         self.num_tokens = 0
         self.admitted: float | None = None
@@ -56,6 +53,13 @@ class PendingRequest:
         self._listeners: list[tuple[float, Callable[[], None]]] = []
         self._future: Callable[[], Future[GenerationOutput] | None] = lambda: None
         self._held: Future[GenerationOutput] | None = None
+
+    def complete(self, request: GenerationRequest) -> None:
+        """Take the request itself, or the whole of one whose adapter had still to be loaded."""
+        self.request = request
+        self.num_seqs: int = getattr(request.sampling_params, "n", None) or 1
+        max_tokens: int | None = getattr(request.sampling_params, "max_tokens", None)
+        self.max_num_tokens = math.inf if max_tokens is None else self.num_seqs * max_tokens
 
     def attach(self, future: Future[GenerationOutput]) -> None:
         """Settle this future when the request ends, if anybody still holds it then."""

@@ -32,6 +32,7 @@ class GenerationRequest:
         timeout: Seconds from ``queued`` in which it must finish; ``None`` for no limit.
         queued: When the request was made, in seconds of ``time.monotonic()``.
         index: The prompt's place among those of one call.
+        awaited: The name of the adapter where ``adapter`` is not there: it is being loaded, or cannot be.
     """
 
     request_id: str
@@ -44,11 +45,12 @@ class GenerationRequest:
     timeout: float | None = None
     queued: float = field(factory=time.monotonic)
     index: int = 0
+    awaited: str | None = None
 
     @property
     def adapter_name(self) -> str | None:
         """The adapter's name; ``None`` for the base model."""
-        return self.adapter.name if self.adapter is not None else None
+        return self.adapter.name if self.adapter is not None else self.awaited
 
     @property
     def share(self) -> float:
@@ -231,7 +233,9 @@ class GenerationOutput(Displayed):
         one = len(self.completions) == 1
         texts = [("text" if one else f"text {each.index + 1}", each.text) for each in self.completions]
         reasons = [each.finish_reason or "unfinished" for each in self.completions]
-        adapter = BASE_MODEL if self.adapter is None else f"{self.adapter}@{self.adapter_version}"
+        adapter = BASE_MODEL if self.adapter is None else self.adapter
+        if self.adapter_version is not None:
+            adapter = f"{adapter}@{self.adapter_version}"
         if self.error is not None:
             return [Table([("adapter", adapter), ("prompt", self._shown_prompt()), ("error", repr(self.error))])]
         rows = [

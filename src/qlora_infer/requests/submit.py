@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import as_completed
-from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from attrs import field, frozen
 
 from qlora_infer.chat.template import render
-from qlora_infer.errors import AdapterError, EngineDeadError, RequestError
+from qlora_infer.errors import AdapterError, AdapterNotLoadedError, EngineDeadError, RequestError
 from qlora_infer.requests.batch import as_ended, with_progress
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import RequestHandle
 from qlora_infer.requests.pending import PendingRequest
-from qlora_infer.requests.request import GenerationOutput, GenerationOutputs, GenerationRequest, Prompt
+from qlora_infer.requests.request import GenerationOutput, GenerationOutputs, GenerationRequest
 from qlora_infer.tracing import RequestTracer
 
 if TYPE_CHECKING:
@@ -67,19 +70,61 @@ class RequestReader(Protocol):
         ...
 
 
+class KnownNames(Protocol):
+    """The names whose adapters are loaded on first use."""
+
+    def knows(self, name: str) -> bool:
+        """Return whether an adapter may be loaded by this name."""
+        ...
+
+    def unknown(self, error: AdapterNotLoadedError) -> AdapterNotLoadedError:
+        """Return the error of a name that is neither loaded nor known."""
+        ...
+
+    def request(self, name: str, waiter: Callable[[AdapterVersion | Exception], None]) -> None:
+        """Load an adapter, and call ``waiter`` with its version, in use meanwhile, or with the error."""
+        ...
+
+
+class _ToBeLoaded(Exception):  # noqa: N818
+    """The adapter is known, and not loaded yet."""
+
+
+@frozen(eq=False)
+class _Row:
+    """One prompt of a call, checked as far as it can be before its adapter is there."""
+
+    prompt: Any  # text, token ids, or a conversation
+    params: Any
+    adapter: str | None
+    priority: int
+    timeout: float | None
+    queued: float = field(factory=time.monotonic)
+    index: int = 0
+    is_chat: bool = False
+    stream: bool = False
+
+
+_Made: TypeAlias = "dict[tuple[int, AdapterVersion | None], Any]"
+
+
 class Intake:
     """Checks what callers ask for, and hands it to the driver.
 
     Args:
         reader: Reads sampling parameters and conversations.
         adapters: Turns adapters' names into versions.
+        known: Loads adapters that are known and not loaded.
         driver: Runs requests.
         model: The model's name, for traces.
     """
 
-    def __init__(self, reader: RequestReader, adapters: AdapterNames, driver: Driver, *, model: str) -> None:
+    def __init__(
+        self, reader: RequestReader, adapters: AdapterNames, known: KnownNames, driver: Driver, *, model: str
+    ) -> None:
         self._reader = reader
         self._adapters = adapters
+        self._known = known
         self._driver = driver
         self._id_prefix = uuid.uuid4().hex[:8]
         self._numbers = itertools.count()
@@ -96,89 +141,65 @@ class Intake:
         block: bool,
     ) -> RequestHandle:
         """Queue one prompt, or one conversation, whose partial outputs may be read."""
-        limit = checked_timeout(timeout)
-        return self._take(
-            prompt if is_conversation(prompt) else checked_prompt(prompt),
+        is_chat = is_conversation(prompt)
+        row = _Row(
+            prompt if is_chat else checked_prompt(prompt),
             sampling_params,
             adapter,
             checked_priority(priority),
-            limit,
+            checked_timeout(timeout),
+            is_chat=is_chat,
             stream=True,
-            block=block,
         )
+        return self._take(row, block=block)
 
     def answer_all(
         self,
-        prompts: Sequence[str | tuple[int, ...]],
+        prompts: Sequence[Any],
         sampling_params: Any,
         adapter: Any,
         priority: Any,
         timeout: float | None,
         *,
+        is_chat: bool = False,
         use_tqdm: bool,
     ) -> list[GenerationOutput]:
-        """Answer a list of prompts; what is wrong with any of them is raised before the first is queued."""
-        names = one_per_prompt("adapter", adapter, len(prompts))
-        with self._in_use(names) as versions:
-            return self._answer(
-                prompts, sampling_params, versions, priority, timeout, add_special_tokens=True, use_tqdm=use_tqdm
-            )
+        """Answer a list of prompts, or of conversations.
 
-    def answer_chats(
-        self,
-        conversations: Sequence[Sequence[Mapping[str, Any]]],
-        sampling_params: Any,
-        adapter: Any,
-        priority: Any,
-        timeout: float | None,
-        *,
-        use_tqdm: bool,
-    ) -> list[GenerationOutput]:
-        """Answer conversations, each written with its adapter's chat template, or else the model's."""
-        names = one_per_prompt("adapter", adapter, len(conversations))
-        with self._in_use(names) as versions:
-            prompts = [
-                self._write(messages, version) for messages, version in zip(conversations, versions, strict=True)
-            ]
-            # The template writes the special tokens itself.
-            return self._answer(
-                prompts, sampling_params, versions, priority, timeout, add_special_tokens=False, use_tqdm=use_tqdm
-            )
-
-    def _answer(
-        self,
-        prompts: Sequence[str | tuple[int, ...]],
-        sampling_params: Any,
-        versions: Sequence[AdapterVersion | None],
-        priority: Any,
-        timeout: float | None,
-        *,
-        add_special_tokens: bool,
-        use_tqdm: bool,
-    ) -> list[GenerationOutput]:
-        priorities = [checked_priority(value) for value in one_per_prompt("priority", priority, len(prompts))]
-        limit, queued = checked_timeout(timeout), time.monotonic()
-        given = one_per_prompt("sampling_params", sampling_params, len(prompts))
-        keys = [(id(params), version) for params, version in zip(given, versions, strict=True)]
-        # Usually they are the same for many prompts; what is made once is shared.
-        made = {key: self._sampling(params, key[1]) for key, params in dict(zip(keys, given, strict=True)).items()}
+        What is wrong with any of them is raised before the first is queued, but for those whose adapters are still to
+        be loaded.
+        """
+        number, limit, queued = len(prompts), checked_timeout(timeout), time.monotonic()
+        columns = zip(
+            prompts,
+            one_per_prompt("sampling_params", sampling_params, number),
+            one_per_prompt("adapter", adapter, number),
+            map(checked_priority, one_per_prompt("priority", priority, number)),
+            strict=True,
+        )
+        rows = [
+            _Row(*column, limit, queued=queued, index=index, is_chat=is_chat) for index, column in enumerate(columns)
+        ]
         handles: list[RequestHandle] = []
-        try:
-            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-                version, value = self._adapters.acquire(key[1]), priorities[index]
-                how: dict[str, Any] = {"queued": queued, "index": index, "add_special_tokens": add_special_tokens}
-                handles.append(self._submit(prompt, made[key], version, value, limit, **how))
-            outputs = (handle.result() for handle in as_completed(handles))
-            for _ in self._shown(outputs, len(prompts), use_tqdm=use_tqdm):
-                pass  # the first that fails ends it here
-            return GenerationOutputs(handle.result() for handle in handles)
-        finally:  # Ctrl-C too: nothing of this call may show up in the next one
-            for handle in handles:
-                handle.cancel()
+        with self._in_use(row.adapter for row in rows) as versions:
+            made: _Made = {}
+            requests = [
+                self._request(row, versions[row.adapter], made) if row.adapter in versions else None for row in rows
+            ]
+            try:
+                for row, request in zip(rows, requests, strict=True):
+                    handles.append(self._await_adapter(row) if request is None else self._queue(request))
+                outputs = (handle.result() for handle in as_completed(handles))
+                for _ in self._shown(outputs, number, use_tqdm=use_tqdm):
+                    pass  # the first that fails ends it here
+                return GenerationOutputs(handle.result() for handle in handles)
+            finally:  # Ctrl-C too: nothing of this call may show up in the next one
+                for handle in handles:
+                    handle.cancel()
 
     def answer_each(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[Any],
         sampling_params: Any,
         adapter: Any,
         priority: int,
@@ -203,9 +224,11 @@ class Intake:
         def handles() -> Iterator[RequestHandle]:
             for index, (prompt, params, name) in enumerate(rows):
                 try:
-                    yield self._take(checked_prompt(prompt), params, name, value, limit, index=index)
+                    is_chat = is_conversation(prompt)
+                    asked = prompt if is_chat else checked_prompt(prompt)
+                    yield self._take(_Row(asked, params, name, value, limit, index=index, is_chat=is_chat))
                 except faults as fault:
-                    yield self._failed(index, prompt, fault)
+                    yield self._failed(index, prompt, name, fault)
 
         def outputs() -> Iterator[GenerationOutput]:
             pending = max_pending or 4 * self._reader.max_num_seqs
@@ -216,10 +239,16 @@ class Intake:
         total = len(prompts) if isinstance(prompts, Sized) else None
         return self._shown(outputs(), total, use_tqdm=use_tqdm)
 
-    def _failed(self, index: int, prompt: Any, fault: Exception) -> RequestHandle:
+    def _failed(self, index: int, prompt: Any, name: Any, fault: Exception) -> RequestHandle:
         """Return the handle of a row that could not be asked."""
-        known = prompt if isinstance(prompt, str) else ()
-        pending = PendingRequest(GenerationRequest(self._new_id(), known, None, index=index))
+        request = GenerationRequest(
+            self._new_id(),
+            prompt if isinstance(prompt, str) else (),
+            None,
+            index=index,
+            awaited=name if isinstance(name, str) else None,
+        )
+        pending = PendingRequest(request)
         handle = RequestHandle(pending, lambda _: None)
         pending.fail(fault)
         return handle
@@ -243,17 +272,26 @@ class Intake:
         return with_progress(outputs, total=total, num_adapters_waiting=self._driver.num_adapters_waiting)
 
     @contextmanager
-    def _in_use(self, names: Sequence[str | None]) -> Iterator[list[AdapterVersion | None]]:
-        """Yield the versions of some names, one for each name, and keep them from being freed meanwhile."""
+    def _in_use(self, names: Iterable[str | None]) -> Iterator[dict[str | None, AdapterVersion | None]]:
+        """Yield the versions of those names that are loaded, and keep them from being freed meanwhile."""
         versions: dict[str | None, AdapterVersion | None] = {}
         try:
-            for name in names:
-                if name not in versions:
-                    versions[name] = self._adapters.acquire(name)
-            yield [versions[name] for name in names]
+            for name in dict.fromkeys(names):
+                with suppress(_ToBeLoaded):
+                    versions[name] = self._acquire(name)
+            yield versions
         finally:
             for version in versions.values():
                 self._adapters.release(version)
+
+    def _acquire(self, name: str | None) -> AdapterVersion | None:
+        """Return the version that answers; raise ``_ToBeLoaded`` where the adapter is known and not loaded."""
+        try:
+            return self._adapters.acquire(name)
+        except AdapterNotLoadedError as error:
+            if self._known.knows(error.adapter):
+                raise _ToBeLoaded from None
+            raise self._known.unknown(error) from None
 
     def _sampling(self, params: Any, version: AdapterVersion | None) -> Any:
         return self._reader.sampling_params(params, version.carried if version else None)
@@ -264,60 +302,87 @@ class Intake:
         special_tokens = {**self._reader.special_tokens(), **version.carried.special_tokens}
         return render(version.name, version.carried.chat_template, messages, special_tokens=special_tokens)
 
-    def _take(
-        self,
-        prompt: Any,
-        params: Any,
-        name: str | None,
-        priority: int,
-        timeout: float | None,
-        **how: Any,
-    ) -> RequestHandle:
-        version = self._adapters.acquire(name)
+    def _queue(self, request: GenerationRequest) -> RequestHandle:
+        """Queue a request of a version that its caller holds, too."""
+        self._adapters.acquire(request.adapter)
         try:
-            params = self._sampling(params, version)
-            if is_conversation(prompt):  # whose template writes the special tokens itself
-                prompt, how = self._write(prompt, version), {**how, "add_special_tokens": False}
+            return self._submit(request)
+        except BaseException:
+            self._adapters.release(request.adapter)
+            raise
+
+    def _take(self, row: _Row, *, block: bool = True) -> RequestHandle:
+        """Queue one row, now or when its adapter has been loaded."""
+        try:
+            version = self._acquire(row.adapter)
+        except _ToBeLoaded:
+            return self._await_adapter(row, block=block)
+        try:
+            return self._submit(self._request(row, version, {}), block=block)
         except BaseException:
             self._adapters.release(version)
             raise
-        return self._submit(prompt, params, version, priority, timeout, **how)
+
+    def _request(
+        self, row: _Row, version: AdapterVersion | None, made: _Made, request_id: str | None = None
+    ) -> GenerationRequest:
+        """Make the request of a row whose adapter is there."""
+        key = (id(row.params), version)
+        if key not in made:  # usually they are the same for many prompts; what is made once is shared
+            made[key] = self._sampling(row.params, version)
+        return GenerationRequest(
+            request_id or self._new_id(),
+            self._write(row.prompt, version) if row.is_chat else row.prompt,
+            made[key],
+            adapter=version,
+            stream=row.stream,
+            add_special_tokens=not row.is_chat,  # a template writes the special tokens itself
+            priority=row.priority,
+            timeout=row.timeout,
+            queued=row.queued,
+            index=row.index,
+        )
+
+    def _await_adapter(self, row: _Row, *, block: bool = True) -> RequestHandle:
+        """Take a request whose adapter is still to be loaded."""
+        assert row.adapter is not None
+        request = GenerationRequest(
+            self._new_id(),
+            "" if row.is_chat else row.prompt,
+            None,
+            stream=row.stream,
+            priority=row.priority,
+            timeout=row.timeout,
+            queued=row.queued,
+            index=row.index,
+            awaited=row.adapter,
+        )
+        handle = self._submit(request, block=block)
+        self._known.request(row.adapter, partial(self._complete, handle._pending, row))
+        return handle
+
+    def _complete(self, pending: PendingRequest, row: _Row, found: AdapterVersion | Exception) -> None:
+        """Queue a request whose adapter has been loaded, or end it with what went wrong."""
+        if isinstance(found, Exception):
+            self._driver.refuse(pending, found)
+            return
+        try:
+            request = self._request(row, found, {}, pending.request.request_id)
+        except Exception as error:
+            self._driver.refuse(pending, error)
+            return
+        self._adapters.acquire(found)
+        self._driver.complete(pending, request)
 
     def _new_id(self) -> str:
         return f"{self._id_prefix}-{next(self._numbers)}"
 
-    def _submit(
-        self,
-        prompt: str | tuple[int, ...],
-        params: Any,
-        version: AdapterVersion | None,
-        priority: int,
-        timeout: float | None,
-        *,
-        queued: float | None = None,
-        index: int = 0,
-        stream: bool = False,
-        add_special_tokens: bool = True,
-        block: bool = True,
-    ) -> RequestHandle:
-        """Queue a request, which releases the version when it has ended, or now if it cannot be queued."""
-        request = GenerationRequest(
-            request_id=self._new_id(),
-            prompt=prompt,
-            sampling_params=params,
-            adapter=version,
-            stream=stream,
-            add_special_tokens=add_special_tokens,
-            priority=priority,
-            timeout=timeout,
-            queued=time.monotonic() if queued is None else queued,
-            index=index,
-        )
+    def _submit(self, request: GenerationRequest, *, block: bool = True) -> RequestHandle:
+        """Queue a request, which releases its version when it has ended; if it cannot be queued, the caller does."""
         trace = self._tracer.start(request) if self._tracer is not None else None
         try:
             handle = self._driver.submit(request, block=block)
         except BaseException as error:
-            self._adapters.release(version)
             if trace is not None:
                 trace.fail(error)
             raise
