@@ -45,9 +45,7 @@ def generate(
     adapter: start.Adapters = None,
     known_adapters: Annotated[
         Path | None,
-        typer.Option(
-            file_okay=False, help="A folder of adapters, loaded when a prompt names them."
-        ),
+        typer.Option(file_okay=False, help="A folder of adapters, loaded when a prompt names them."),
     ] = None,
     *,
     options: Mapping[str, Any],

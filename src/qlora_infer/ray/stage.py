@@ -85,6 +85,8 @@ class GenerationStage:
         timeout: float | None = None,
         on_error: OnError = "return",
     ) -> None:
+        if on_error not in ("raise", "return"):
+            raise ValueError(f'on_error must be "raise" or "return", got {on_error!r}')
         self._sampling_params = sampling_params or {}
         self._timeout = timeout
         self._on_error = on_error
