@@ -9,6 +9,8 @@
 #             the same in AWQ and bitsandbytes, one pair; and 128 adapters: at most 10 minutes each
 #   8b-w4a16, 8b-fp8
 #             8 billion parameters in compressed-tensors, 4-bit weights and FP8, against plain vLLM: 4 minutes each
+#   8b-w4a16-pairs
+#             30 pairs of the former with the base and one adapter, which tell 1 % from nothing: 5 minutes
 #   sixteen   8 billion parameters in 16 bits, as they are, in FP8 and in bitsandbytes, side by side; and what each does
 #             to the demo model's answers: 6 minutes
 #   formats   tests/gpu/test_formats.py: today's formats of checkpoints: 5 minutes
@@ -84,6 +86,9 @@ for name in ${@:-tests 8b}; do
     8b-bnb) bench 8b-bnb 570 --shape 8B --quantization bitsandbytes --adapters 32 0 1 8 --repeats 1 --minutes 8.5 ;;
     8b-bnb-128) bench 8b-bnb-128 570 --shape 8B --quantization bitsandbytes --adapters 128 --repeats 1 --minutes 8.5 ;;
     8b-w4a16) bench 8b-w4a16 300 --shape 8B --quantization compressed-tensors --adapters 0 1 8 --requests 64 --minutes 4.5 ;;
+    8b-w4a16-pairs)
+      bench 8b-w4a16-pairs 330 --shape 8B --quantization compressed-tensors --adapters 0 1 --requests 64 --repeats 30 --minutes 5
+      ;;
     8b-fp8) bench 8b-fp8 300 --shape 8B --quantization compressed-tensors-fp8 --adapters 0 1 8 --requests 64 --minutes 4.5 ;;
     sixteen)
       part sixteen 400 python3 benchmarks/sixteen_bits.py --json "$OUT/sixteen.jsonl"
