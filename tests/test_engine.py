@@ -44,6 +44,26 @@ def slow_engine(step_seconds=0.01, **arguments):
     return backend, fake_engine(backend=backend, **arguments)
 
 
+# What people write first ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["generate", "chat", "generate_iter", "stream", "add_request"])
+def test_a_sampling_parameter_among_the_arguments_is_told_where_it_belongs(engine, method):
+    """``generate("hi", max_tokens=64)``: the error has what to write; nothing is queued."""
+    with pytest.raises(TypeError) as caught:
+        getattr(engine, method)(["hi"], max_tokens=64)
+    assert str(caught.value) == (
+        f"{method}() has no argument 'max_tokens'; sampling parameters are one argument, such as "
+        "sampling_params={'max_tokens': 64}"
+    )
+
+
+def test_outputs_are_read_as_vllms_are(engine):
+    """``outputs[0].outputs[0].text`` is the text of the first completion."""
+    outputs = engine.generate("ahoy", {"max_tokens": 64}, adapter="pirate")
+    assert outputs[0].outputs[0].text == outputs[0].text == "pirate says: ahoy"
+
+
 # Results ----------------------------------------------------------------------------------------------------------
 
 

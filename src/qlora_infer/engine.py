@@ -38,7 +38,7 @@ from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
-from qlora_infer.requests.submit import Intake, OnError, conversation_list, prompt_list
+from qlora_infer.requests.submit import Intake, OnError, check_unknown, conversation_list, prompt_list
 from qlora_infer.sources.source import Source, SourceLike, parse_source, parse_sources
 
 if TYPE_CHECKING:
@@ -436,6 +436,7 @@ class QuantizedLoRAEngine(Displayed):
         priority: int | Sequence[int] = 0,
         timeout: float | None = None,
         use_tqdm: bool = True,
+        **_unknown: Never,
     ) -> list[GenerationOutput]:
         """Answer prompts and wait for all of them.
 
@@ -461,6 +462,7 @@ class QuantizedLoRAEngine(Displayed):
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
+        check_unknown("generate", _unknown)
         return self._intake.answer_all(
             prompt_list(prompts), sampling_params, adapter, priority, timeout, use_tqdm=use_tqdm
         )
@@ -474,6 +476,7 @@ class QuantizedLoRAEngine(Displayed):
         priority: int | Sequence[int] = 0,
         timeout: float | None = None,
         use_tqdm: bool = True,
+        **_unknown: Never,
     ) -> list[GenerationOutput]:
         """Answer conversations and wait for all of them.
 
@@ -493,6 +496,7 @@ class QuantizedLoRAEngine(Displayed):
         Raises:
             ValueError: The template cannot write the messages; and everything that ``generate`` raises.
         """
+        check_unknown("chat", _unknown)
         return self._intake.answer_all(
             conversation_list(messages), sampling_params, adapter, priority, timeout, is_chat=True, use_tqdm=use_tqdm
         )
@@ -509,6 +513,7 @@ class QuantizedLoRAEngine(Displayed):
         max_pending: int | None = None,
         on_error: OnError = "raise",
         use_tqdm: bool = True,
+        **_unknown: Never,
     ) -> Iterator[GenerationOutput]:
         """Answer any number of prompts, and yield outputs while later prompts have not been read yet.
 
@@ -542,6 +547,7 @@ class QuantizedLoRAEngine(Displayed):
             ...     [next(outputs).text, next(outputs).text]
             ['You said: number 0', 'You said: number 1']
         """
+        check_unknown("generate_iter", _unknown)
         outputs = self._intake.answer_each(
             prompts,
             sampling_params,
@@ -564,6 +570,7 @@ class QuantizedLoRAEngine(Displayed):
         priority: int = 0,
         timeout: float | None = None,
         block: bool = True,
+        **_unknown: Never,
     ) -> PartialOutputs:
         """Answer one prompt and yield partial outputs as the tokens come, each with all the text so far.
 
@@ -582,6 +589,7 @@ class QuantizedLoRAEngine(Displayed):
             QueueFullError: ``max_waiting`` requests wait, and ``block`` is false.
             Exception: What ``generate`` raises; what is wrong with the arguments, already when it is called.
         """
+        check_unknown("stream", _unknown)
         return iter(
             self.add_request(prompt, sampling_params, adapter=adapter, priority=priority, timeout=timeout, block=block)
         )
@@ -595,6 +603,7 @@ class QuantizedLoRAEngine(Displayed):
         priority: int = 0,
         timeout: float | None = None,
         block: bool = True,
+        **_unknown: Never,
     ) -> RequestHandle:
         """Queue one prompt and return at once.
 
@@ -619,6 +628,7 @@ class QuantizedLoRAEngine(Displayed):
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
         """
+        check_unknown("add_request", _unknown)
         return self._intake.take_one(prompt, sampling_params, adapter, priority, timeout, block=block)
 
     def stats(self) -> EngineStats:

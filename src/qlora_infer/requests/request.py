@@ -204,6 +204,11 @@ class GenerationOutput(Displayed):
         return self._first.token_ids
 
     @property
+    def outputs(self) -> tuple[Completion, ...]:
+        """The completions, by the name that they have in vLLM's ``RequestOutput``."""
+        return self.completions
+
+    @property
     def num_tokens(self) -> int:
         """The generated tokens of all completions."""
         return sum(len(completion.token_ids) for completion in self.completions)

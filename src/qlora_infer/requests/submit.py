@@ -391,6 +391,15 @@ class Intake:
         return handle
 
 
+def check_unknown(method: str, unknown: Mapping[str, object]) -> None:
+    """Raise ``TypeError`` for arguments that a method does not have: most are sampling parameters."""
+    for name, value in unknown.items():
+        raise TypeError(
+            f"{method}() has no argument {name!r}; sampling parameters are one argument, such as "
+            f"sampling_params={{{name!r}: {value!r}}}"
+        )
+
+
 def checked_prompt(prompt: Any) -> str | tuple[int, ...]:
     """One prompt: text, or token ids; raises ``TypeError``."""
     if isinstance(prompt, str):
