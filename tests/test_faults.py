@@ -1,7 +1,7 @@
 """Faults on purpose, on the fake engine: each ends in a typed error, and what was serving serves.
 
 Those that need vLLM are in ``tests/engine/test_faults.py`` and ``test_left_behind.py``; those of sources in
-``test_fsspec.py`` and ``test_hub.py``; those of templates' processes in ``test_carried.py``.
+``test_fsspec.py`` and ``test_hub.py``; those of templates' processes in ``test_extras.py``.
 """
 
 import fcntl

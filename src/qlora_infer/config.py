@@ -56,7 +56,7 @@ def _positive_or_none(instance: Any, attribute: Attribute[Any], value: Any) -> N
         _positive(instance, attribute, value)
 
 
-def _known_rank(_: Any, attribute: Attribute[Any], value: Any) -> None:
+def _allowed_rank(_: Any, attribute: Attribute[Any], value: Any) -> None:
     if value != "auto" and value not in ALLOWED_RANKS:
         raise ValueError(f'{attribute.name} must be "auto" or one of {ALLOWED_RANKS}, got {value!r}')
 
@@ -119,7 +119,7 @@ class EngineConfig:
         metadata={"help": "With max_loras=auto: bytes for all slots on the device."},
     )
     max_lora_rank: int | Literal["auto"] = field(
-        default="auto", validator=_known_rank, metadata={"help": "The largest rank of an adapter."}
+        default="auto", validator=_allowed_rank, metadata={"help": "The largest rank of an adapter."}
     )
     max_cpu_loras: int | Literal["auto"] = field(
         default="auto",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from attrs import frozen
@@ -51,7 +52,7 @@ class Table:
         if not self.rows:
             return self.empty
         length = MAX_CHARS_IN_COLUMN if self.header else MAX_CHARS
-        rows = [[_for_terminal(cut(_say(cell), length)) for cell in row] for row in self._shown]
+        rows = [[_for_terminal(cut(_format_cell(cell), length)) for cell in row] for row in self._first_rows]
         lines = [list(self.header), *rows] if self.header else rows
         widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
         return "\n".join([*(self._aligned(line, widths) for line in lines), *self._rest()])
@@ -62,20 +63,20 @@ class Table:
             return f"<p>{html.escape(self.empty)}</p>"
         head = f"<thead>{self._html_row(self.header, 'th', 'th')}</thead>" if self.header else ""
         first = "td" if self.header else "th"
-        body = "".join(self._html_row(row, first, "td") for row in self._shown)
+        body = "".join(self._html_row(row, first, "td") for row in self._first_rows)
         rest = "".join(f"<p>{line}</p>" for line in self._rest())
         return f'<table class="{_NO_FORMULAS}">{head}<tbody>{body}</tbody></table>{rest}'
 
     def _html_row(self, row: Sequence[Cell], first: str, others: str) -> str:
         tags = [first] + [others] * (len(row) - 1)
-        said = [cut(_say(cell), MAX_CHARS) for cell in row]
+        cells = [cut(_format_cell(cell), MAX_CHARS) for cell in row]
         styles = [
             _END if number else _LONG if len(cell) > _SHORT_CHARS else _START
-            for cell, number in zip(said, self._numbers, strict=True)
+            for cell, number in zip(cells, self._numbers, strict=True)
         ]
         shown = (
             f'<{tag} dir="auto" style="{style}">{cell}</{tag}>'
-            for tag, style, cell in zip(tags, styles, map(_for_html, said), strict=True)
+            for tag, style, cell in zip(tags, styles, map(_for_html, cells), strict=True)
         )
         return f"<tr>{''.join(shown)}</tr>"
 
@@ -87,10 +88,10 @@ class Table:
     @property
     def _numbers(self) -> Sequence[bool]:
         """True for the columns that hold numbers."""
-        return [not any(isinstance(cell, str) for cell in column) for column in zip(*self._shown, strict=True)]
+        return [not any(isinstance(cell, str) for cell in column) for column in zip(*self._first_rows, strict=True)]
 
     @property
-    def _shown(self) -> Sequence[Sequence[Cell]]:
+    def _first_rows(self) -> Sequence[Sequence[Cell]]:
         return self.rows[:MAX_ROWS]
 
     def _rest(self) -> list[str]:
@@ -131,7 +132,13 @@ def cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _say(cell: Cell) -> str:
+def format_names(names: Iterable[str], *, most: int = 3) -> str:
+    """Return the first of some names, each cut at 120 characters, with an ellipsis if there are more."""
+    first = list(islice(names, most + 1))
+    return ", ".join(name[:120] for name in first[:most]) + (", …" if len(first) > most else "")
+
+
+def _format_cell(cell: Cell) -> str:
     return "-" if cell is None else str(cell)
 
 

@@ -240,7 +240,7 @@ class QuantizedLoRAEngine(Displayed):
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
         """The adapters that requests may name now, by name; a copy that does not change."""
-        return self._registry.loaded()
+        return self._registry.records()
 
     def load_adapter(
         self,
@@ -325,7 +325,7 @@ class QuantizedLoRAEngine(Displayed):
         Raises:
             AdapterNotLoadedError: No adapter has that name.
         """
-        return self._registry.held(name)
+        return self._registry.versions(name)
 
     def pin_adapter(self, name: str) -> None:
         """Keep an adapter, and each later version of it, in host memory until it is unpinned or unloaded.
@@ -690,7 +690,7 @@ class QuantizedLoRAEngine(Displayed):
         return "running" if self.is_running else "dead" if self._close.alive else "closed"
 
     def _tables(self) -> Sequence[Table]:
-        stats, adapters = self.stats(), self._registry.loaded()
+        stats, adapters = self.stats(), self._registry.records()
         rows = [
             ("model", self._config.model),
             ("quantization", self._plan.quantization),

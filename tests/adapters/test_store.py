@@ -268,13 +268,13 @@ def test_files_are_checked_once_and_on_the_copy(folders, monkeypatch):
 
         monkeypatch.setattr(copies_module, name, record)
 
-    for name in ("read_manifest", "read_carried", "check_finite"):
+    for name in ("read_manifest", "read_extras", "check_finite"):
         recording(name)
     with engine_for(None) as engine:
         loaded = engine.load_adapter("a", folders[0])
         copy = engine._registry._store._folder / str(loaded.int_id)
         weights = copy / "adapter_model.safetensors"
-        assert read == [("read_manifest", copy), ("read_carried", copy), ("check_finite", weights)]
+        assert read == [("read_manifest", copy), ("read_extras", copy), ("check_finite", weights)]
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,14 @@ PROGRAM = """
 import sys
 import termios
 from qlora_infer.cli import main
-from qlora_infer.testing import FakeEngine, fake_engine, say_back
+from qlora_infer.testing import FakeEngine, fake_engine, echo
 
 def reply(prompt, adapter):
-    return " ".join(["word"] * 1_000_000) if prompt == "endless" else say_back(prompt, adapter)
+    return " ".join(["word"] * 1_000_000) if prompt == "endless" else echo(prompt, adapter)
 
 def start(model, **given):
     print("started", file=sys.stderr)
-    backend = FakeEngine(reply=say_back if model == "org/quick" else reply, step_seconds=0.001)
+    backend = FakeEngine(reply=echo if model == "org/quick" else reply, step_seconds=0.001)
     engine = fake_engine(model, backend=backend, **given)
     if model == "org/mortal":
         add = backend.add_request

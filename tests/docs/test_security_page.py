@@ -6,7 +6,7 @@ import pytest
 from doc_blocks import text_of
 
 from qlora_infer.chat import process, template, worker
-from qlora_infer.files import added_tokens, carried, content, peft_config, safetensors
+from qlora_infer.files import added_tokens, content, extras, peft_config, safetensors
 from qlora_infer.model import checkpoint
 from qlora_infer.quantization import checkpoint as _checkpoint
 from qlora_infer.sources import filesystem, hub
@@ -22,9 +22,9 @@ LIMITS = {
     "characters of a name in the config": peft_config.MAX_NAME_LENGTH,
     "steps of matching its patterns": peft_config.MAX_MATCH_STEPS,
     "chat template": template.MAX_TEMPLATE_BYTES,
-    "`tokenizer.json`": carried.MAX_BYTES["tokenizer.json"],
-    "`tokenizer_config.json`": carried.MAX_BYTES["tokenizer_config.json"],
-    "`generation_config.json`": carried.MAX_BYTES["generation_config.json"],
+    "`tokenizer.json`": extras.MAX_BYTES["tokenizer.json"],
+    "`tokenizer_config.json`": extras.MAX_BYTES["tokenizer_config.json"],
+    "`generation_config.json`": extras.MAX_BYTES["generation_config.json"],
     "added tokens": added_tokens.MAX_ADDED_TOKENS,
     "time for a conversation": process.RENDER_SECONDS,
     "memory of its process": worker.MAX_MEMORY,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_infer import CorruptAdapterError, IncompatibleAdapterError, UnsafeAdapterError
-from qlora_infer.files.carried import Carried
+from qlora_infer.files.extras import Extras
 from qlora_infer.testing import FakeEngine, FakeSamplingParams, fake_engine, write_adapter
 
 LOUD = "{% for message in messages %}{{ message['content'] | upper }}!{% endfor %}"
@@ -23,9 +23,9 @@ class Echo(FakeEngine):
     def vocabulary(self):
         return {"<s>": 0, "</s>": 1, "<pad>": 2, "a": 3}
 
-    def sampling_params(self, params, carried=None):
-        self.params.append((params, carried))
-        return super().sampling_params(params, carried)
+    def sampling_params(self, params, extras=None):
+        self.params.append((params, extras))
+        return super().sampling_params(params, extras)
 
 
 @pytest.fixture
@@ -116,20 +116,20 @@ def test_vllm_gets_the_caller_s_values_then_the_adapter_s_then_the_model_s():
 
     backend = VLLMBackend()
     backend._default_sampling_params = {"temperature": 0.6, "top_p": 0.9, "top_k": 7}
-    carried = Carried(sampling_defaults={"temperature": 0.2, "top_p": 0.8}, stop_token_ids=(5,))
+    extras = Extras(sampling_defaults={"temperature": 0.2, "top_p": 0.8}, stop_token_ids=(5,))
 
-    def fields(params, carried=None):
-        made = backend.sampling_params(params, carried)
+    def fields(params, extras=None):
+        made = backend.sampling_params(params, extras)
         return made.temperature, made.top_p, made.top_k, made.stop_token_ids
 
     assert fields(None) == fields({}) == (0.6, 0.9, 7, [])
-    assert fields(None, carried) == (0.2, 0.8, 7, [5])
-    assert fields({"temperature": 0.0}, carried)[::3] == (0.0, [5])
-    assert fields({"top_k": 3, "stop_token_ids": [9]}, carried)[:3] == (0.2, 0.8, 3)
+    assert fields(None, extras) == (0.2, 0.8, 7, [5])
+    assert fields({"temperature": 0.0}, extras)[::3] == (0.0, [5])
+    assert fields({"top_k": 3, "stop_token_ids": [9]}, extras)[:3] == (0.2, 0.8, 3)
     given = vllm.SamplingParams(temperature=1.5)
-    assert fields(given, carried) == (1.5, 1.0, 0, [5])
+    assert fields(given, extras) == (1.5, 1.0, 0, [5])
     assert given.stop_token_ids == []
-    assert backend.sampling_params({"ignore_eos": True}, carried).stop_token_ids == []
+    assert backend.sampling_params({"ignore_eos": True}, extras).stop_token_ids == []
 
 
 def test_stop_tokens_reach_the_engine_underneath(engine, backend, tmp_path):
@@ -138,7 +138,7 @@ def test_stop_tokens_reach_the_engine_underneath(engine, backend, tmp_path):
     backend.params.clear()
     engine.generate(["x"] * 2, [None, FakeSamplingParams()], adapter="stops")
     engine.generate("x")
-    assert [carried.stop_token_ids if carried else None for _, carried in backend.params] == [(1, 3), (1, 3), None]
+    assert [extras.stop_token_ids if extras else None for _, extras in backend.params] == [(1, 3), (1, 3), None]
 
 
 def test_the_end_token_of_its_tokenizer_ends_its_answers(engine, backend, tmp_path):
@@ -150,7 +150,7 @@ def test_the_end_token_of_its_tokenizer_ends_its_answers(engine, backend, tmp_pa
     engine.load_adapter("other", folder)
     backend.params.clear()
     engine.generate(["x"] * 2, adapter=["chat", "other"])
-    assert [carried.stop_token_ids for _, carried in backend.params] == [(3, 1), (3,)]
+    assert [extras.stop_token_ids for _, extras in backend.params] == [(3, 1), (3,)]
 
 
 def test_what_stands_beside_a_pickle_is_kept(engine, tmp_path):

@@ -987,7 +987,7 @@ def test_stats_are_cheap_with_a_thousand_adapters():
 
     recorder = StatsRecorder()
     for number in range(1000):
-        recorder.queued(PendingRequest(GenerationRequest(str(number), "x", None, Version(f"a{number}"))))
+        recorder.count_waiting(PendingRequest(GenerationRequest(str(number), "x", None, Version(f"a{number}"))))
     stats = recorder.snapshot(num_adapters_waiting=0, residency={}, load_errors={}, is_running=True)
     assert len(stats.adapters) == stats.num_waiting == 1000
     assert all(type(value) is int for value in (stats.num_steps, stats.num_waiting, stats.generation_tokens))

@@ -20,7 +20,7 @@ from qlora_infer.errors import (
     CorruptAdapterError,
     UnsafeAdapterError,
 )
-from qlora_infer.files.carried import MAX_BYTES
+from qlora_infer.files.extras import MAX_BYTES
 from qlora_infer.sources import filesystem as _fsspec
 from qlora_infer.sources import hub
 from qlora_infer.testing import fake_engine, write_adapter

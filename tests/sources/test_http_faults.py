@@ -9,7 +9,7 @@ from file_server import FileServer
 
 from qlora_infer import URLSource
 from qlora_infer.errors import AdapterDownloadError, CorruptAdapterError
-from qlora_infer.files.carried import MAX_BYTES
+from qlora_infer.files.extras import MAX_BYTES
 from qlora_infer.sources import filesystem
 from qlora_infer.testing import fake_engine, write_adapter
 

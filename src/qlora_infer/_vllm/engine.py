@@ -49,7 +49,7 @@ from qlora_infer.sources import secrets
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
-    from qlora_infer.files.carried import Carried
+    from qlora_infer.files.extras import Extras
     from qlora_infer.plan.engine_plan import EnginePlan
     from qlora_infer.quantization import Platform
 
@@ -188,13 +188,13 @@ class VLLMBackend:
         gc.collect()
         gc.freeze()
 
-    def sampling_params(self, params: object, carried: Carried | None = None) -> Any:
+    def sampling_params(self, params: object, extras: Extras | None = None) -> Any:
         """vLLM's ``SamplingParams``, with the stop tokens of the adapter as vLLM adds those of the model."""
-        made = self._sampling_params(params, carried.sampling_defaults if carried else {})
-        if carried is None or not carried.stop_token_ids:
+        made = self._sampling_params(params, extras.sampling_defaults if extras else {})
+        if extras is None or not extras.stop_token_ids:
             return made
         made = made.clone()
-        made.update_from_generation_config({"eos_token_id": list(carried.stop_token_ids)})
+        made.update_from_generation_config({"eos_token_id": list(extras.stop_token_ids)})
         return made
 
     def _sampling_params(self, params: object, defaults: Mapping[str, Any]) -> Any:

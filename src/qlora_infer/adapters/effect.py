@@ -70,13 +70,13 @@ class AdapterEffect:
     reference_shift: float | None = None
 
     def __str__(self) -> str:
-        said = (
+        text = (
             f"{self.adapter} changes {self.share_changed:.0%} of the most likely tokens, and log-probabilities by "
             f"{self.mean_shift:.2f} in the mean ({self.num_tokens} tokens)"
         )
         if self.reference_shift is not None:
-            said += f"; from PEFT it is {self.reference_shift:.2f} away, the base model {self.reference_base_shift:.2f}"
-        return said
+            text += f"; from PEFT it is {self.reference_shift:.2f} away, the base model {self.reference_base_shift:.2f}"
+        return text
 
 
 def effect(

@@ -133,7 +133,7 @@ class KnownAdapters:
         """
         current = self._registry.current(name)
         if current is not None:
-            return current.loaded()
+            return current.record()
         if not self.knows(name):
             raise self._unknown(name)
         ended: Future[LoadedAdapter] = Future()
@@ -251,7 +251,7 @@ def _settle(ended: Future[LoadedAdapter], found: AdapterVersion | Exception) -> 
     if isinstance(found, Exception):
         ended.set_exception(found)
     else:
-        ended.set_result(found.loaded())
+        ended.set_result(found.record())
 
 
 def _checked(sources: Sources | None) -> Mapping[str, SourceLike] | Path | Callable[[str], SourceLike | None] | None:

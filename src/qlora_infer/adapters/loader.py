@@ -13,7 +13,7 @@ from qlora_infer.adapters.memory import HostMemory
 from qlora_infer.adapters.registry import AdapterRegistry
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
-from qlora_infer.files.carried import check_tokens, with_end_token
+from qlora_infer.files.extras import check_tokens, with_end_token
 from qlora_infer.files.lineage import lineage
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.plan.memory import DEFAULT_RANK
@@ -71,7 +71,7 @@ class AdapterLoader:
 
     def prepare(self, name: str, source: Source, *, allow_pickle: bool = False) -> AdapterVersion:
         """Everything that can be done without the model; raises ``AdapterError``."""
-        version = self._registry.prepare(checked_name(name), source, allow_pickle=allow_pickle)
+        version = self._registry.prepare(check_name(name), source, allow_pickle=allow_pickle)
         version.lineage = lineage(version.manifest.base_model, self._model)
         return version
 
@@ -98,7 +98,7 @@ class AdapterLoader:
         self, name: str, source: Source, *, share: float, allow_pickle: bool, expect: str | int | None
     ) -> LoadedAdapter:
         """Prepare and publish, one at a time under each name; equal calls that wait for their turn are one."""
-        name = checked_name(name)
+        name = check_name(name)
 
         def load(call: object = None) -> LoadedAdapter:
             with self._registry.loading(name), self._counting_errors():
@@ -136,15 +136,15 @@ class AdapterLoader:
             if version.origin is not None:  # where it is fetched from again, from now on
                 current.source, current.origin = version.source, version.origin
                 current.allow_pickle = version.allow_pickle
-            return current.loaded()
+            return current.record()
         try:
             version.fit = preflight.check(
                 version.name, version.manifest, self.model_modules, max_lora_rank=self.max_lora_rank
             )
-            if version.carried.file_names:
+            if version.extras.file_names:
                 vocabulary = self._vocabulary()
-                check_tokens(version.name, version.carried, vocabulary)
-                version.carried = with_end_token(version.carried, vocabulary)
+                check_tokens(version.name, version.extras, vocabulary)
+                version.extras = with_end_token(version.extras, vocabulary)
             with self._registry.in_use(version):  # its copy stays
                 if not version.fit.placement.is_vllms_own(self.model_modules):
                     self._registry.serve(version)
@@ -154,17 +154,17 @@ class AdapterLoader:
             self._forget(version)
             self._registry.discard(version)
             raise
-        self._tell(version)
-        return version.loaded()
+        self._log_fit(version)
+        return version.record()
 
     def rollback(self, name: str) -> LoadedAdapter:
         """Load the version before, and move the name back to it."""
         # The version is in use meanwhile, because another thread may unload the name.
-        with self._registry.loading(checked_name(name)), self._registry.in_use(self._registry.before(name)) as before:
+        with self._registry.loading(check_name(name)), self._registry.in_use(self._registry.before(name)) as before:
             self._load(before)
             version = self._registry.rollback(name)
         logger.info("adapter %r is version %d again", name, version.number)
-        return version.loaded()
+        return version.record()
 
     def pin(self, name: str) -> None:
         """Keep an adapter in host memory."""
@@ -208,7 +208,7 @@ class AdapterLoader:
         try:
             yield
         except Exception as error:
-            self._memory.recorder.failed(error)
+            self._memory.recorder.count_failure(error)
             raise
 
     def _load(self, version: AdapterVersion) -> None:
@@ -235,7 +235,7 @@ class AdapterLoader:
             if self._registry.current(version.name) is None:
                 self._memory.recorder.forget(version.name)
 
-    def _tell(self, version: AdapterVersion) -> None:
+    def _log_fit(self, version: AdapterVersion) -> None:
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)
         trained_on = version.manifest.base_model
         if version.lineage == "quantized":
@@ -250,7 +250,7 @@ class AdapterLoader:
             )
 
 
-def checked_name(name: str) -> str:
+def check_name(name: str) -> str:
     """Return the name if an adapter may have it; otherwise raise ``TypeError`` or ``ValueError``."""
     if not isinstance(name, str):
         raise TypeError(f"an adapter's name must be a string, got {name!r}")

@@ -220,7 +220,7 @@ class HostMemory:
                 self._read(version, failure)
             else:
                 self._places[version] = _Place(State.RESIDENT)
-                self.recorder.loaded(version.name, time.monotonic() - began)
+                self.recorder.count_load(version.name, time.monotonic() - began)
         if self._loads:
             self._keep_promises()
         self._empty_slots()
@@ -294,7 +294,7 @@ class HostMemory:
                 return
             evicted = next((version for version in leaving if not version.num_uses), leaving[0])
             self.evict(evicted)
-            self.recorder.evicted(evicted.name)
+            self.recorder.count_eviction(evicted.name)
 
     def _has_room_for(self, version: AdapterVersion) -> bool:
         return self._fits([*(other for other in self._places if not self._may_leave(other)), version])

@@ -39,19 +39,19 @@ class ResidencyRecorder:
         self._adapters: dict[str, AdapterResidency] = {}
         self._errors: Counter[str] = Counter()
 
-    def loaded(self, name: str, seconds: float) -> None:
+    def count_load(self, name: str, seconds: float) -> None:
         """Count an adapter that was loaded into host memory, and the seconds for which the engine stood still."""
         with self._lock:
             counts = self._of(name)
             counts.num_loads += 1
             counts.load_time = counts.load_time.plus(seconds)
 
-    def evicted(self, name: str) -> None:
+    def count_eviction(self, name: str) -> None:
         """Count an adapter that made room for another."""
         with self._lock:
             self._of(name).num_evictions += 1
 
-    def failed(self, error: BaseException) -> None:
+    def count_failure(self, error: BaseException) -> None:
         """Count an adapter that could not be loaded, without its name, because such names are unbounded."""
         with self._lock:
             self._errors[type(error).__name__] += 1

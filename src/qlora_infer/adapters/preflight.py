@@ -10,6 +10,7 @@ from attrs import field, frozen
 
 from qlora_infer.adapters.placement import Placement, place
 from qlora_infer.config import ALLOWED_RANKS
+from qlora_infer.display import format_names
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.files.manifest import AdapterManifest, LoRAModule
 from qlora_infer.model.modules import ModelModules, ModuleShape
@@ -41,12 +42,10 @@ class Fit:
 
     def __str__(self) -> str:
         applied = f"applied to {self.num_modules} of {self.num_model_modules} modules"
-        left_out = self.placement.left_out
+        left_out, names = self.placement.left_out, format_names(self.placement.left_out)
         if not left_out:
             return applied
-        return (
-            f"{applied}; {len(left_out)} of vision or audio ({_listed(left_out)}) are left out, which is exact for text"
-        )
+        return f"{applied}; {len(left_out)} of vision or audio ({names}) are left out, which is exact for text"
 
 
 def lora_rank_for(ranks: Iterable[int]) -> int:
@@ -108,25 +107,27 @@ def _absence_reasons(placement: Placement, modules: Mapping[str, LoRAModule], mo
     if experts:
         device = f" ({model.device})" if model.device else ""
         yield (
-            f"It changes experts ({_listed(experts)}), for which vLLM has no LoRA on this device{device}: "
+            f"It changes experts ({format_names(experts)}), for which vLLM has no LoRA on this device{device}: "
             "serve it on a GPU, or train attention only."
         )
     if others:
         yield (
-            f"It changes {_listed(others)}, which vLLM does not adapt in {model.model or 'this model'}: "
+            f"It changes {format_names(others)}, which vLLM does not adapt in {model.model or 'this model'}: "
             "train it without them."
         )
     if unknown and len(unknown) == len(modules):
         yield f"None of its {len(modules)} modules is in this model: {_names_beside(unknown, modules, model)}."
     elif unknown:
-        yield f"It has {len(unknown)} modules that this model does not have: {_listed(unknown)}{_say_layers(model)}."
+        names = format_names(unknown)
+        yield f"It has {len(unknown)} modules that this model does not have: {names}{_format_layers(model)}."
     elif not placement.pieces and not unadapted:
-        yield f"All of its modules ({_listed(placement.left_out)}) are of vision or audio, which text does not pass."
+        names = format_names(placement.left_out)
+        yield f"All of its modules ({names}) are of vision or audio, which text does not pass."
 
 
 def _names_beside(unknown: Sequence[str], modules: Mapping[str, LoRAModule], model: ModelModules) -> str:
     """Name a module of the adapter and the model's nearest; call it another architecture where the sizes say so."""
-    beside = f"it has {_listed(unknown)}; the model has {_nearest(unknown[0], list(model.shapes))}"
+    beside = f"it has {format_names(unknown)}; the model has {_nearest(unknown[0], list(model.shapes))}"
     sizes = {(shape.in_features, shape.out_features) for shape in model.shapes.values()}
     if any((modules[name].in_features, modules[name].out_features) in sizes for name in unknown):
         return beside
@@ -136,7 +137,7 @@ def _names_beside(unknown: Sequence[str], modules: Mapping[str, LoRAModule], mod
 def _nearest(name: str, names: Sequence[str]) -> str:
     same_kind = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
     nearest = difflib.get_close_matches(name, (same_kind or names)[:MAX_COMPARED], n=1, cutoff=0)
-    return _listed([*nearest, *(other for other in names if other not in nearest)])
+    return format_names([*nearest, *(other for other in names if other not in nearest)])
 
 
 def _repetition_reasons(placement: Placement) -> Iterator[str]:
@@ -163,10 +164,6 @@ def _shape_reasons(placement: Placement, model: ModelModules) -> Iterator[str]:
         yield f"{len(differing) - MAX_KINDS} other kinds of modules have other shapes than the model's, too."
 
 
-def _say_layers(model: ModelModules) -> str:
+def _format_layers(model: ModelModules) -> str:
     layers = [int(match[1]) for name in model.shapes if (match := _LAYER.search(name))]
     return f" (its layers are 0 to {max(layers)})" if layers else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(name[:120] for name in names[:3]) + (", …" if len(names) > 3 else "")

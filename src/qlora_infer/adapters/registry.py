@@ -68,9 +68,9 @@ class AdapterRegistry:
             AdapterError: The source cannot be read, or what it holds cannot be an adapter.
         """
         int_id = next(self._int_ids)
-        snapshot, manifest, carried = self._store.make(name, int_id, source, allow_pickle=allow_pickle)
+        snapshot, manifest, extras = self._store.make(name, int_id, source, allow_pickle=allow_pickle)
         origin = source if source.refetch_cost is not None else None  # not a trainer's tensors
-        version = AdapterVersion(name, int_id, str(source), origin, allow_pickle, snapshot, manifest, carried)
+        version = AdapterVersion(name, int_id, str(source), origin, allow_pickle, snapshot, manifest, extras)
         try:
             self._store.keep(version)
         except BaseException:
@@ -210,12 +210,12 @@ class AdapterRegistry:
         if is_unused:
             self._on_unused()
 
-    def loaded(self) -> LoadedAdapters:
+    def records(self) -> LoadedAdapters:
         """Return the adapters that requests may name now, in the order of loading."""
         with self._lock:
-            return LoadedAdapters({name: held[-1].loaded() for name, held in self._held.items()})
+            return LoadedAdapters({name: held[-1].record() for name, held in self._held.items()})
 
-    def held(self, name: str) -> list[LoadedAdapter]:
+    def versions(self, name: str) -> list[LoadedAdapter]:
         """Return the versions of a name that requests may name exactly, the newest first.
 
         Raises:
@@ -224,7 +224,7 @@ class AdapterRegistry:
         with self._lock:
             if name not in self._held:
                 raise self._not_loaded(name)
-            return [version.loaded() for version in reversed(self._held[name])]
+            return [version.record() for version in reversed(self._held[name])]
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ``AdapterNotLoadedError`` for the first name that is not loaded."""

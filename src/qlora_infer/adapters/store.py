@@ -21,8 +21,8 @@ from qlora_infer.errors import (
     CorruptAdapterError,
     EngineClosedError,
 )
-from qlora_infer.files.carried import Carried, read_carried
 from qlora_infer.files.content import digest_of
+from qlora_infer.files.extras import Extras, read_extras
 from qlora_infer.files.manifest import AdapterManifest, read_manifest
 from qlora_infer.files.pickles import convert_pickle
 from qlora_infer.files.safetensors import check_finite
@@ -78,7 +78,7 @@ class AdapterStore:
 
     def make(
         self, name: str, int_id: int, source: Source, *, allow_pickle: bool
-    ) -> tuple[Snapshot, AdapterManifest, Carried]:
+    ) -> tuple[Snapshot, AdapterManifest, Extras]:
         """Fetch a source into a private copy and check it, up to everything that can be said without the model.
 
         Raises:
@@ -291,15 +291,15 @@ class AdapterStore:
         return self._digests.get(version.origin, version.snapshot.digest) != version.snapshot.digest
 
 
-def _check(name: str, folder: Path, *, allow_pickle: bool) -> tuple[Snapshot, AdapterManifest, Carried]:
+def _check(name: str, folder: Path, *, allow_pickle: bool) -> tuple[Snapshot, AdapterManifest, Extras]:
     """Check a private copy: nobody else writes to it, so that what is served is what was checked."""
     if allow_pickle:
         convert_pickle(name, folder)
-    manifest, carried = read_manifest(name, folder), read_carried(name, folder)
+    manifest, extras = read_manifest(name, folder), read_extras(name, folder)
     check_finite(name, folder / WEIGHTS_NAME)
-    if carried.chat_template is not None:
-        check_template(name, carried.chat_template)
-    return Snapshot(folder, digest_of(folder, carried=carried.file_names)), manifest, carried
+    if extras.chat_template is not None:
+        check_template(name, extras.chat_template)
+    return Snapshot(folder, digest_of(folder, extras=extras.file_names)), manifest, extras
 
 
 def _closed() -> EngineClosedError:

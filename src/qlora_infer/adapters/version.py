@@ -9,7 +9,7 @@ from attrs import define, field, frozen
 
 from qlora_infer.adapters.preflight import Fit
 from qlora_infer.display import Displayed, DisplayedCollection, Table
-from qlora_infer.files.carried import Carried
+from qlora_infer.files.extras import Extras
 from qlora_infer.files.lineage import Lineage
 from qlora_infer.files.manifest import AdapterManifest
 from qlora_infer.files.snapshot import Snapshot
@@ -121,7 +121,7 @@ class AdapterVersion:
         allow_pickle: Whether it may be read from a pickle.
         snapshot: The private copy that vLLM reads.
         manifest: What the copy says of itself.
-        carried: What it has beside its weights: a chat template, generation defaults, tokens.
+        extras: What it has beside its weights: a chat template, generation defaults, tokens.
         number: Its number under this name, given when it is published.
         lineage: How the model that it was trained on compares with this one.
         share: Its share of the engine beside other adapters.
@@ -141,7 +141,7 @@ class AdapterVersion:
     allow_pickle: bool
     snapshot: Snapshot
     manifest: AdapterManifest
-    carried: Carried
+    extras: Extras
     number: int = 0
     lineage: Lineage = "unknown"
     share: float = 1.0
@@ -163,7 +163,7 @@ class AdapterVersion:
         """The folder that vLLM reads it from."""
         return self.served or self.snapshot.folder
 
-    def loaded(self) -> LoadedAdapter:
+    def record(self) -> LoadedAdapter:
         """Return the record that users see."""
         assert self.fit is not None
         return LoadedAdapter(
@@ -179,7 +179,7 @@ class AdapterVersion:
             base_model=self.manifest.base_model,
             lineage=self.lineage,
             share=self.share,
-            carries=self.carried.file_names,
+            carries=self.extras.file_names,
         )
 
 

@@ -45,13 +45,13 @@ class TemplateProcess:
             start_new_session=True,  # Ctrl-C is for the server, which then ends it
         )
         if self._exchange(b"", 1) != b"R":
-            reason = self.say_end()
+            reason = self.end_reason()
             self.stop()
             raise MissingDependencyError(
                 f"a process for chat templates {reason}; it needs jinja2: pip install 'jinja2>=3.1'"
             )
 
-    def ask(self, request: bytes, *, max_bytes: int) -> bytes | None:
+    def call(self, request: bytes, *, max_bytes: int) -> bytes | None:
         """Return the answer, or ``None`` if it took too long, ended, or wrote more than it may."""
         return self._exchange(len(request).to_bytes(4, "big") + request, max_bytes)
 
@@ -86,7 +86,7 @@ class TemplateProcess:
             return True
         return pages * resource.getpagesize() <= MAX_IDLE_BYTES
 
-    def say_end(self) -> str:
+    def end_reason(self) -> str:
         """Why there was no answer."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1.0)  # its pipe is closed before its status is known

@@ -18,7 +18,7 @@ from qlora_infer.errors import CorruptAdapterError, UnsafeAdapterError
 #: Real templates have up to some 25,000 characters.
 MAX_TEMPLATE_BYTES = 1 << 17
 MAX_MESSAGES_BYTES = 1 << 24
-#: A template repeats what it is given once or twice; it may write this much and four times what it is given.
+#: A template repeats what it is content once or twice; it may write this much and four times what it is content.
 MAX_EXTRA_CHARACTERS = 1 << 20
 
 _NO_TOKENS: Mapping[str, str] = {}
@@ -30,7 +30,7 @@ def template_field(value: object) -> str | None:
     It is a text, or a list of named ones; transformers takes an object of them, too.
 
     Raises:
-        ValueError: It is something else, or no template that ``checked_template`` takes.
+        ValueError: It is something else, or no template that ``check_template_text`` takes.
     """
     if value is None:
         return None
@@ -42,10 +42,10 @@ def template_field(value: object) -> str | None:
         raise ValueError(  # noqa: TRY004
             "'chat_template' must be a text, or a list of {name, template} with one that is named 'default'"
         )
-    return checked_template(value)
+    return check_template_text(value)
 
 
-def checked_template(text: str) -> str:
+def check_template_text(text: str) -> str:
     """Return the template if it is Unicode and not too large.
 
     Raises:
@@ -91,7 +91,7 @@ def render(
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
-    return _ask(adapter, template, variables)
+    return _call(adapter, template, variables)
 
 
 def check_template(adapter: str, template: str) -> None:
@@ -102,20 +102,20 @@ def check_template(adapter: str, template: str) -> None:
         UnsafeAdapterError: It takes too much time or memory.
         MissingDependencyError: No process for templates can be started.
     """
-    _ask(adapter, template, None)
+    _call(adapter, template, None)
 
 
-def _ask(adapter: str, template: str, variables: Mapping[str, Any] | None) -> str:
+def _call(adapter: str, template: str, variables: Mapping[str, Any] | None) -> str:
     try:
-        checked_template(template)
+        check_template_text(template)
     except ValueError as error:
         raise CorruptAdapterError(adapter, str(error)) from error
     request = _request(template, variables)
     with processes.borrow() as process:
         # Characters take up to four bytes each.
-        answer = process.ask(request, max_bytes=4 * (MAX_EXTRA_CHARACTERS + 4 * len(request)))
+        answer = process.call(request, max_bytes=4 * (MAX_EXTRA_CHARACTERS + 4 * len(request)))
         if answer is None:
-            raise UnsafeAdapterError(adapter, f"its chat template {process.say_end()}: this adapter may be hostile")
+            raise UnsafeAdapterError(adapter, f"its chat template {process.end_reason()}: this adapter may be hostile")
     kind, text = answer[:1], answer[1:].decode()
     if kind == b"S":
         raise CorruptAdapterError(adapter, f"its chat template is malformed: {text}")
@@ -128,13 +128,13 @@ def _ask(adapter: str, template: str, variables: Mapping[str, Any] | None) -> st
 
 def _request(template: str, variables: Mapping[str, Any] | None) -> bytes:
     try:
-        given = json.dumps(variables, default=_plain)
+        content = json.dumps(variables, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"messages must hold texts, numbers, lists and mappings only: {error}") from error
-    if len(given) > MAX_MESSAGES_BYTES:
-        raise ValueError(f"these messages have {len(given)} bytes as JSON; a template takes {MAX_MESSAGES_BYTES}")
-    max_characters = MAX_EXTRA_CHARACTERS + 4 * len(given)
-    return f'{{"template":{json.dumps(template)},"max_characters":{max_characters},"variables":{given}}}'.encode()
+    if len(content) > MAX_MESSAGES_BYTES:
+        raise ValueError(f"these messages have {len(content)} bytes as JSON; a template takes {MAX_MESSAGES_BYTES}")
+    max_characters = MAX_EXTRA_CHARACTERS + 4 * len(content)
+    return f'{{"template":{json.dumps(template)},"max_characters":{max_characters},"variables":{content}}}'.encode()
 
 
 def _plain(value: object) -> object:

@@ -101,17 +101,17 @@ def answer(request: bytes) -> bytes:
     try:
         template = _compile(fields["template"])
     except _LIMITS as error:
-        return UNSAFE + _say(error)
+        return UNSAFE + _format_error(error)
     except Exception as error:
-        return MALFORMED + _say(error)
+        return MALFORMED + _format_error(error)
     if fields["variables"] is None:
         return TEXT
     try:
         return TEXT + _render(template, fields["variables"], fields["max_characters"]).encode()
     except _LIMITS as error:
-        return UNSAFE + _say(error)
+        return UNSAFE + _format_error(error)
     except Exception as error:
-        return FAILED + _say(error)
+        return FAILED + _format_error(error)
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any], max_characters: int) -> str:
@@ -124,11 +124,11 @@ def _render(template: jinja2.Template, variables: dict[str, Any], max_characters
     return "".join(pieces)
 
 
-def _say(error: Exception) -> bytes:
+def _format_error(error: Exception) -> bytes:
     text = f"it needs more than {MAX_MEMORY >> 20} MiB" if isinstance(error, MemoryError) else str(error)
     line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-    shown = (line + (text or type(error).__name__))[:MAX_MESSAGE_LENGTH]
-    return "".join(letter if letter.isprintable() else " " for letter in shown).encode()
+    message = (line + (text or type(error).__name__))[:MAX_MESSAGE_LENGTH]
+    return "".join(letter if letter.isprintable() else " " for letter in message).encode()
 
 
 def _confine() -> None:

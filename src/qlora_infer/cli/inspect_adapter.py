@@ -17,7 +17,7 @@ from qlora_infer.adapters import preflight
 from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
-from qlora_infer.files.carried import Carried
+from qlora_infer.files.extras import Extras
 from qlora_infer.files.lineage import lineage
 from qlora_infer.files.manifest import AdapterManifest
 from qlora_infer.files.peft_config import read_config
@@ -135,12 +135,12 @@ def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterMan
     with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
         store = AdapterStore(Path(folder))
         try:
-            snapshot, manifest, carried = store.make(name, 1, source, allow_pickle=False)
+            snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=False)
             pickled = False
         except UnsafeAdapterError:
             if not allow_pickle:
                 raise
-            snapshot, manifest, carried = store.make(name, 1, source, allow_pickle=True)
+            snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=True)
             pickled = True
         finally:
             store.close()
@@ -153,21 +153,21 @@ def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterMan
         modules=dict(Counter(module.rpartition(".")[2] for module in manifest.modules)),
         num_bytes=manifest.num_bytes,
         base_model=manifest.base_model,
-        carries=tuple(_carries(carried)),
+        carries=tuple(_carries(extras)),
         pickled=pickled,
     )
     return found, manifest
 
 
-def _carries(carried: Carried) -> Iterator[str]:
-    if carried.chat_template is not None:
+def _carries(extras: Extras) -> Iterator[str]:
+    if extras.chat_template is not None:
         yield "a chat template"
-    if carried.sampling_defaults:
-        yield f"generation defaults {json.dumps(dict(carried.sampling_defaults))}"
-    if carried.stop_token_ids:
-        yield f"stop tokens {', '.join(map(str, carried.stop_token_ids))}"
-    if carried.added_tokens:
-        yield f"{len(carried.added_tokens)} added tokens"
+    if extras.sampling_defaults:
+        yield f"generation defaults {json.dumps(dict(extras.sampling_defaults))}"
+    if extras.stop_token_ids:
+        yield f"stop tokens {', '.join(map(str, extras.stop_token_ids))}"
+    if extras.added_tokens:
+        yield f"{len(extras.added_tokens)} added tokens"
 
 
 def _lines(found: Inspection) -> Iterator[str]:

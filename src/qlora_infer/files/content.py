@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora_infer.errors import CorruptAdapterError
-from qlora_infer.files.carried import MAX_BYTES, carried_file
-from qlora_infer.files.manifest import checked_file, weights_file
+from qlora_infer.files.extras import MAX_BYTES, extra_file
+from qlora_infer.files.manifest import check_file, weights_file
 from qlora_infer.files.peft_config import MAX_CONFIG_BYTES
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 
@@ -35,9 +35,9 @@ def copy_adapter(adapter: str, source: Path, into: Path, *, allow_pickle: bool) 
         CorruptAdapterError: A file is too large for an adapter's, or changed while it was copied.
         OSError: A file is gone, or cannot be copied.
     """
-    limits = {checked_file(adapter, source, CONFIG_NAME): MAX_CONFIG_BYTES}
+    limits = {check_file(adapter, source, CONFIG_NAME): MAX_CONFIG_BYTES}
     for name, max_bytes in MAX_BYTES.items():
-        if path := carried_file(adapter, source, name):
+        if path := extra_file(adapter, source, name):
             limits[path] = max_bytes
     limits[weights_file(adapter, source, allow_pickle=allow_pickle)] = MAX_WEIGHTS_BYTES
     before = _stamps(limits)
@@ -48,16 +48,16 @@ def copy_adapter(adapter: str, source: Path, into: Path, *, allow_pickle: bool) 
         raise CorruptAdapterError(adapter, f"{source} changed while it was read: write to a new folder, then load that")
 
 
-def digest_of(folder: Path, *, carried: Sequence[str] = ()) -> str:
+def digest_of(folder: Path, *, extras: Sequence[str] = ()) -> str:
     """Return the SHA-256 of an adapter's files, in hexadecimal digits.
 
     Args:
         folder: The folder with the files.
-        carried: The names of the files beside its config and weights.
+        extras: The names of the files beside its config and weights.
     """
     digest = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME, *carried):
-        if name in carried:
+    for name in (CONFIG_NAME, WEIGHTS_NAME, *extras):
+        if name in extras:
             digest.update(name.encode())
         with (folder / name).open("rb") as file:
             while chunk := file.read(_CHUNK):

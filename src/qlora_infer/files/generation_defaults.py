@@ -47,7 +47,7 @@ def sampling_defaults(config: Mapping[str, Any]) -> dict[str, float]:
         if value is None:
             continue
         if not is_allowed(value):
-            raise ValueError(f"{name!r} must be {words}, got {shown(value)}")
+            raise ValueError(f"{name!r} must be {words}, got {format_value(value)}")
         defaults["max_tokens" if name == "max_new_tokens" else name] = value
     return defaults
 
@@ -64,10 +64,10 @@ def stop_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
         raise ValueError(f"'eos_token_id' has {len(ids)} ids, {MAX_STOP_TOKEN_IDS} are allowed")
     for item in ids:
         if as_id(item) is None:
-            raise ValueError(f"'eos_token_id' must be a token's id or a list of such, got {shown(item)}")
+            raise ValueError(f"'eos_token_id' must be a token's id or a list of such, got {format_value(item)}")
     return tuple(dict.fromkeys(ids))
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """Format a value for a message; a list or object, which may be large, only by its type."""
     return ascii(value)[:40] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"

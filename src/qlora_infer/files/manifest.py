@@ -19,6 +19,7 @@ from typing import Any
 
 from attrs import frozen
 
+from qlora_infer.display import format_names
 from qlora_infer.errors import AdapterNotFoundError, AdapterSourceError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.files.features import unsupported_features
 from qlora_infer.files.peft_config import (
@@ -122,7 +123,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         UnsafeAdapterError: The weights are pickled, or a file is a link that leaves the folder.
         CorruptAdapterError: A file is malformed, or the two contradict each other.
     """
-    config = read_config(adapter, checked_file(adapter, folder, CONFIG_NAME))
+    config = read_config(adapter, check_file(adapter, folder, CONFIG_NAME))
     unsupported = list(unsupported_features(config))
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         # Its other fields and its tensors have other names; only this can be said of it.
@@ -138,7 +139,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
             raise
         leftover = []
     if leftover:
-        unsupported.append(_say_leftover(leftover))
+        unsupported.append(_format_leftover(leftover))
     return AdapterManifest(
         folder=folder,
         base_model=base_model(config),
@@ -150,7 +151,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
     )
 
 
-def checked_file(adapter: str, folder: Path, name: str) -> Path:
+def check_file(adapter: str, folder: Path, name: str) -> Path:
     """Return an adapter's file, which is a plain file: no pipe or device, and no link that leaves the folder.
 
     Raises:
@@ -194,7 +195,7 @@ def _stays_inside(folder: Path, path: Path) -> bool:
 
 
 def weights_file(adapter: str, folder: Path, *, allow_pickle: bool = False) -> Path:
-    """Return the file with an adapter's weights, checked by ``checked_file``.
+    """Return the file with an adapter's weights, checked by ``check_file``.
 
     Args:
         adapter: The adapter's name, for messages.
@@ -208,14 +209,14 @@ def weights_file(adapter: str, folder: Path, *, allow_pickle: bool = False) -> P
         CorruptAdapterError: The weights are split over several files.
     """
     if os.path.lexists(folder / WEIGHTS_NAME):
-        return checked_file(adapter, folder, WEIGHTS_NAME)
+        return check_file(adapter, folder, WEIGHTS_NAME)
     if (folder / f"{WEIGHTS_NAME}.index.json").exists():
         raise CorruptAdapterError(
             adapter, f"the weights in {folder} are split over several files, which vLLM does not read: save them as one"
         )
     pickled = next((name for name in PICKLE_NAMES if os.path.lexists(folder / name)), None)
     if pickled and allow_pickle:
-        return checked_file(adapter, folder, pickled)
+        return check_file(adapter, folder, pickled)
     others = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix in PICKLE_SUFFIXES)
     if others and not allow_pickle:
         raise UnsafeAdapterError(
@@ -223,7 +224,7 @@ def weights_file(adapter: str, folder: Path, *, allow_pickle: bool = False) -> P
             f"{folder} holds only pickled weights ({others[0]}), which can run code when they are read: save the "
             "adapter again with PEFT, which writes safetensors, or pass allow_pickle=True to have it converted",
         )
-    return checked_file(adapter, folder, WEIGHTS_NAME)
+    return check_file(adapter, folder, WEIGHTS_NAME)
 
 
 def _pair_factors(
@@ -298,9 +299,8 @@ def _scaled_by_pattern(config: Mapping[str, Any], modules: Mapping[str, LoRAModu
                 yield name
 
 
-def _say_leftover(names: list[str]) -> str:
-    shown = ", ".join(name[:120] for name in names[:3]) + (", …" if len(names) > 3 else "")
+def _format_leftover(names: list[str]) -> str:
     advice = "vLLM serves LoRA factors only"
     if any(_NAMED_FACTOR.search(name) for name in names):
         advice = "save it with PEFT's save_pretrained, which leaves the adapter's name out of lora_A.weight"
-    return f"It has {len(names)} tensors that are no LoRA factors and would be lost: {shown}; {advice}."
+    return f"It has {len(names)} tensors that are no LoRA factors and would be lost: {format_names(names)}; {advice}."

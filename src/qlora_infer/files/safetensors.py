@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from attrs import field, frozen
 
+from qlora_infer.display import format_names
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.peft_config import parse_json
 
@@ -127,10 +128,10 @@ def check_finite(adapter: str, path: Path) -> None:
             if entry.is_floating and not all(map(_is_finite, _numbers(adapter, file, offset, entry)))
         ]
     if bad:
-        shown = ", ".join(name[:120] for name in bad[:3]) + (", …" if len(bad) > 3 else "")
+        names = format_names(bad)
         raise CorruptAdapterError(
             adapter,
-            f"{len(bad)} tensors hold NaN or infinity: {shown} (or more than float16 holds); did its training diverge?",
+            f"{len(bad)} tensors hold NaN or infinity: {names} (or more than float16 holds); did its training diverge?",
         )
 
 
@@ -207,19 +208,19 @@ _known_entries = lru_cache(maxsize=16)(_entries)
 
 
 def _entry(name: str, value: object, header: _Header) -> TensorEntry:
-    shown = name[:120]
+    label = name[:120]
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise header.corrupt(f"{shown} needs dtype, shape and data_offsets")
+        raise header.corrupt(f"{label} needs dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _SIZES:
-        raise header.corrupt(f"{shown} has the unknown dtype {str(dtype)[:40]!r}")
+        raise header.corrupt(f"{label} has the unknown dtype {str(dtype)[:40]!r}")
     if not _is_sizes(shape) or len(shape) > 8:
-        raise header.corrupt(f"{shown} has the shape {str(shape)[:40]}")
+        raise header.corrupt(f"{label} has the shape {str(shape)[:40]}")
     if not _is_sizes(offsets, limit=1 << 62) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise header.corrupt(f"{shown} has the data_offsets {str(offsets)[:60]}")
+        raise header.corrupt(f"{label} has the data_offsets {str(offsets)[:60]}")
     entry = TensorEntry(dtype, tuple(shape), *offsets)
     if entry.num_bytes != math.prod(shape) * _SIZES[dtype]:
-        raise header.corrupt(f"{shown} has {entry.num_bytes} bytes for {list(shape)} of {dtype}")
+        raise header.corrupt(f"{label} has {entry.num_bytes} bytes for {list(shape)} of {dtype}")
     return entry
 
 

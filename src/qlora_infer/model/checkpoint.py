@@ -75,11 +75,11 @@ def read_checkpoint(
     if not architecture.lora:
         refusal = f"vLLM has no LoRA for this model: {architecture.model} does not support LoRA yet."
         return Checkpoint(ModelModules({}, model=architecture.model), f"the architecture, {name}", refusal)
-    untold = _untold(tensors, config, architecture)
-    if untold:
+    missing = _module_without_shape(tensors, config, architecture)
+    if missing:
         raise ModelNotFoundError(
             f"{model} cannot be checked without loading it: neither its headers nor its config.json tells the shape of "
-            f"{untold}, whose weights are packed by bitsandbytes"
+            f"{missing}, whose weights are packed by bitsandbytes"
         )
     modules, origin = modules_of_tensors(tensors, config, device), "the headers of its safetensors files"
     if not modules.shapes:
@@ -170,7 +170,7 @@ def _matrices(tensors: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterat
         yield "lm_head.weight", embeddings[1]
 
 
-def _untold(tensors: Mapping[str, Shape], config: Mapping[str, Any], architecture: Architecture) -> str:
+def _module_without_shape(tensors: Mapping[str, Shape], config: Mapping[str, Any], architecture: Architecture) -> str:
     """Return a module of the language model whose shape nothing tells; empty where there is none."""
     for name, shape in packed.unpack(tensors, config):
         module = _running_name(name, architecture)

@@ -143,7 +143,7 @@ def unregister(name: str) -> None:
     Raises:
         UnknownQuantizationError: No strategy has that name.
     """
-    _registry.pop(_named(name).name)
+    _registry.pop(_find(name).name)
 
 
 def registered() -> Iterator[str]:
@@ -163,14 +163,14 @@ def choose(config: EngineConfig, model_config: Mapping[str, Any]) -> Quantizatio
     """
     method = quant_method(model_config)
     if config.quantization is None and method is None:
-        return _named("none")
+        return _find("none")
     if config.quantization in ("auto", None):
         return _detect(config.model, model_config, method)
     if isinstance(config.quantization, QuantizationStrategy):
         return config.quantization
     if not isinstance(config.quantization, str):
         raise TypeError(f"quantization must be a name or a strategy, got {config.quantization!r}")
-    strategy = _named(config.quantization)
+    strategy = _find(config.quantization)
     if not strategy.matches(model_config):
         says = f"is quantized with {method!r}" if method else "is not quantized"
         raise QuantizationError(
@@ -191,7 +191,7 @@ def _detect(model: str, model_config: Mapping[str, Any], method: str | None) -> 
     )
 
 
-def _named(name: str) -> QuantizationStrategy:
+def _find(name: str) -> QuantizationStrategy:
     try:
         return _registry[name]
     except KeyError:

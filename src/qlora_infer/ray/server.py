@@ -103,7 +103,7 @@ class AdapterServer:
             AdapterNotLoadedError: The engine knows no adapter by the model id.
             Exception: What ``QuantizedLoRAEngine.load_adapter`` and ``QuantizedLoRAEngine.generate`` raise.
         """
-        return await (await self._ask(prompt, sampling_params, priority))
+        return await (await self._submit(prompt, sampling_params, priority))
 
     async def stream(
         self, prompt: Any, sampling_params: Mapping[str, Any] | None = None, *, priority: int = 0
@@ -112,7 +112,7 @@ class AdapterServer:
 
         For ``handle.options(stream=True)``. Arguments and errors are those of ``generate``.
         """
-        parts = aiter(await self._ask(prompt, sampling_params, priority))
+        parts = aiter(await self._submit(prompt, sampling_params, priority))
         with contextlib.closing(parts):  # cancels the request when its reader has gone
             async for part in parts:
                 yield part
@@ -120,15 +120,15 @@ class AdapterServer:
     async def __call__(self, request: Request) -> Response:
         """Answer over HTTP."""
         try:
-            prompt, sampling_params, streamed = _read(await request.body())
-            handle = await self._ask(prompt, sampling_params, 0)
+            prompt, sampling_params, streamed = _parse(await request.body())
+            handle = await self._submit(prompt, sampling_params, 0)
             if not streamed:
-                return JSONResponse(_told(output := await handle, output.text))
+                return JSONResponse(_format_output(output := await handle, output.text))
             parts = aiter(handle)
             # What goes wrong before the first token still has a status of its own.
             first = await anext(parts)
         except tuple(STATUSES) as error:
-            return JSONResponse(_error(error), _status(error))
+            return JSONResponse(_format_error(error), _status(error))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(_events(first, parts), headers=headers, media_type="text/event-stream")
 
@@ -145,7 +145,7 @@ class AdapterServer:
         with contextlib.suppress(AttributeError):  # there is none when the factory has raised
             self._engine.close()
 
-    async def _ask(self, prompt: Any, sampling_params: Mapping[str, Any] | None, priority: int) -> RequestHandle:
+    async def _submit(self, prompt: Any, sampling_params: Mapping[str, Any] | None, priority: int) -> RequestHandle:
         name = serve.get_multiplexed_model_id() or None
         add_request = functools.partial(
             self._engine.add_request,
@@ -172,7 +172,7 @@ class AdapterServer:
         return await asyncio.to_thread(self._engine.load_adapter, name)
 
 
-def _read(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
+def _parse(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
     try:
         fields = json.loads(body)
         prompt = fields.pop("prompt")
@@ -184,7 +184,7 @@ def _read(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
     return prompt, sampling_params, bool(streamed)
 
 
-def _told(output: GenerationOutput, text: str) -> dict[str, Any]:
+def _format_output(output: GenerationOutput, text: str) -> dict[str, Any]:
     return {
         "text": text,
         "finish_reason": output.finish_reason,
@@ -194,7 +194,7 @@ def _told(output: GenerationOutput, text: str) -> dict[str, Any]:
     }
 
 
-def _error(error: Exception) -> dict[str, str]:
+def _format_error(error: Exception) -> dict[str, str]:
     return {"error": str(error), "error_type": type(error).__name__}
 
 
@@ -207,9 +207,9 @@ async def _events(part: GenerationOutput, parts: PartialOutputs) -> AsyncIterato
     with contextlib.closing(parts):  # cancels the request when its reader has gone
         try:
             while True:
-                yield f"data: {json.dumps(_told(part, part.delta))}\n\n"
+                yield f"data: {json.dumps(_format_output(part, part.delta))}\n\n"
                 if part.finished:
                     return
                 part = await anext(parts)
         except errors.QLoRAInferError as error:
-            yield f"data: {json.dumps(_error(error))}\n\n"
+            yield f"data: {json.dumps(_format_error(error))}\n\n"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
     from qlora_infer.errors import AdapterError
-    from qlora_infer.files.carried import Carried
+    from qlora_infer.files.extras import Extras
     from qlora_infer.model.modules import ModelModules
     from qlora_infer.plan.engine_plan import EnginePlan
     from qlora_infer.quantization import Platform
@@ -61,7 +61,7 @@ class Backend(Protocol):
         """Load the model as planned; raises ``UnsupportedModelError`` or ``EngineStartError``."""
         ...
 
-    def sampling_params(self, params: object, carried: Carried | None = None) -> Any:
+    def sampling_params(self, params: object, extras: Extras | None = None) -> Any:
         """Turn a mapping of fields into sampling parameters; raises ``ValueError`` and ``TypeError``.
 
         What the mapping leaves out is as the adapter carries it, then as the model does. Answers end at the adapter's

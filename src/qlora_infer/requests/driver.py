@@ -120,14 +120,14 @@ class Driver:
             try:
                 self._wait_for_room(request, block=block)
             except (QueueFullError, RequestTimeoutError):
-                self._stats.refused(request)
+                self._stats.count_refusal(request)
                 raise
             handle = RequestHandle(pending, self._let_go)  # now, because the request may end as soon as it is queued
             if request.awaited is None:
                 self._queue.append(pending)
             else:
                 self._awaiting.add(pending)
-            self._stats.queued(pending)
+            self._stats.count_waiting(pending)
             self._work.notify()
         self._deadlines.add(pending)
         return handle
@@ -153,7 +153,7 @@ class Driver:
                 return
             self._awaiting.remove(pending)
             self._room.notify()
-        self._stats.ended(pending, None, pending.error or error, was_running=False)
+        self._stats.count_end(pending, None, pending.error or error, was_running=False)
         pending.fail(error)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
@@ -350,7 +350,7 @@ class Driver:
                 self._awaiting.discard(pending)
                 self._room.notify()
             if was_waiting:
-                self._stats.ended(pending, None, pending.error, was_running=False)
+                self._stats.count_end(pending, None, pending.error, was_running=False)
                 self._release(pending.request.adapter)
 
     def _admit(self) -> None:
@@ -365,7 +365,7 @@ class Driver:
                 self._room.notify()
                 self._running[pending.request.request_id] = pending
             pending.admitted = time.monotonic()
-            self._stats.admitted(pending, pending.admitted)
+            self._stats.count_admission(pending, pending.admitted)
             self._memory.request(pending.request.adapter)
             self._reading.append(pending)
 
@@ -395,7 +395,7 @@ class Driver:
         except Exception as error:
             self._refuse([pending], error)
             return
-        self._stats.begun(pending, num_tokens, is_swap=is_swap)
+        self._stats.count_prompt(pending, num_tokens, is_swap=is_swap)
         with self._lock:
             self._queue.charge(pending, num_tokens)
 
@@ -433,7 +433,7 @@ class Driver:
             for name, pending in given_to.items():
                 self._queue.charge(pending, given[name])
         self._spare(num_ending)
-        self._stats.stepped(seconds, step.kv_cache_usage, given)
+        self._stats.count_step(seconds, step.kv_cache_usage, given)
         for output in step.outputs:
             pending = self._running.get(output.request_id)
             if pending is None:
@@ -466,7 +466,7 @@ class Driver:
             self._reading.remove(pending)
         with self._lock:
             self._queue.leave(pending)
-        self._stats.ended(pending, output, pending.error or error, was_running=True)
+        self._stats.count_end(pending, output, pending.error or error, was_running=True)
         self._release(pending.request.adapter)
 
     # The end ----------------------------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ class Driver:
                 pending.fail(error)
                 continue
             del self._running[pending.request.request_id]
-            self._stats.requeued(pending)
+            self._stats.count_requeue(pending)
             with self._lock:
                 self._queue.leave(pending)
                 self._queue.append(pending)
@@ -495,7 +495,7 @@ class Driver:
         self._start_backend()
         for version in versions:
             self._memory.prefetch(version)  # where that fails, its requests will get the error
-        self._stats.restarted()
+        self._stats.count_restart()
         logger.warning("the engine runs again")
 
     def _end(self, make_error: Callable[[], QLoRAInferError]) -> None:
@@ -519,7 +519,7 @@ class Driver:
         self._memory.clear(make_error)
         for pendings, was_running in ((running, True), (waiting, False)):
             for pending in pendings:
-                self._stats.ended(pending, None, pending.error, was_running=was_running)
+                self._stats.count_end(pending, None, pending.error, was_running=was_running)
                 self._release(pending.request.adapter)
 
 

@@ -242,18 +242,19 @@ class GenerationOutput(Displayed):
         if self.adapter_version is not None:
             adapter = f"{adapter}@{self.adapter_version}"
         if self.error is not None:
-            return [Table([("adapter", adapter), ("prompt", self._shown_prompt()), ("error", repr(self.error))])]
+            return [Table([("adapter", adapter), ("prompt", self._format_prompt()), ("error", repr(self.error))])]
+        first_token = _format_seconds(self.times.time_to_first_token)
         rows = [
             ("adapter", adapter),
-            ("prompt", self._shown_prompt()),
+            ("prompt", self._format_prompt()),
             *texts,
             ("finish reason", ", ".join(reasons)),
             ("tokens", f"{len(self.prompt_token_ids)} in the prompt, {self.num_tokens} generated"),
-            ("seconds", f"{_say(self.times.time_to_first_token)} to the first token, {_say(self.times.total)} in all"),
+            ("seconds", f"{first_token} to the first token, {_format_seconds(self.times.total)} in all"),
         ]
         return [Table(rows)]
 
-    def _shown_prompt(self) -> str:
+    def _format_prompt(self) -> str:
         return f"{len(self.prompt_token_ids)} token ids" if self.prompt is None else self.prompt
 
 
@@ -264,7 +265,7 @@ class GenerationOutputs(DisplayedCollection, list[GenerationOutput]):
         header = ("adapter", "prompt", "text", "finish reason", "tokens", "seconds")
         rows: list[tuple[Cell, ...]] = []
         for output in self:
-            first = (BASE_MODEL if output.adapter is None else output.adapter, output._shown_prompt())
+            first = (BASE_MODEL if output.adapter is None else output.adapter, output._format_prompt())
             seconds = None if output.times.total is None else round(output.times.total, 2)
             if output.error is not None:
                 rows.append((*first, None, repr(output.error), 0, seconds))
@@ -274,5 +275,5 @@ class GenerationOutputs(DisplayedCollection, list[GenerationOutput]):
         return [Table(rows, header, empty="no outputs")]
 
 
-def _say(seconds: float | None) -> str:
+def _format_seconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.2f}"

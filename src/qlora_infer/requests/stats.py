@@ -108,8 +108,8 @@ class EngineStats(Displayed):
             ("tokens", f"{self.prompt_tokens} in prompts, {self.generation_tokens} generated"),
             ("KV cache", f"{self.kv_cache_usage:.0%} in use"),
             ("restarts", str(self.num_restarts)),
-            ("failed requests", _list(errors)),
-            ("failed loads", _list(self.load_errors)),
+            ("failed requests", _format_errors(errors)),
+            ("failed loads", _format_errors(self.load_errors)),
         ]
 
     def _row(self, name: str | None) -> Sequence[str | int | float | None]:
@@ -143,17 +143,17 @@ class StatsRecorder:
         self._step_time = NONE
         self._kv_cache_usage = 0.0
 
-    def queued(self, pending: PendingRequest) -> None:
+    def count_waiting(self, pending: PendingRequest) -> None:
         """Count a request that entered the queue."""
         with self._lock:
             self._of(pending).num_waiting += 1
 
-    def refused(self, request: GenerationRequest) -> None:
+    def count_refusal(self, request: GenerationRequest) -> None:
         """Count a request that found no room in the queue."""
         with self._lock:
             self._adapters[request.adapter_name].num_refused += 1
 
-    def admitted(self, pending: PendingRequest, now: float) -> None:
+    def count_admission(self, pending: PendingRequest, now: float) -> None:
         """Count a request that left the queue for the engine."""
         waited = now - pending.request.queued
         with self._lock:
@@ -162,14 +162,14 @@ class StatsRecorder:
             counts.num_running += 1
             counts.queue_time = counts.queue_time.plus(waited)
 
-    def begun(self, pending: PendingRequest, num_tokens: int, *, is_swap: bool) -> None:
+    def count_prompt(self, pending: PendingRequest, num_tokens: int, *, is_swap: bool) -> None:
         """Count the prompt tokens of a request that the engine took, and its swap if its adapter moved into a slot."""
         with self._lock:
             counts = self._of(pending)
             counts.prompt_tokens += num_tokens
             counts.num_swaps += is_swap
 
-    def stepped(self, seconds: float, kv_cache_usage: float, num_tokens: Mapping[str | None, int]) -> None:
+    def count_step(self, seconds: float, kv_cache_usage: float, num_tokens: Mapping[str | None, int]) -> None:
         """Count a step and the tokens that it gave each adapter."""
         with self._lock:
             self._num_steps += 1
@@ -178,7 +178,7 @@ class StatsRecorder:
             for name, number in num_tokens.items():
                 self._adapters[name].generation_tokens += number
 
-    def ended(
+    def count_end(
         self,
         pending: PendingRequest,
         output: GenerationOutput | None,
@@ -202,14 +202,14 @@ class StatsRecorder:
             if output.times.time_to_first_token is not None:
                 counts.time_to_first_token = counts.time_to_first_token.plus(output.times.time_to_first_token)
 
-    def requeued(self, pending: PendingRequest) -> None:
+    def count_requeue(self, pending: PendingRequest) -> None:
         """Count a request that went back to the queue, because the engine died."""
         with self._lock:
             counts = self._of(pending)
             counts.num_running -= 1
             counts.num_waiting += 1
 
-    def restarted(self) -> None:
+    def count_restart(self) -> None:
         """Count a restart of the engine after it died."""
         with self._lock:
             self._num_restarts += 1
@@ -254,5 +254,5 @@ def _milliseconds(durations: Durations) -> float | None:
     return None if durations.mean is None else round(durations.mean * 1000, 1)
 
 
-def _list(errors: Mapping[str, int]) -> str:
+def _format_errors(errors: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in sorted(errors.items())) or "none"

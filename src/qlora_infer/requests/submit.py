@@ -24,7 +24,7 @@ from qlora_infer.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
-    from qlora_infer.files.carried import Carried
+    from qlora_infer.files.extras import Extras
 
 
 # Sequences of whole numbers, which are no token ids.
@@ -57,7 +57,7 @@ class RequestReader(Protocol):
         """The sequences that one batch holds."""
         ...
 
-    def sampling_params(self, params: object, carried: Carried | None = None) -> Any:
+    def sampling_params(self, params: object, extras: Extras | None = None) -> Any:
         """Turn a mapping of fields into sampling parameters; raises ``ValueError`` and ``TypeError``."""
         ...
 
@@ -143,11 +143,11 @@ class Intake:
         """Queue one prompt, or one conversation, whose partial outputs may be read."""
         is_chat = is_conversation(prompt)
         row = _Row(
-            prompt if is_chat else checked_prompt(prompt),
+            prompt if is_chat else check_prompt(prompt),
             sampling_params,
             adapter,
-            checked_priority(priority),
-            checked_timeout(timeout),
+            check_priority(priority),
+            check_timeout(timeout),
             is_chat=is_chat,
             stream=True,
         )
@@ -169,12 +169,12 @@ class Intake:
         What is wrong with any of them is raised before the first is queued, but for those whose adapters are still to
         be loaded.
         """
-        number, limit, queued = len(prompts), checked_timeout(timeout), time.monotonic()
+        number, limit, queued = len(prompts), check_timeout(timeout), time.monotonic()
         columns = zip(
             prompts,
             one_per_prompt("sampling_params", sampling_params, number),
             one_per_prompt("adapter", adapter, number),
-            map(checked_priority, one_per_prompt("priority", priority, number)),
+            map(check_priority, one_per_prompt("priority", priority, number)),
             strict=True,
         )
         rows = [
@@ -190,7 +190,7 @@ class Intake:
                 for row, request in zip(rows, requests, strict=True):
                     handles.append(self._await_adapter(row) if request is None else self._queue(request))
                 outputs = (handle.result() for handle in as_completed(handles))
-                for _ in self._shown(outputs, number, use_tqdm=use_tqdm):
+                for _ in self._with_progress(outputs, number, use_tqdm=use_tqdm):
                     pass  # the first that fails ends it here
                 return GenerationOutputs(handle.result() for handle in handles)
             finally:  # Ctrl-C too: nothing of this call may show up in the next one
@@ -215,7 +215,7 @@ class Intake:
             raise TypeError("prompts must be an iterable of prompts, got one string: generate and stream take one")
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error must be "raise" or "return", got {on_error!r}')
-        value, limit = checked_priority(priority), checked_timeout(timeout)
+        value, limit = check_priority(priority), check_timeout(timeout)
         if max_pending is not None and max_pending < 1:
             raise ValueError(f"max_pending must be at least 1, got {max_pending}")
         rows = zip(prompts, along("sampling_params", sampling_params), along("adapter", adapter))  # noqa: B905
@@ -225,7 +225,7 @@ class Intake:
             for index, (prompt, params, name) in enumerate(rows):
                 try:
                     is_chat = is_conversation(prompt)
-                    asked = prompt if is_chat else checked_prompt(prompt)
+                    asked = prompt if is_chat else check_prompt(prompt)
                     yield self._take(_Row(asked, params, name, value, limit, index=index, is_chat=is_chat))
                 except faults as fault:
                     yield self._failed(index, prompt, name, fault)
@@ -237,7 +237,7 @@ class Intake:
                     yield self._output(handle, faults)
 
         total = len(prompts) if isinstance(prompts, Sized) else None
-        return self._shown(outputs(), total, use_tqdm=use_tqdm)
+        return self._with_progress(outputs(), total, use_tqdm=use_tqdm)
 
     def _failed(self, index: int, prompt: Any, name: Any, fault: Exception) -> RequestHandle:
         """Return the handle of a row that could not be asked."""
@@ -264,7 +264,7 @@ class Intake:
                 raise
             return GenerationOutput.failed(handle._pending.request, death)  # another core has been started
 
-    def _shown(
+    def _with_progress(
         self, outputs: Iterator[GenerationOutput], total: int | None, *, use_tqdm: bool
     ) -> Iterator[GenerationOutput]:
         if not use_tqdm:
@@ -294,13 +294,13 @@ class Intake:
             raise self._known.unknown(error) from None
 
     def _sampling(self, params: Any, version: AdapterVersion | None) -> Any:
-        return self._reader.sampling_params(params, version.carried if version else None)
+        return self._reader.sampling_params(params, version.extras if version else None)
 
     def _write(self, messages: Sequence[Mapping[str, Any]], version: AdapterVersion | None) -> str:
-        if version is None or version.carried.chat_template is None:
+        if version is None or version.extras.chat_template is None:
             return self._reader.render_chat(messages)
-        special_tokens = {**self._reader.special_tokens(), **version.carried.special_tokens}
-        return render(version.name, version.carried.chat_template, messages, special_tokens=special_tokens)
+        special_tokens = {**self._reader.special_tokens(), **version.extras.special_tokens}
+        return render(version.name, version.extras.chat_template, messages, special_tokens=special_tokens)
 
     def _queue(self, request: GenerationRequest) -> RequestHandle:
         """Queue a request of a version that its caller holds, too."""
@@ -400,7 +400,7 @@ def check_unknown(method: str, unknown: Mapping[str, object]) -> None:
         )
 
 
-def checked_prompt(prompt: Any) -> str | tuple[int, ...]:
+def check_prompt(prompt: Any) -> str | tuple[int, ...]:
     """One prompt: text, or token ids; raises ``TypeError``."""
     if isinstance(prompt, str):
         return prompt
@@ -426,8 +426,8 @@ def prompt_list(prompts: Any) -> list[str | tuple[int, ...]]:
     if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
         raise TypeError(f"prompts must be a string, token ids, or a list of them, got {type(prompts).__name__}")
     if prompts and type(prompts[0]) is int:
-        return [checked_prompt(prompts)]
-    return [checked_prompt(prompt) for prompt in prompts]
+        return [check_prompt(prompts)]
+    return [check_prompt(prompt) for prompt in prompts]
 
 
 def conversation_list(messages: Any) -> Sequence[Sequence[Mapping[str, Any]]]:
@@ -458,14 +458,14 @@ def along(argument: str, value: Any) -> Iterator[Any]:
     raise ValueError(f"{argument} has fewer entries than there are prompts: give one, or one per prompt")
 
 
-def checked_priority(priority: Any) -> int:
+def check_priority(priority: Any) -> int:
     """Return a request's priority; raise ``TypeError`` if it is not a whole number."""
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise TypeError(f"priority must be a whole number, lower goes first, got {priority!r}")
     return priority
 
 
-def checked_timeout(timeout: Any) -> float | None:
+def check_timeout(timeout: Any) -> float | None:
     """Return a request's timeout in seconds; raise ``TypeError`` or ``ValueError`` if it is invalid."""
     if timeout is None:
         return None

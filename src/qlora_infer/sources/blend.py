@@ -111,8 +111,8 @@ class BlendSource:
 
     def __str__(self) -> str:
         parts = [(part.weight, part.name) for part in self._parts or ()]
-        shown = parts or [(weight, name) for name, weight in self.adapters.items()]
-        return f"{self.method} blend of " + ", ".join(f"{weight:g} {name}" for weight, name in shown)
+        shares = parts or [(weight, name) for name, weight in self.adapters.items()]
+        return f"{self.method} blend of " + ", ".join(f"{weight:g} {name}" for weight, name in shares)
 
 
 @frozen
@@ -215,21 +215,21 @@ def _rank(name: str, module: str, parts: Sequence[AdapterPart], method: str) -> 
     """Return a module's rank in the blend."""
     shapes = [(part.name, part.manifest.modules[module]) for part in parts if module in part.manifest.modules]
     if len({(shape.in_features, shape.out_features) for _, shape in shapes}) > 1:
-        said = ", ".join(f"{part!r} {shape.in_features} and {shape.out_features}" for part, shape in shapes)
+        sizes = ", ".join(f"{part!r} {shape.in_features} and {shape.out_features}" for part, shape in shapes)
         raise ValueError(
             f"the blend {name!r} needs adapters of one base model, and {module} has other inputs and outputs in some "
-            f"({said}): leave out those of the other model"
+            f"({sizes}): leave out those of the other model"
         )
     if any(shape.num_experts for _, shape in shapes):
         raise ValueError(f"{module} holds the factors of all experts of a layer, which cannot be blended")
     ranks = [shape.rank for _, shape in shapes]
-    said = f"{module} ({', '.join(f'{part!r} {shape.rank}' for part, shape in shapes)})"
+    place = f"{module} ({', '.join(f'{part!r} {shape.rank}' for part, shape in shapes)})"
     if method != "linear" and len(set(ranks)) > 1:
-        raise ValueError(f"{method!r} needs one rank, which differs in {said}: use 'linear', which takes any ranks")
+        raise ValueError(f"{method!r} needs one rank, which differs in {place}: use 'linear', which takes any ranks")
     rank = sum(ranks) if method == "linear" else ranks[0]
     if rank > ALLOWED_RANKS[-1]:
         raise ValueError(
-            f"the blend {name!r} would have rank {rank} in {said}, and vLLM serves ranks up to {ALLOWED_RANKS[-1]}: "
+            f"the blend {name!r} would have rank {rank} in {place}, and vLLM serves ranks up to {ALLOWED_RANKS[-1]}: "
             "blend fewer adapters, or use 'ties' or 'dare_ties', which do not add the ranks up"
         )
     return rank

@@ -33,8 +33,8 @@ from qlora_infer.errors import (
     QLoRAInferError,
     UnsafeAdapterError,
 )
-from qlora_infer.files.carried import MAX_BYTES
 from qlora_infer.files.content import MAX_WEIGHTS_BYTES
+from qlora_infer.files.extras import MAX_BYTES
 from qlora_infer.files.peft_config import MAX_CONFIG_BYTES
 from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, where_else
 from qlora_infer.sources.secrets import without_secrets

@@ -533,7 +533,7 @@ def _explain(error: BaseException, repository: _Repository) -> tuple[type[Adapte
     """Return our error's class and the message for it."""
     from huggingface_hub import errors, get_token
 
-    error = _told_by_the_hub(error)
+    error = _unwrap(error)
     status, repo_id = _status(error), repository.repo_id
     has_token = repository.token or get_token()
     no_access = (
@@ -581,7 +581,7 @@ def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _told_by_the_hub(error: BaseException) -> BaseException:
+def _unwrap(error: BaseException) -> BaseException:
     """Return the cause of an error that huggingface_hub has wrapped in "and there is no cached copy"."""
     from huggingface_hub import errors
 

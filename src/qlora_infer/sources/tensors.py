@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from attrs import Attribute, field, frozen
 
 from qlora_infer._packages import require
+from qlora_infer.display import format_names
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 
@@ -111,10 +112,10 @@ def _check_one_adapter(adapter: str, names: Iterable[str]) -> None:
     """Check that one adapter's name, or none, is in the names of all factors: without it they would be one."""
     found = sorted({match.group()[1:] for name in names if (match := _ADAPTER_NAME.search(name))})
     if len(found) > 1:
-        shown = ", ".join(repr(name[:80]) if name else "one without a name" for name in found[:5])
+        names = format_names(repr(name[:80]) if name else "one without a name" for name in found)
         raise CorruptAdapterError(
             adapter,
-            f"the tensors are those of several adapters ({shown}): pass those of one, as "
+            f"the tensors are those of several adapters ({names}): pass those of one, as "
             "peft.get_peft_model_state_dict(model, adapter_name=...) gives them",
         )
 

@@ -1,7 +1,7 @@
 """For tests of code that uses this library: an engine without a model, and adapters that fit it."""
 
 from qlora_infer.testing._adapter import TINY_MODEL, write_adapter
-from qlora_infer.testing._engine import FakeEngine, FakeLogprob, FakeSamplingParams, fake_engine, say_back
+from qlora_infer.testing._engine import FakeEngine, FakeLogprob, FakeSamplingParams, echo, fake_engine
 
 __all__ = [
     "TINY_MODEL",
@@ -9,6 +9,6 @@ __all__ = [
     "FakeLogprob",
     "FakeSamplingParams",
     "fake_engine",
-    "say_back",
+    "echo",
     "write_adapter",
 ]

@@ -22,7 +22,7 @@ from qlora_infer.testing._adapter import TINY_MODEL
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
     from qlora_infer.config import EngineConfig
-    from qlora_infer.files.carried import Carried
+    from qlora_infer.files.extras import Extras
     from qlora_infer.plan.engine_plan import EnginePlan
 
 #: What answers a prompt: called with the prompt's text and the adapter's name, ``None`` for the base model.
@@ -31,7 +31,7 @@ Reply = Callable[[str, str | None], str]
 _AWQ = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "awq", "bits": 4}}
 
 
-def say_back(prompt: str, adapter: str | None) -> str:
+def echo(prompt: str, adapter: str | None) -> str:
     """Return ``FakeEngine``'s default reply: the adapter and the prompt."""
     return f"{adapter} says: {prompt}" if adapter else f"You said: {prompt}"
 
@@ -107,7 +107,7 @@ class FakeEngine:
     def __init__(
         self,
         *,
-        reply: Reply = say_back,
+        reply: Reply = echo,
         step_seconds: float = 0.0,
         load_seconds: float = 0.0,
         model_config: Mapping[str, Any] = _AWQ,
@@ -178,13 +178,13 @@ class FakeEngine:
         self.num_starts += 1
         self._alive = True
 
-    def sampling_params(self, params: object, carried: Carried | None = None) -> Any:
+    def sampling_params(self, params: object, extras: Extras | None = None) -> Any:
         """``FakeSamplingParams`` from a mapping, or any object with these attributes; stop tokens have no effect."""
         if params is not None and not isinstance(params, Mapping):
             if hasattr(params, "max_tokens"):
                 return copy.copy(params)
             raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
-        params = {**(carried.sampling_defaults if carried else {}), **(params or {})}
+        params = {**(extras.sampling_defaults if extras else {}), **(params or {})}
         unknown = sorted(set(params) - _SAMPLING_FIELDS)
         if unknown:
             raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")

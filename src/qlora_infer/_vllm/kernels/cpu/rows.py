@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from qlora_infer._vllm.kernels.cpu.tiles import TILE_HEAD, tiles_of
 from qlora_infer._vllm.kernels.cpu.vectors import ROWS, WIDTH, Numbers, dots, outers
 
-#: What a call is told: 64-bit numbers, addresses among them, and one float. The three counters are written by all
+#: What a call is arguments: 64-bit numbers, addresses among them, and one float. The three counters are written by all
 #: threads, and each has a cache line of its own.
 X, Y, X_STRIDE, Y_STRIDE, SLICES, NUM_SLICES, NUM_INPUTS, BLOCKS, NUM_BLOCKS = range(9)
 TILES, NUM_TILES, SUMS, MAX_RANK, SCALE = range(9, 14)
@@ -44,7 +44,7 @@ class Layer:
     """A layer's weights as compiled code finds them; it keeps their memory alive, not what is in it.
 
     Attributes:
-        told: What a call is told of it: from ``SLICES`` to ``NUM_BLOCKS``.
+        arguments: A call's numbers of it, from ``SLICES`` to ``NUM_BLOCKS``.
         max_rank: The most ranks that a slot may have.
     """
 
@@ -81,7 +81,7 @@ class Layer:
         tables = np.array(slices, np.int64), np.array(blocks, np.int64)
         self.max_rank = a[0].shape[-2]
         self.num_slices = len(slices)
-        self.told = (tables[0].ctypes.data, len(slices), a[0].shape[-1], tables[1].ctypes.data, len(blocks))
+        self.arguments = (tables[0].ctypes.data, len(slices), a[0].shape[-1], tables[1].ctypes.data, len(blocks))
         self._kept = (tables, a, b, ranks)
 
 
@@ -89,13 +89,13 @@ class Tiles:
     """A batch's rows as compiled code finds them.
 
     Attributes:
-        told: What a call is told of them: ``TILES`` and ``NUM_TILES``.
+        arguments: A call's numbers of them, ``TILES`` and ``NUM_TILES``.
     """
 
     def __init__(self, slots: npt.NDArray[np.integer]) -> None:
         """Cut rows into tiles by the slot of each; -1 for rows without an adapter."""
         self._tiles = tiles_of(slots, ROWS)
-        self.told = (self._tiles.ctypes.data, len(self._tiles))
+        self.arguments = (self._tiles.ctypes.data, len(self._tiles))
 
 
 class Rows:
@@ -131,13 +131,21 @@ class Rows:
             work: How many multiplications there are, about: few are left to this thread alone.
         """
         size = 4 if self.dtype is torch.float32 else 2
-        num_sums = tiles.told[1] * layer.num_slices * ROWS * layer.max_rank
+        num_sums = tiles.arguments[1] * layer.num_slices * ROWS * layer.max_rank
         if num_sums > len(self._sums):
             self._sums = np.empty(num_sums, np.float32)
             self._sums_at = self._sums.ctypes.data
         strides = x.stride(0) * size, y.stride(0) * size
-        told = (x.data_ptr(), y.data_ptr(), *strides, *layer.told, *tiles.told, self._sums_at, layer.max_rank)
-        CALL_LAYOUT.pack_into(self._call, 0, *told, scale, 0, 0, 0)
+        arguments = (
+            x.data_ptr(),
+            y.data_ptr(),
+            *strides,
+            *layer.arguments,
+            *tiles.arguments,
+            self._sums_at,
+            layer.max_rank,
+        )
+        CALL_LAYOUT.pack_into(self._call, 0, *arguments, scale, 0, 0, 0)
         if self._threads is None or work <= ALONE_UP_TO:
             self._run(self._call_at)
         else:

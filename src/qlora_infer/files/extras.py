@@ -8,15 +8,15 @@ The formats are those that transformers 5.19 writes and reads (``tokenization_ut
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve, field, frozen
 
-from qlora_infer.chat.template import MAX_TEMPLATE_BYTES, checked_template, template_field
+from qlora_infer.chat.template import MAX_TEMPLATE_BYTES, check_template_text, template_field
+from qlora_infer.display import format_names
 from qlora_infer.errors import (
     AdapterNotFoundError,
     AdapterSourceError,
@@ -24,8 +24,8 @@ from qlora_infer.errors import (
     IncompatibleAdapterError,
 )
 from qlora_infer.files.added_tokens import added_tokens_part, read_decoder, read_encoder, read_list
-from qlora_infer.files.generation_defaults import sampling_defaults, shown, stop_token_ids
-from qlora_infer.files.manifest import checked_file
+from qlora_infer.files.generation_defaults import format_value, sampling_defaults, stop_token_ids
+from qlora_infer.files.manifest import check_file
 from qlora_infer.files.peft_config import parse_json
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -48,7 +48,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 @frozen
-class Carried:
+class Extras:
     """The template, defaults and tokens that an adapter carries beside config and weights; empty if it has none.
 
     Attributes:
@@ -71,7 +71,7 @@ class Carried:
     file_names: tuple[str, ...] = ()
 
 
-def read_carried(adapter: str, folder: Path) -> Carried:
+def read_extras(adapter: str, folder: Path) -> Extras:
     """Read what an adapter carries beside its weights.
 
     Args:
@@ -89,7 +89,7 @@ def read_carried(adapter: str, folder: Path) -> Carried:
     generation_config = reader.mapping(GENERATION_NAME)
     with reader.blaming(GENERATION_NAME):
         defaults, stop_ids = sampling_defaults(generation_config), stop_token_ids(generation_config)
-    return Carried(
+    return Extras(
         chat_template=reader.chat_template(tokenizer_config),
         sampling_defaults=defaults,
         stop_token_ids=stop_ids,
@@ -99,8 +99,8 @@ def read_carried(adapter: str, folder: Path) -> Carried:
     )
 
 
-def carried_file(adapter: str, folder: Path, name: str) -> Path | None:
-    """Return one of these files, checked by ``checked_file``; ``None`` where there is none.
+def extra_file(adapter: str, folder: Path, name: str) -> Path | None:
+    """Return one of these files, checked by ``check_file``; ``None`` where there is none.
 
     Raises:
         CorruptAdapterError: It is a link that leads nowhere.
@@ -110,14 +110,14 @@ def carried_file(adapter: str, folder: Path, name: str) -> Path | None:
     if not os.path.lexists(folder / name):
         return None
     try:
-        return checked_file(adapter, folder, name)
+        return check_file(adapter, folder, name)
     except AdapterNotFoundError as error:
         raise CorruptAdapterError(adapter, f"{folder / name} is a link that leads nowhere") from error
 
 
 def _read(adapter: str, folder: Path, name: str) -> bytes | None:
     """Return a file's bytes; nothing where there is no such file."""
-    path = carried_file(adapter, folder, name)
+    path = extra_file(adapter, folder, name)
     if path is None:
         return None
     try:
@@ -167,7 +167,7 @@ class _Reader:
             return template
         with self.blaming(TEMPLATE_NAME):
             text = self.files[TEMPLATE_NAME].decode()
-            return checked_template(text.replace("\r\n", "\n").replace("\r", "\n"))
+            return check_template_text(text.replace("\r\n", "\n").replace("\r", "\n"))
 
     def added_tokens(self, tokenizer_config: Mapping[str, Any]) -> dict[str, int]:
         """All added tokens; where the files contradict each other, tokenizer.json is the one that is used."""
@@ -191,20 +191,20 @@ class _Reader:
                 continue
             with self.blaming(TOKENIZER_CONFIG_NAME):
                 if not isinstance(text, str) or len(text) > MAX_SPECIAL_TOKEN_LENGTH:
-                    raise ValueError(f"{name!r} must be a short text, got {shown(text)}")
+                    raise ValueError(f"{name!r} must be a short text, got {format_value(text)}")
                 text.encode()  # half of a surrogate pair, which JSON can hold, is a ValueError
             tokens[name] = text
         return tokens
 
 
-def check_tokens(adapter: str, carried: Carried, vocabulary: Mapping[str, int] | None) -> None:
+def check_tokens(adapter: str, extras: Extras, vocabulary: Mapping[str, int] | None) -> None:
     """Check that the running model's tokenizer has the tokens that an adapter was trained with.
 
     A padding token that the model does not have is none of the reasons: it is in no prompt and no answer.
 
     Args:
         adapter: The adapter's name, for the message.
-        carried: What the adapter carries.
+        extras: What the adapter carries.
         vocabulary: All tokens of the model's tokenizer with their ids, as ``tokenizer.get_vocab()`` gives them;
             ``None`` where any token is known.
 
@@ -214,52 +214,47 @@ def check_tokens(adapter: str, carried: Carried, vocabulary: Mapping[str, int] |
     """
     if vocabulary is None:
         return
-    missing = [token for token in carried.added_tokens if token not in vocabulary and not _is_padding(carried, token)]
-    moved = [token for token, index in carried.added_tokens.items() if vocabulary.get(token, index) != index]
+    missing = [token for token in extras.added_tokens if token not in vocabulary and not _is_padding(extras, token)]
+    moved = [token for token, index in extras.added_tokens.items() if vocabulary.get(token, index) != index]
     last = max(vocabulary.values(), default=-1)
-    beyond = [index for index in carried.stop_token_ids if index > last]
+    beyond = [index for index in extras.stop_token_ids if index > last]
     reasons = []
     if missing:
+        names = format_names(f"{_name(token)} ({extras.added_tokens[token]})" for token in missing)
         reasons.append(
-            f"Its tokenizer adds {len(missing)} tokens that the model's does not have: "
-            f"{_listed(f'{_name(token)} ({carried.added_tokens[token]})' for token in missing)}; vLLM serves no new "
+            f"Its tokenizer adds {len(missing)} tokens that the model's does not have: {names}; vLLM serves no new "
             "token embeddings from an adapter: merge it into its base model, or train it without new tokens."
         )
     if moved:
-        pairs = (f"{_name(token)} ({carried.added_tokens[token]}, here {vocabulary[token]})" for token in moved)
+        pairs = (f"{_name(token)} ({extras.added_tokens[token]}, here {vocabulary[token]})" for token in moved)
         reasons.append(
-            f"Its tokenizer numbers {len(moved)} tokens otherwise than the model's: {_listed(pairs)}; "
+            f"Its tokenizer numbers {len(moved)} tokens otherwise than the model's: {format_names(pairs)}; "
             "it was trained on another model or with another tokenizer."
         )
     if beyond:
         reasons.append(
-            f"Its {GENERATION_NAME} stops at the token ids {_listed(map(str, beyond))}; the model's end at {last}."
+            f"Its {GENERATION_NAME} stops at the token ids {format_names(map(str, beyond))}; the model's end at {last}."
         )
     if reasons:
         raise IncompatibleAdapterError(adapter, reasons)
 
 
-def with_end_token(carried: Carried, vocabulary: Mapping[str, int] | None) -> Carried:
+def with_end_token(extras: Extras, vocabulary: Mapping[str, int] | None) -> Extras:
     """Add the token that an adapter's tokenizer ends texts with to its stop tokens.
 
     Trainers save the tokenizer beside an adapter, and hardly ever a generation config.
     """
-    end = (vocabulary or {}).get(carried.special_tokens.get("eos_token", ""))
-    if end is None or end in carried.stop_token_ids:
-        return carried
-    return evolve(carried, stop_token_ids=(*carried.stop_token_ids, end))
+    end = (vocabulary or {}).get(extras.special_tokens.get("eos_token", ""))
+    if end is None or end in extras.stop_token_ids:
+        return extras
+    return evolve(extras, stop_token_ids=(*extras.stop_token_ids, end))
 
 
-def _is_padding(carried: Carried, token: str) -> bool:
+def _is_padding(extras: Extras, token: str) -> bool:
     """Return whether the token fills batches in training and has no other role."""
-    roles = [role for role, text in carried.special_tokens.items() if text == token]
-    return roles == ["pad_token"] and token not in (carried.chat_template or "")
+    roles = [role for role, text in extras.special_tokens.items() if text == token]
+    return roles == ["pad_token"] and token not in (extras.chat_template or "")
 
 
 def _name(token: str) -> str:
     return ascii(token[:80])
-
-
-def _listed(names: Iterable[str]) -> str:
-    first = list(islice(names, 4))
-    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")

@@ -28,8 +28,8 @@ from qlora_infer.errors import (
     MissingDependencyError,
     UnsafeAdapterError,
 )
-from qlora_infer.files import added_tokens, carried
-from qlora_infer.files.carried import Carried, check_tokens, read_carried
+from qlora_infer.files import added_tokens, extras
+from qlora_infer.files.extras import Extras, check_tokens, read_extras
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
@@ -164,8 +164,8 @@ def write(folder: Path, **files: Any) -> Path:
 def test_an_adapter_without_further_files_carries_nothing(tmp_path: Path) -> None:
     """Most adapters are a config and weights: the base model's own template, defaults and tokens stay in force."""
     write(tmp_path, adapter_config_json={}, adapter_model_safetensors=b"")
-    assert read_carried("bare", tmp_path) == Carried() == read_carried("gone", tmp_path / "gone")
-    check_tokens("bare", Carried(), {})
+    assert read_extras("bare", tmp_path) == Extras() == read_extras("gone", tmp_path / "gone")
+    check_tokens("bare", Extras(), {})
 
 
 def test_what_transformers_writes_is_read_back(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_what_transformers_writes_is_read_back(tmp_path: Path) -> None:
     GenerationConfig(do_sample=True, temperature=0.6, top_k=20, max_new_tokens=99, eos_token_id=[6, 2]).save_pretrained(
         tmp_path
     )
-    found, reloaded = read_carried("tuned", tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    found, reloaded = read_extras("tuned", tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert found.chat_template == CHATML == reloaded.chat_template
     assert found.sampling_defaults == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
     assert found.stop_token_ids == (6, 2)
@@ -200,7 +200,7 @@ def test_the_default_template_is_read_from_each_place_that_transformers_has_used
     template = {"tool_use": "tools!", "default": ZEPHYR} if named else ZEPHYR
     tiny_tokenizer(chat_template=template).save_pretrained(tmp_path, save_jinja_files=in_jinja)
     assert (tmp_path / "chat_template.jinja").exists() is in_jinja
-    assert read_carried("zephyr", tmp_path).chat_template == ZEPHYR
+    assert read_extras("zephyr", tmp_path).chat_template == ZEPHYR
 
 
 def test_the_jinja_file_goes_before_the_field(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_the_jinja_file_goes_before_the_field(tmp_path: Path) -> None:
 
     tiny_tokenizer(chat_template="old").save_pretrained(tmp_path, save_jinja_files=False)
     write(tmp_path, chat_template_jinja="new\r\n{{ bos_token }}\rend")
-    assert read_carried("both", tmp_path).chat_template == "new\n{{ bos_token }}\nend"
+    assert read_extras("both", tmp_path).chat_template == "new\n{{ bos_token }}\nend"
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "new\n{{ bos_token }}\nend"
 
 
@@ -218,8 +218,8 @@ def test_a_field_that_is_null_says_nothing(tmp_path: Path) -> None:
     """Written by hand or by older tools; transformers takes it for missing."""
     config = {"chat_template": None, "pad_token": None, "bos_token": {"content": "<s>", "lstrip": False}}
     write(tmp_path, tokenizer_config_json=config, generation_config_json={"eos_token_id": None, "top_p": None})
-    found = read_carried("null", tmp_path)
-    assert found == Carried(
+    found = read_extras("null", tmp_path)
+    assert found == Extras(
         special_tokens={"bos_token": "<s>"}, file_names=("tokenizer_config.json", "generation_config.json")
     )
 
@@ -252,7 +252,7 @@ def test_the_sampling_defaults_are_those_that_vllm_takes_from_a_model(tmp_path: 
         override_generation_config={},
         try_get_generation_config=lambda: GenerationConfig.from_pretrained(tmp_path).to_diff_dict(),
     )
-    found = read_carried("sampling", tmp_path).sampling_defaults
+    found = read_extras("sampling", tmp_path).sampling_defaults
     assert found == ModelConfig.get_diff_sampling_param(model)
     SamplingParams(**found)
 
@@ -263,13 +263,13 @@ def test_the_sampling_defaults_are_those_that_vllm_takes_from_a_model(tmp_path: 
 def test_stop_ids_are_a_number_or_a_list(tmp_path: Path, value: object, expected: tuple[int, ...]) -> None:
     """Llama 3 stops at one of several tokens; each is kept once, in the file's order."""
     write(tmp_path, generation_config_json={"eos_token_id": value})
-    assert read_carried("stops", tmp_path).stop_token_ids == expected
+    assert read_extras("stops", tmp_path).stop_token_ids == expected
 
 
 def test_added_tokens_may_be_any_characters(tmp_path: Path) -> None:
     """Phi-2's added_tokens.json has runs of tabs and blanks, which cannot stand in a message as they are."""
     write(tmp_path, added_tokens_json={"\t\t": 50294, "  ": 50295, "\u2028": 50296})
-    found = read_carried("phi", tmp_path)
+    found = read_extras("phi", tmp_path)
     assert found.added_tokens == {"\t\t": 50294, "  ": 50295, "\u2028": 50296}
     with pytest.raises(IncompatibleAdapterError) as caught:
         check_tokens("phi", found, {"a": 0})
@@ -280,7 +280,7 @@ def test_added_tokens_of_older_files_are_read(tmp_path: Path) -> None:
     """added_tokens_decoder was written for all tokenizers until transformers 5."""
     decoder = {"5": {"content": "<a>", "special": True}, "6": {"content": "<b>"}}
     write(tmp_path, added_tokens_json={"<c>": 7}, tokenizer_config_json={"added_tokens_decoder": decoder})
-    assert read_carried("older", tmp_path).added_tokens == {"<a>": 5, "<b>": 6, "<c>": 7}
+    assert read_extras("older", tmp_path).added_tokens == {"<a>": 5, "<b>": 6, "<c>": 7}
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -294,7 +294,7 @@ def test_only_the_added_tokens_of_a_large_tokenizer_are_parsed(tmp_path: Path, f
     rest = {"version": "1.0", "model": {"added_tokens": [{"id": 1, "content": "no"}], "vocab": words, "merges": merges}}
     write(tmp_path, tokenizer_json={**part, **rest} if first else {**rest, **part})
     tracemalloc.start()
-    found = read_carried("large", tmp_path)
+    found = read_extras("large", tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.added_tokens == {'<"x,}]\\': 9}
@@ -373,7 +373,7 @@ def test_a_value_that_may_not_be_is_a_corrupt_adapter_and_the_message_says_what_
     tmp_path: Path, files: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(CorruptAdapterError, match=said) as caught:
-        read_carried("bad", write(tmp_path, **files))
+        read_extras("bad", write(tmp_path, **files))
     assert caught.value.adapter == "bad"
     assert len(str(caught.value)) < len(str(tmp_path)) + 400
 
@@ -392,39 +392,39 @@ def test_the_ends_of_the_ranges_are_those_of_vllm() -> None:
             SamplingParams(**wrong)
 
 
-@pytest.mark.parametrize("name", carried.MAX_BYTES)
+@pytest.mark.parametrize("name", extras.MAX_BYTES)
 def test_each_file_is_read_up_to_its_limit(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of any size costs no more memory than its limit."""
-    monkeypatch.setitem(carried.MAX_BYTES, name, 100)
+    monkeypatch.setitem(extras.MAX_BYTES, name, 100)
     (tmp_path / name).write_bytes(b"{" + b" " * 100)
     with pytest.raises(CorruptAdapterError, match="too large: it may have 100 bytes"):
-        read_carried("large", tmp_path)
+        read_extras("large", tmp_path)
 
 
-@pytest.mark.parametrize("name", carried.MAX_BYTES)
+@pytest.mark.parametrize("name", extras.MAX_BYTES)
 def test_no_file_is_a_link_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
     """Else an adapter could show the server's files, or wait for ever for a pipe."""
     write(tmp_path / "outside", secret_txt="{}")
     inside = write(tmp_path / "inside", other_json='{"added_tokens": []}')
     (inside / name).symlink_to(tmp_path / "outside" / "secret.txt")
     with pytest.raises(UnsafeAdapterError, match="outside"):
-        read_carried("link", inside)
+        read_extras("link", inside)
     (inside / name).unlink()
     os.mkfifo(inside / name)
     with pytest.raises(UnsafeAdapterError, match="not a regular file"):
-        read_carried("pipe", inside)
+        read_extras("pipe", inside)
     (inside / name).unlink()
     (inside / name).mkdir()
     with pytest.raises(UnsafeAdapterError, match="not a regular file"):
-        read_carried("folder", inside)
+        read_extras("folder", inside)
     (inside / name).rmdir()
     (inside / name).symlink_to("nowhere")
     with pytest.raises(CorruptAdapterError, match="leads nowhere"):
-        read_carried("broken", inside)
+        read_extras("broken", inside)
     (inside / name).unlink()
     (inside / name).symlink_to(name)
     with pytest.raises(CorruptAdapterError, match="leads nowhere"):
-        read_carried("loop", inside)
+        read_extras("loop", inside)
 
 
 def test_links_within_the_folder_and_in_the_hubs_cache_are_followed(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_links_within_the_folder_and_in_the_hubs_cache_are_followed(tmp_path: Pa
     snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
     snapshot.mkdir(parents=True)
     (snapshot / "generation_config.json").symlink_to("../../blobs/1234")
-    assert read_carried("hub", snapshot).sampling_defaults == {"temperature": 0.5}
+    assert read_extras("hub", snapshot).sampling_defaults == {"temperature": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -454,23 +454,23 @@ def test_a_hostile_tokenizer_file_is_refused_in_time(tmp_path: Path, content: by
     """Each byte of it is looked at once, and the work is bounded."""
     started = time.monotonic()
     with pytest.raises(CorruptAdapterError):
-        read_carried("slow", write(tmp_path, tokenizer_json=content))
+        read_extras("slow", write(tmp_path, tokenizer_json=content))
     assert time.monotonic() - started < 10
 
 
 def test_the_work_on_a_tokenizer_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where all of it is well-formed JSON."""
     write(tmp_path, tokenizer_json={"model": [0] * 100, "added_tokens": [{"id": 1, "content": "x"}]})
-    assert read_carried("long", tmp_path).added_tokens == {"x": 1}
+    assert read_extras("long", tmp_path).added_tokens == {"x": 1}
     monkeypatch.setattr(added_tokens, "MAX_PART_BYTES", 10)
     with pytest.raises(CorruptAdapterError, match="10 are allowed"):
-        read_carried("long", tmp_path)
+        read_extras("long", tmp_path)
     monkeypatch.setattr(added_tokens, "MAX_STEPS", 50)
     with pytest.raises(CorruptAdapterError, match="too many parts"):
-        read_carried("long", tmp_path)
+        read_extras("long", tmp_path)
 
 
-NAMES = st.sampled_from(sorted(carried.MAX_BYTES))
+NAMES = st.sampled_from(sorted(extras.MAX_BYTES))
 FIELDS = st.sampled_from([
     "chat_template", "added_tokens_decoder", "added_tokens", "eos_token_id", "temperature", "top_k", "top_p",
     "max_new_tokens", "repetition_penalty", "eos_token", "pad_token", "content", "id", "name", "template", "default",
@@ -495,7 +495,7 @@ WHOLE = {
 def read_or_refuse(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     try:
-        found = read_carried("fuzz", folder)
+        found = read_extras("fuzz", folder)
         check_tokens("fuzz", found, {"<a>": 5, "</s>": 2})
     except AdapterError as error:
         str(error).encode()  # it can be printed
@@ -537,7 +537,7 @@ def test_damaged_files_are_read_or_refused_with_a_typed_error(folder: Path, name
 
 def test_tokens_that_the_model_does_not_have_are_named_with_what_to_do() -> None:
     """vLLM serves no new embeddings from an adapter: such an adapter would be served without its tokens."""
-    found = Carried(added_tokens={"</s>": 2, "<a>": 6, "<b>": 7, "<c\n>": 8, "<d>": 9}, file_names=("x",))
+    found = Extras(added_tokens={"</s>": 2, "<a>": 6, "<b>": 7, "<c\n>": 8, "<d>": 9}, file_names=("x",))
     with pytest.raises(IncompatibleAdapterError) as caught:
         check_tokens("new", found, {"</s>": 2, "hello": 5})
     (reason,) = caught.value.reasons
@@ -549,24 +549,24 @@ def test_tokens_that_the_model_does_not_have_are_named_with_what_to_do() -> None
 def test_tokens_with_other_ids_are_named_with_both() -> None:
     """Its weights have learned another token at that id."""
     with pytest.raises(IncompatibleAdapterError, match=r"'<a>' \(6, here 3\)"):
-        check_tokens("moved", Carried(added_tokens={"<a>": 6}), {"<a>": 3})
+        check_tokens("moved", Extras(added_tokens={"<a>": 6}), {"<a>": 3})
 
 
 def test_stop_ids_beyond_the_model_are_refused() -> None:
     """With min_tokens vLLM writes to the logits of each stop id: one beyond them would end the engine for everybody."""
-    check_tokens("last", Carried(stop_token_ids=(5,)), {"a": 5})
+    check_tokens("last", Extras(stop_token_ids=(5,)), {"a": 5})
     with pytest.raises(IncompatibleAdapterError, match=r"stops at the token ids 6, 7; the model's end at 5"):
-        check_tokens("beyond", Carried(stop_token_ids=(5, 6, 7)), {"a": 5})
+        check_tokens("beyond", Extras(stop_token_ids=(5, 6, 7)), {"a": 5})
 
 
 def test_a_new_token_that_only_pads_is_no_reason() -> None:
     """Many adapters were trained with a new "[PAD]"; it is in no prompt and no answer."""
     tokens = {"[PAD]": 6}
-    check_tokens("pads", Carried(added_tokens=tokens, special_tokens={"pad_token": "[PAD]"}), {"a": 5})
+    check_tokens("pads", Extras(added_tokens=tokens, special_tokens={"pad_token": "[PAD]"}), {"a": 5})
     for other in (
-        Carried(added_tokens=tokens),
-        Carried(added_tokens=tokens, special_tokens={"pad_token": "[PAD]", "eos_token": "[PAD]"}),
-        Carried(added_tokens=tokens, special_tokens={"pad_token": "[PAD]"}, chat_template="{{ '[PAD]' }}"),
+        Extras(added_tokens=tokens),
+        Extras(added_tokens=tokens, special_tokens={"pad_token": "[PAD]", "eos_token": "[PAD]"}),
+        Extras(added_tokens=tokens, special_tokens={"pad_token": "[PAD]"}, chat_template="{{ '[PAD]' }}"),
     ):
         with pytest.raises(IncompatibleAdapterError, match="PAD"):
             check_tokens("uses it", other, {"a": 5})
@@ -908,7 +908,7 @@ from qlora_infer.chat.template import _request
 from qlora_infer.chat.process import TemplateProcess
 process = TemplateProcess()
 print(process._popen.pid, flush=True)
-process.ask(_request({template!r}, {{"messages": []}}), max_bytes=99)
+process.call(_request({template!r}, {{"messages": []}}), max_bytes=99)
 time.sleep(60)
 """
     server = run_script(script)
