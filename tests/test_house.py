@@ -32,7 +32,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 #: Each of these libraries is imported in one place only.
-DOORS = {"vllm": "_vllm", "huggingface_hub": "sources.hub", "fsspec": "sources.filesystem"}
+DOORS = {"vllm": "_vllm", "huggingface_hub": "sources.repository", "fsspec": "sources.filesystem"}
 
 #: Files of a folder, but for its ``__init__.py``.
 LARGEST_FOLDER = 12

@@ -8,8 +8,9 @@ from doc_blocks import text_of
 from qlora_infer.chat import process, template, worker
 from qlora_infer.files import added_tokens, content, extras, peft_config, safetensors
 from qlora_infer.model import checkpoint
+from qlora_infer.model import config as model_config
 from qlora_infer.quantization import checkpoint as _checkpoint
-from qlora_infer.sources import filesystem, hub
+from qlora_infer.sources import filesystem
 
 ROWS = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+(?: MiB| KiB| GiB| s)?) \|$", text_of("docs/security.md"), re.M))
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "s": 1, "": 1}
@@ -32,9 +33,9 @@ LIMITS = {
     "conversation, as JSON": template.MAX_MESSAGES_BYTES,
     "silence of an HTTP server": filesystem.TIMEOUT,
     "time to connect, to open a file, or for one mebibyte": filesystem.STEP_TIMEOUT,
-    "`config.json` and the files beside it": hub.MAX_JSON_BYTES,
-    "index of the weights": hub.MAX_INDEX_BYTES,
-    "objects and lists inside each other": hub.MAX_JSON_DEPTH,
+    "`config.json` and the files beside it": model_config.MAX_JSON_BYTES,
+    "index of the weights": model_config.MAX_INDEX_BYTES,
+    "objects and lists inside each other": model_config.MAX_JSON_DEPTH,
     "layers": _checkpoint.MAX_LAYERS,
     "experts of a layer": checkpoint.MAX_EXPERTS,
 }

@@ -847,7 +847,7 @@ def test_a_process_that_is_interrupted_is_not_used_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(TemplateProcess, "ask", interrupted)
+        patch.setattr(TemplateProcess, "call", interrupted)
         with pytest.raises(KeyboardInterrupt):
             render("sound", CHATML, USER)
     assert idle._popen.returncode is not None

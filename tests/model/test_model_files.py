@@ -12,14 +12,14 @@ from test_quantization import CONFIG as ENGINE
 
 from qlora_infer import quantization
 from qlora_infer.errors import ModelNotFoundError, QLoRAInferError, QuantizationError
+from qlora_infer.model import config as model_config
 from qlora_infer.model.checkpoint import modules_of_tensors, read_checkpoint
 from qlora_infer.plan.size import adapter_bytes, weight_bytes
 from qlora_infer.quantization import Platform
 from qlora_infer.quantization.checkpoint import QUANTIZATION_FILES
-from qlora_infer.sources import hub
 
 HERE = Platform("cuda", 90, frozenset({"bitsandbytes", "vllm-bnb-plugin", "vllm-gguf-plugin", "torchao"}))
-JSON_FILES = ("config.json", *QUANTIZATION_FILES, hub.INDEX_NAME)
+JSON_FILES = ("config.json", *QUANTIZATION_FILES, model_config.INDEX_NAME)
 
 METHODS = (
     "gptq",
@@ -109,11 +109,11 @@ def read_all(folder):
             read()
         except QLoRAInferError:
             pass
-    hub.read_tensor_shapes(model, revision=None, token=None)
+    model_config.read_tensor_shapes(model, revision=None, token=None)
 
 
 def serve(model):
-    found = hub.read_model_config(model, revision=None, token=None)
+    found = model_config.read_model_config(model, revision=None, token=None)
     config = evolve(ENGINE, model=model)
     strategy = quantization.choose(config, found)
     for size in (weight_bytes(found, strategy.name), adapter_bytes(found, 16)):
@@ -177,14 +177,14 @@ def test_hostile_json_is_read_or_refused_in_time(kind, name, folder):
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("name", ["config.json", "quant_config.json", hub.INDEX_NAME])
+@pytest.mark.parametrize("name", ["config.json", "quant_config.json", model_config.INDEX_NAME])
 def test_a_file_that_is_too_large_is_not_read(name, folder):
     """A file of gibibytes is refused by its size, before it is read."""
     write(folder, {"config.json": b"{}"})
     with (folder / name).open("wb") as file:
         file.truncate(64 << 30)
     with pytest.raises(ModelNotFoundError, match="too large"):
-        hub.read_model_config(str(folder), revision=None, token=None)
+        model_config.read_model_config(str(folder), revision=None, token=None)
     read_all(folder)
 
 
@@ -249,7 +249,7 @@ def test_any_header_is_read_or_taken_for_none(header, config, folder):
 def test_a_header_of_any_length_is_never_allocated(length, folder):
     """The eight bytes that say how long a header is are held against the file's size first."""
     write(folder, {"config.json": b"{}", "model.safetensors": length.to_bytes(8, "little") + b"{}"})
-    assert hub.read_tensor_shapes(str(folder), revision=None, token=None) == {}
+    assert model_config.read_tensor_shapes(str(folder), revision=None, token=None) == {}
 
 
 @pytest.mark.parametrize("target", ["../secret.safetensors", "/dev/stdin", "sub/../../x", "", ".", "\0"])
@@ -257,8 +257,8 @@ def test_an_index_names_files_of_its_own_folder_only(target, folder):
     """An index that leads out of the model's folder is not followed."""
     outside = folder.parent / "secret.safetensors"
     outside.write_bytes(safetensors({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}))
-    write(folder, {"config.json": b"{}", hub.INDEX_NAME: json.dumps({"weight_map": {"a": target}}).encode()})
-    assert hub.read_tensor_shapes(str(folder), revision=None, token=None) == {}
+    write(folder, {"config.json": b"{}", model_config.INDEX_NAME: json.dumps({"weight_map": {"a": target}}).encode()})
+    assert model_config.read_tensor_shapes(str(folder), revision=None, token=None) == {}
 
 
 @given(
@@ -278,7 +278,7 @@ def test_an_index_names_files_of_its_own_folder_only(target, folder):
 def test_any_text_as_a_model_is_one_or_a_typed_error(model, offline):
     """A name that no file system, no user and no repository can have is a typed error, GGUF or not."""
     with pytest.raises(QLoRAInferError):
-        hub.read_model_config(model, revision=None, token=None)
+        model_config.read_model_config(model, revision=None, token=None)
 
 
 @pytest.mark.parametrize(
@@ -298,4 +298,4 @@ def test_a_field_of_another_kind_is_named(method, field, value, folder):
     said = {"quant_method": method, field: value}
     write(folder, {"config.json": json.dumps({"quantization_config": said}).encode()})
     with pytest.raises(QuantizationError, match=f"{field} in the quantization of"):
-        hub.read_model_config(str(folder), revision=None, token=None)
+        model_config.read_model_config(str(folder), revision=None, token=None)

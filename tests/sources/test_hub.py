@@ -25,7 +25,9 @@ from qlora_infer.errors import (
     UnsafeAdapterError,
 )
 from qlora_infer.files import scratch
-from qlora_infer.sources import hub as _hub
+from qlora_infer.model.config import read_model_config
+from qlora_infer.sources import repository as _repository
+from qlora_infer.sources.hub import download_adapter
 from qlora_infer.testing import fake_engine, write_adapter
 
 TOKEN = "hf_this_is_a_secret"
@@ -41,7 +43,7 @@ def adapter_files(folder, prefix="", **arguments):
 def resolve(text, *, allow_pickle=False, **arguments):
     """Download what a text stands for; the folder in the Hub's cache."""
     read = asdict(parse_source(text))
-    return _hub.download_adapter("x", **{**read, **arguments}, allow_pickle=allow_pickle)
+    return download_adapter("x", **{**read, **arguments}, allow_pickle=allow_pickle)
 
 
 def contents(folder):
@@ -178,7 +180,7 @@ def test_what_another_program_has_cached_of_a_commit_is_completed(hub, repositor
     files = {**FILES, "chat_template.jinja": b"{{ messages }}"}
     commit = repository.commit(files)
     for name in FILES:
-        hf_hub_download("org/repo", name, revision=commit, endpoint=hub.url, cache_dir=_hub._cache_dir())
+        hf_hub_download("org/repo", name, revision=commit, endpoint=hub.url, cache_dir=_repository._cache_dir())
     hub.requests.clear()
     assert contents(resolve(f"org/repo@{commit}")) == files
     assert hub.downloads() == ["chat_template.jinja"]
@@ -324,7 +326,7 @@ def test_a_cached_private_adapter_is_not_given_to_who_is_refused(repository):
 @pytest.mark.parametrize("failure", ["denied", "missing", "revision", "truncated", "server", "silent", "gated"])
 def test_a_token_is_never_told(hub, repository, failure, token, caplog, monkeypatch):
     """No message, cause, context, repr or log line has the token in it, also where no HTTP header can hold it."""
-    monkeypatch.setattr(_hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(_repository, "TIMEOUT", 0.2)
     repository.token = {"denied": "hf_another", "gated": "hf_another"}.get(failure)
     repository.gated = failure == "gated"
     hub.truncating, hub.silent = failure == "truncated", failure == "silent"
@@ -351,7 +353,7 @@ def test_a_cause_that_shows_the_token_is_left_out(kept):
     """Should an HTTP library show a header deep in its errors, the cause is dropped, and else it is kept."""
     inner, outer = ValueError(f"Bearer {kept or TOKEN}"), OSError("it broke")
     outer.__context__ = inner
-    assert _hub._without_secrets(outer, TOKEN) is (outer if kept else None)
+    assert _repository._without_secrets(outer, TOKEN) is (outer if kept else None)
 
 
 # Connections --------------------------------------------------------------------------------------------------------
@@ -401,7 +403,7 @@ def test_a_copy_with_weights_is_a_whole_copy(hub, repository, monkeypatch):
 
 def test_a_hub_that_never_answers_is_given_up(hub, repository, monkeypatch):
     """Every wait for the Hub has a bound."""
-    monkeypatch.setattr(_hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(_repository, "TIMEOUT", 0.2)
     hub.silent = True
     with pytest.raises(AdapterDownloadError, match=r"the connection to the Hub failed \(ReadTimeout\)"):
         resolve("org/repo")
@@ -479,7 +481,7 @@ def test_half_a_cached_copy_is_no_copy(repository, nobody_answers):
 
 
 def read_model(model, revision=None, token=None, **options):
-    return _hub.read_model_config(model, revision=revision, token=token, **options)
+    return read_model_config(model, revision=revision, token=token, **options)
 
 
 def test_a_models_config_is_read_from_the_hub(hub, monkeypatch):

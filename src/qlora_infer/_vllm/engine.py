@@ -142,10 +142,10 @@ class VLLMBackend:
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
         """Return the model's ``config.json``, from its folder or the Hub."""
-        from qlora_infer.sources import hub
+        from qlora_infer.model.config import read_model_config
 
         source = config.engine_args.get("hf_config_path") or config.engine_args.get("tokenizer")
-        return hub.read_model_config(config.model, revision=config.revision, token=config.token, config_source=source)
+        return read_model_config(config.model, revision=config.revision, token=config.token, config_source=source)
 
     def start(self, plan: EnginePlan) -> None:
         """Start vLLM as planned; the core is a child process."""

@@ -16,10 +16,10 @@ from attrs import frozen
 from qlora_infer.errors import ModelNotFoundError
 from qlora_infer.model import architectures, packed
 from qlora_infer.model.architectures import Architecture, kind_of
+from qlora_infer.model.config import read_model_config, read_tensor_shapes
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.model.packed import Shape
 from qlora_infer.quantization.checkpoint import size_of
-from qlora_infer.sources import hub
 
 #: What an architecture that vLLM does not list is taken for: all linear layers are adapted, as by vLLM's fallback.
 UNKNOWN = Architecture("", reason="not among those that were looked at")
@@ -68,8 +68,8 @@ def read_checkpoint(
     Raises:
         ModelNotFoundError: There is no such model, or its files do not tell.
     """
-    config = hub.read_model_config(model, revision=revision, token=token)
-    tensors = hub.read_tensor_shapes(model, revision=revision, token=token)
+    config = read_model_config(model, revision=revision, token=token)
+    tensors = read_tensor_shapes(model, revision=revision, token=token)
     name = architecture_name(config)
     architecture = architectures.find(name) or UNKNOWN
     if not architecture.lora:
