@@ -32,13 +32,14 @@ from qlora_infer.errors import EngineClosedError, EngineDeadError, EngineStartEr
 from qlora_infer.files.scratch import new_folder
 from qlora_infer.plan.engine_plan import EnginePlan
 from qlora_infer.quantization import QuantizationStrategy
+from qlora_infer.requests.arguments import check_unknown, conversation_list, prompt_list
 from qlora_infer.requests.backend import Backend
+from qlora_infer.requests.client import Client, OnError
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.queue import Policy, RequestQueue
 from qlora_infer.requests.request import GenerationOutput, Prompt
 from qlora_infer.requests.stats import EngineStats
-from qlora_infer.requests.submit import Intake, OnError, check_unknown, conversation_list, prompt_list
 from qlora_infer.sources.source import Source, SourceLike, parse_source, parse_sources
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class QuantizedLoRAEngine(Displayed):
             max_loaded=config.max_loaded_adapters,
             on_failed=lambda name: _unless_ended(driver.forget, name),
         )
-        self._intake = Intake(self._backend, registry, known, driver, model=config.model)
+        self._client = Client(self._backend, registry, known, driver, model=config.model)
         self._close = weakref.finalize(self, _close, known, driver, store, folder)
         _living.add(self)
         try:
@@ -404,7 +405,7 @@ class QuantizedLoRAEngine(Displayed):
         self._known.require(name)
         with self._registry.in_use(name) as version:
             exact = f"{version.name}@{version.number}"
-            outputs = self._intake.answer_all(
+            outputs = self._client.generate(
                 [*texts, *texts],
                 {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1},
                 [None] * len(texts) + [exact] * len(texts),
@@ -463,7 +464,7 @@ class QuantizedLoRAEngine(Displayed):
             EngineDeadError: The engine core died.
         """
         check_unknown("generate", _unknown)
-        return self._intake.answer_all(
+        return self._client.generate(
             prompt_list(prompts), sampling_params, adapter, priority, timeout, use_tqdm=use_tqdm
         )
 
@@ -497,7 +498,7 @@ class QuantizedLoRAEngine(Displayed):
             ValueError: The template cannot write the messages; and everything that ``generate`` raises.
         """
         check_unknown("chat", _unknown)
-        return self._intake.answer_all(
+        return self._client.generate(
             conversation_list(messages), sampling_params, adapter, priority, timeout, is_chat=True, use_tqdm=use_tqdm
         )
 
@@ -548,7 +549,7 @@ class QuantizedLoRAEngine(Displayed):
             ['You said: number 0', 'You said: number 1']
         """
         check_unknown("generate_iter", _unknown)
-        outputs = self._intake.answer_each(
+        outputs = self._client.generate_iter(
             prompts,
             sampling_params,
             adapter,
@@ -629,7 +630,7 @@ class QuantizedLoRAEngine(Displayed):
             EngineDeadError: The engine core died.
         """
         check_unknown("add_request", _unknown)
-        return self._intake.take_one(prompt, sampling_params, adapter, priority, timeout, block=block)
+        return self._client.add_request(prompt, sampling_params, adapter, priority, timeout, block=block)
 
     def stats(self) -> EngineStats:
         """Return the engine's counts and current load in numbers; a call every second costs little."""
@@ -701,7 +702,7 @@ class QuantizedLoRAEngine(Displayed):
         return [Table(rows), *(adapters._tables() if adapters else ())]
 
 
-_living = LivingEngines(parts=("_backend", "_memory", "_registry", "_driver", "_loader", "_known", "_intake"))
+_living = LivingEngines(parts=("_backend", "_memory", "_registry", "_driver", "_loader", "_known", "_client"))
 
 
 def _close(known: KnownAdapters, driver: Driver, store: AdapterStore, folder: Path) -> None:

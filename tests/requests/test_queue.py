@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.requests.heap import Heap
+from qlora_infer.heap import Heap
 from qlora_infer.requests.pending import PendingRequest
 from qlora_infer.requests.queue import MAX_OVERTAKEN, TURN_STEPS, RequestQueue
 from qlora_infer.requests.request import GenerationRequest

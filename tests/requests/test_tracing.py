@@ -176,7 +176,7 @@ def test_without_the_api_package_requests_run():
         "import sys\n{}\n"
         "from qlora_infer.testing import fake_engine\n"
         "with fake_engine() as engine:\n"
-        "    print(engine.generate('hi')[0].text, engine._intake._tracer is None)\n"
+        "    print(engine.generate('hi')[0].text, engine._client._tracer is None)\n"
         "print('opentelemetry.sdk' in sys.modules)"
     )
     for first, is_none in (("sys.modules['opentelemetry'] = None", True), ("import opentelemetry.trace", False)):

@@ -14,9 +14,6 @@ from qlora_infer.model.modules import Renames
 
 FILE_NAME = "architectures.json"
 
-#: The kinds of experts, one by one or all of a layer together.
-EXPERTS = "experts"
-
 
 @frozen
 class Architecture:

@@ -10,8 +10,8 @@ import pyarrow as pa
 from attrs import asdict, frozen
 
 from qlora_infer.ray.replica import EngineFactory
+from qlora_infer.requests.client import OnError
 from qlora_infer.requests.request import GenerationOutput
-from qlora_infer.requests.submit import OnError
 
 
 @frozen

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import define, field
 
-from qlora_infer.requests.heap import Heap
+from qlora_infer.heap import Heap
 from qlora_infer.requests.pending import PendingRequest
 
 if TYPE_CHECKING:

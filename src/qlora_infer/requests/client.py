@@ -1,4 +1,4 @@
-"""Turn the callers' input into requests: one, a list, or any number."""
+"""The client of the driver, which turns prompts into requests and collects their outputs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from attrs import field, frozen
 
 from qlora_infer.chat.template import render
 from qlora_infer.errors import AdapterError, AdapterNotLoadedError, EngineDeadError, RequestError
+from qlora_infer.requests.arguments import (
+    check_priority,
+    check_prompt,
+    check_timeout,
+    is_conversation,
+    one_per_prompt,
+    value_per_prompt,
+)
+from qlora_infer.requests.backend import Backend
 from qlora_infer.requests.batch import as_ended, with_progress
 from qlora_infer.requests.driver import Driver
 from qlora_infer.requests.handle import RequestHandle
@@ -23,51 +32,15 @@ from qlora_infer.requests.request import GenerationOutput, GenerationOutputs, Ge
 from qlora_infer.tracing import RequestTracer
 
 if TYPE_CHECKING:
+    from qlora_infer.adapters.registry import AdapterRegistry
     from qlora_infer.adapters.version import AdapterVersion
-    from qlora_infer.files.extras import Extras
 
-
-# Sequences of whole numbers, which are no token ids.
-_BYTES = (bytes, bytearray, memoryview)
 
 #: What a batch does with a row that fails.
 OnError = Literal["raise", "return"]
 
 #: What fails one row and not the others.
 ROW_FAULTS = (AdapterError, RequestError, ValueError, TypeError)
-
-
-class AdapterNames(Protocol):
-    """The registry that turns a name into the version that answers."""
-
-    def acquire(self, adapter: str | AdapterVersion | None) -> AdapterVersion | None:
-        """Return the version that a new request runs on; raise ``AdapterNotLoadedError`` if it is not loaded."""
-        ...
-
-    def release(self, version: AdapterVersion | None) -> None:
-        """Count a request that has ended."""
-        ...
-
-
-class RequestReader(Protocol):
-    """The engine underneath, which reads sampling parameters and conversations and has the size of a batch."""
-
-    @property
-    def max_num_seqs(self) -> int:
-        """The sequences that one batch holds."""
-        ...
-
-    def sampling_params(self, params: object, extras: Extras | None = None) -> Any:
-        """Turn a mapping of fields into sampling parameters; raises ``ValueError`` and ``TypeError``."""
-        ...
-
-    def special_tokens(self) -> Mapping[str, str]:
-        """Return the tokens that have a role in chat templates."""
-        ...
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Write one conversation as a prompt, with the model's chat template."""
-        ...
 
 
 class KnownNames(Protocol):
@@ -108,11 +81,11 @@ class _Row:
 _Made: TypeAlias = "dict[tuple[int, AdapterVersion | None], Any]"
 
 
-class Intake:
-    """Checks what callers ask for, and hands it to the driver.
+class Client:
+    """Turns prompts into requests, hands them to the driver, and collects their outputs.
 
     Args:
-        reader: Reads sampling parameters and conversations.
+        backend: Reads sampling parameters and conversations.
         adapters: Turns adapters' names into versions.
         known: Loads adapters that are known and not loaded.
         driver: Runs requests.
@@ -120,9 +93,9 @@ class Intake:
     """
 
     def __init__(
-        self, reader: RequestReader, adapters: AdapterNames, known: KnownNames, driver: Driver, *, model: str
+        self, backend: Backend, adapters: AdapterRegistry, known: KnownNames, driver: Driver, *, model: str
     ) -> None:
-        self._reader = reader
+        self._backend = backend
         self._adapters = adapters
         self._known = known
         self._driver = driver
@@ -130,7 +103,7 @@ class Intake:
         self._numbers = itertools.count()
         self._tracer = RequestTracer.find(model)
 
-    def take_one(
+    def add_request(
         self,
         prompt: Any,
         sampling_params: Any,
@@ -153,7 +126,7 @@ class Intake:
         )
         return self._take(row, block=block)
 
-    def answer_all(
+    def generate(
         self,
         prompts: Sequence[Any],
         sampling_params: Any,
@@ -197,7 +170,7 @@ class Intake:
                 for handle in handles:
                     handle.cancel()
 
-    def answer_each(
+    def generate_iter(
         self,
         prompts: Iterable[Any],
         sampling_params: Any,
@@ -218,7 +191,7 @@ class Intake:
         value, limit = check_priority(priority), check_timeout(timeout)
         if max_pending is not None and max_pending < 1:
             raise ValueError(f"max_pending must be at least 1, got {max_pending}")
-        rows = zip(prompts, along("sampling_params", sampling_params), along("adapter", adapter))  # noqa: B905
+        rows = zip(prompts, value_per_prompt("sampling_params", sampling_params), value_per_prompt("adapter", adapter))  # noqa: B905
         faults = ROW_FAULTS if on_error == "return" else ()
 
         def handles() -> Iterator[RequestHandle]:
@@ -231,7 +204,7 @@ class Intake:
                     yield self._failed(index, prompt, name, fault)
 
         def outputs() -> Iterator[GenerationOutput]:
-            pending = max_pending or 4 * self._reader.max_num_seqs
+            pending = max_pending or 4 * self._backend.max_num_seqs
             with closing(as_ended(handles(), max_pending=pending, in_order=in_order)) as ended:
                 for handle in ended:
                     yield self._output(handle, faults)
@@ -294,12 +267,12 @@ class Intake:
             raise self._known.unknown(error) from None
 
     def _sampling(self, params: Any, version: AdapterVersion | None) -> Any:
-        return self._reader.sampling_params(params, version.extras if version else None)
+        return self._backend.sampling_params(params, version.extras if version else None)
 
     def _write(self, messages: Sequence[Mapping[str, Any]], version: AdapterVersion | None) -> str:
         if version is None or version.extras.chat_template is None:
-            return self._reader.render_chat(messages)
-        special_tokens = {**self._reader.special_tokens(), **version.extras.special_tokens}
+            return self._backend.render_chat(messages)
+        special_tokens = {**self._backend.special_tokens(), **version.extras.special_tokens}
         return render(version.name, version.extras.chat_template, messages, special_tokens=special_tokens)
 
     def _queue(self, request: GenerationRequest) -> RequestHandle:
@@ -389,88 +362,3 @@ class Intake:
         if trace is not None:
             trace.follow(handle._pending)
         return handle
-
-
-def check_unknown(method: str, unknown: Mapping[str, object]) -> None:
-    """Raise ``TypeError`` for arguments that a method does not have: most are sampling parameters."""
-    for name, value in unknown.items():
-        raise TypeError(
-            f"{method}() has no argument {name!r}; sampling parameters are one argument, such as "
-            f"sampling_params={{{name!r}: {value!r}}}"
-        )
-
-
-def check_prompt(prompt: Any) -> str | tuple[int, ...]:
-    """One prompt: text, or token ids; raises ``TypeError``."""
-    if isinstance(prompt, str):
-        return prompt
-    if (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, _BYTES)
-        and prompt
-        and set(map(type, prompt)) == {int}  # not isinstance: True is no token
-    ):
-        return tuple(prompt)
-    raise TypeError(f"a prompt must be a string or a list of token ids, got {str(prompt)[:80]!r}")
-
-
-def is_conversation(prompt: Any) -> bool:
-    """Return whether a prompt is a list of messages."""
-    return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
-
-
-def prompt_list(prompts: Any) -> list[str | tuple[int, ...]]:
-    """Prompts as a list, whether one was given or several; raises ``TypeError``."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
-        raise TypeError(f"prompts must be a string, token ids, or a list of them, got {type(prompts).__name__}")
-    if prompts and type(prompts[0]) is int:
-        return [check_prompt(prompts)]
-    return [check_prompt(prompt) for prompt in prompts]
-
-
-def conversation_list(messages: Any) -> Sequence[Sequence[Mapping[str, Any]]]:
-    """Conversations as a list, whether one was given or several; raises ``TypeError``."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise TypeError(f"messages must be a conversation or a list of them, got {str(messages)[:80]!r}")
-    return [messages] if isinstance(messages[0], Mapping) else messages
-
-
-def one_per_prompt(argument: str, value: Any, num_prompts: int) -> list[Any]:
-    """One value for each prompt, of one or a list; raises ``ValueError`` for a list of another length."""
-    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
-        return [value] * num_prompts
-    if len(value) != num_prompts:
-        raise ValueError(f"{argument} has {len(value)} entries for {num_prompts} prompts: give one, or one per prompt")
-    return list(value)
-
-
-def along(argument: str, value: Any) -> Iterator[Any]:
-    """One value for each of a number of prompts that is not known: one for all, or from an iterable.
-
-    Raises:
-        ValueError: The iterable ends before the prompts do; raised when that is seen.
-    """
-    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-        yield from itertools.repeat(value)
-    yield from value
-    raise ValueError(f"{argument} has fewer entries than there are prompts: give one, or one per prompt")
-
-
-def check_priority(priority: Any) -> int:
-    """Return a request's priority; raise ``TypeError`` if it is not a whole number."""
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise TypeError(f"priority must be a whole number, lower goes first, got {priority!r}")
-    return priority
-
-
-def check_timeout(timeout: Any) -> float | None:
-    """Return a request's timeout in seconds; raise ``TypeError`` or ``ValueError`` if it is invalid."""
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
-        raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
-    if not timeout > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, got {timeout!r}")
-    return float(timeout)
