@@ -1,4 +1,4 @@
-"""``python -m qlora_infer`` is ``qlora-infer``."""
+"""The program behind ``python -m qlora_infer``, the same as ``qlora-infer``."""
 
 from qlora_infer.cli import main
 

@@ -1,4 +1,4 @@
-"""The error that a forked process gets from its parent's engines, at once, where it would wait for ever.
+"""The error that a forked process gets when it uses its parent's engine, which would otherwise block forever.
 
 Nothing of an engine runs in a process that was forked from the one that made it: the thread that drives vLLM stays
 behind, and locks stay as they were. And what the parent has must be left alone: its processes and its files.

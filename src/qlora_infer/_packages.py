@@ -1,4 +1,4 @@
-"""Packages that only some calls need: a light install, without vLLM, may lack them."""
+"""The check for packages that only some calls need and that an installation without vLLM may lack."""
 
 from __future__ import annotations
 

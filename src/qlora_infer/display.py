@@ -1,4 +1,4 @@
-"""Display engines, adapters, outputs and statistics: tables in a notebook, aligned text in a terminal.
+"""Tables of engines, adapters, outputs and statistics, for a notebook or a terminal.
 
 Names, prompts, texts and what an adapter says of itself are anybody's. So every cell is escaped, for HTML and for
 terminals, and cut. Tables have no colours of their own, and are legible on light and on dark pages.

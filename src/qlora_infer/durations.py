@@ -1,4 +1,4 @@
-"""Measured times, counted into the buckets of a histogram."""
+"""Measured times, counted in the buckets of a histogram."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine that users hold: one quantized base model, and LoRA adapters that come and go while it runs.
+"""``QuantizedLoRAEngine``, the engine that users hold: one quantized base model and its LoRA adapters.
 
 Plain vLLM can serve both, and hands its caller a list of traps: an adapter that does not load ends the engine, an
 integer id used twice silently serves the wrong adapter, new bytes under an old name are answered from old KV blocks,

@@ -1,4 +1,4 @@
-"""Every error that this library raises on its own account.
+"""The errors that this library raises.
 
     QLoRAInferError                       never raised itself: catch it to catch them all
     ├── MissingDependencyError            (ImportError)   a package is not installed, or its install is broken

@@ -1,4 +1,4 @@
-"""A priority queue from which anything can be taken, not only the first."""
+"""A priority queue from which you can remove any entry, not only the first."""
 
 from __future__ import annotations
 

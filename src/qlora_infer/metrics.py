@@ -1,4 +1,4 @@
-"""Prometheus metrics of engines: ``qlora_infer.metrics.register(engine)``, with ``pip install 'qlora-infer[metrics]'``.
+"""Prometheus metrics of engines (``pip install 'qlora-infer[metrics]'``).
 
 The numbers are those of ``engine.stats()``, read when Prometheus scrapes: requests do not pay for them. docs/metrics.md
 lists them. Names are vLLM's where vLLM has the same metric.

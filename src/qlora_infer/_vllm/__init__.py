@@ -1,1 +1,1 @@
-"""The only door to vLLM: its engine, its workers and our kernels in them. Nothing else here imports vLLM."""
+"""The only folder that imports vLLM: its engine, its workers, and our kernels in them."""

@@ -1,4 +1,4 @@
-"""The names of vLLM's own arguments, without importing vLLM, and the message for a name that nobody knows."""
+"""The names of vLLM's own arguments, read without importing vLLM, and the message for an unknown one."""
 
 from __future__ import annotations
 

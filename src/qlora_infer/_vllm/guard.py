@@ -1,4 +1,4 @@
-"""The process that ends what an engine leaves; each engine core starts one as a script, and nobody imports it.
+"""The script of the guard process, which ends what an engine leaves behind.
 
     python -I -S guard.py GROUP SCRATCH CALLER END
 

@@ -1,4 +1,4 @@
-"""vLLM's engine core, started with a guard, so that nothing of it outlives the process whose engine it is.
+"""vLLM's engine core with a guard, so that none of its processes outlives the engine's own process.
 
 A plain core lives on when its caller is killed, and holds all of the GPU's memory (read and seen in vLLM 0.32.0,
 ``v1/engine/core.py``). Linux's parent-death signal would end it when the *thread* that started it ends, and a pipe that

@@ -1,4 +1,4 @@
-"""Remove shared memory that killed processes leave behind (``multiprocessing.shared_memory``).
+"""The cleaning of shared memory that killed processes leave behind (``multiprocessing.shared_memory``).
 
 Python's resource tracker removes it too, but only when the whole program ends, and with a warning.
 """

@@ -1,4 +1,4 @@
-"""Shorten the thread switch interval temporarily, so that a waiting thread gets Python's lock sooner.
+"""A shorter thread switch interval for a time, so that a waiting thread gets Python's lock sooner.
 
 Python waits 5 ms before it takes the lock away. A worker's loop that makes the steps would wait so long, many times,
 for a thread that reads an adapter; where nobody reads, shorter turns only make those who tell of tokens interrupt it.

@@ -1,4 +1,4 @@
-"""The reason why an engine did not start, left by vLLM's processes for the one that starts them.
+"""The folder in which vLLM's processes leave the reason why an engine did not start.
 
 vLLM logs the error in the process that failed, and raises elsewhere only that there was one ("See root cause above").
 So the starting process makes a folder and names it in the environment, and each of vLLM's processes that fails leaves

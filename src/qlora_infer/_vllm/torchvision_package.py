@@ -1,4 +1,4 @@
-"""The torchvision that belongs to the installed torch.
+"""The torchvision for the installed torch: its release, and the command that installs it.
 
 vLLM's models that see pictures import it, also when they are given text only; transformers imports it wherever it is
 installed. Each release and each build is made for one torch, and does not load beside another.

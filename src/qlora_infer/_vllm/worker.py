@@ -1,4 +1,4 @@
-"""Extend vLLM's worker processes.
+"""The extension of vLLM's workers that loads adapters and lists the modules of the model.
 
 vLLM mixes ``WorkerExtension`` into its worker class (``worker_extension_cls``) and imports this module before it
 builds the model. So this module's import is the place to install kernels: it happens only in the workers of engines

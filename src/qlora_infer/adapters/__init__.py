@@ -1,1 +1,1 @@
-"""From a source to an adapter that vLLM serves: where it comes from, what it says, whether it fits, what is loaded."""
+"""The life of a loaded adapter: its preparation, checks, versions, memory and effect."""

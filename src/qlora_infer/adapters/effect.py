@@ -1,4 +1,4 @@
-"""Measure the effect of an adapter on the model with a probe, and compare it with the effect elsewhere."""
+"""The effect of an adapter on the model, measured on a probe and compared with PEFT's."""
 
 from __future__ import annotations
 

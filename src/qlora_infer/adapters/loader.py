@@ -1,4 +1,4 @@
-"""From what a user names to an adapter that serves: prepared, held against the model, loaded, published."""
+"""The loader, which prepares an adapter, checks it against the model, loads it and publishes its name."""
 
 from __future__ import annotations
 

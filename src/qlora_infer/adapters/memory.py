@@ -1,4 +1,4 @@
-"""Host memory: which adapters are there, which are on their way, and which of them makes room for another."""
+"""Host memory: the state of each version in it, and the choice of the version that makes room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Count how adapters came into memory and left it."""
+"""Counts of how adapters enter and leave host memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A lock for each adapter's name, which exists as long as a thread holds it or waits for it."""
+"""Locks of adapter names, each of which exists while a thread holds it or waits for it."""
 
 from __future__ import annotations
 

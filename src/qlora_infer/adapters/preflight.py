@@ -1,4 +1,4 @@
-"""Check that an adapter fits the running model, and list every reason why it does not."""
+"""The check that an adapter fits the running model, with every reason why it does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapters that an engine serves: name -> version -> integer id."""
+"""The registry of the adapters that an engine serves, from name to versions to integer ids."""
 
 from __future__ import annotations
 

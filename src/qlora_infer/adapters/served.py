@@ -1,4 +1,4 @@
-"""An adapter's private copy in the running model's names, for vLLM to read where it would not place it rightly."""
+"""The copy of an adapter under the running model's module names, for adapters that vLLM would place wrongly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The private copies of adapters on disk: made, checked, let go when there is too little room, and made again."""
+"""The store of private copies on disk, which are made, checked, deleted for room, and made again."""
 
 from __future__ import annotations
 

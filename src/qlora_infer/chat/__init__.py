@@ -1,1 +1,1 @@
-"""Conversations written as prompts, with chat templates that nobody trusts."""
+"""Chat templates of adapters, which are not trusted."""

@@ -1,4 +1,4 @@
-"""The processes in which chat templates are rendered, as seen from the server: start, ask, end."""
+"""The processes that render chat templates, as the server starts, calls and ends them."""
 
 from __future__ import annotations
 

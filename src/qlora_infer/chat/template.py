@@ -1,4 +1,4 @@
-"""Conversations written with an adapter's own chat template, which may be hostile: bounded in time and memory.
+"""The rendering of a conversation with an adapter's own chat template, bounded in time and memory.
 
 Templates are rendered as transformers does it, but in processes of their own (``worker.py``), because what
 a template spends inside of one call into C can be stopped by no check in Python and no watchdog thread:

@@ -1,4 +1,4 @@
-"""The process that renders adapters' chat templates; ``process.py`` starts it as a script, nobody imports it.
+"""The script of the processes that render chat templates, started by ``process.py``.
 
 A template is a program. Jinja's sandbox keeps it from Python, not from using up time and memory, and one call into C
 (``'a' * 10**9``, folded while the template is compiled) cannot be interrupted from Python. So the kernel bounds this

@@ -1,4 +1,4 @@
-"""The command line, ``qlora-infer``: one command a file. Nothing else in this library imports typer."""
+"""The command line ``qlora-infer``, one command a file; only this folder imports typer."""
 
 from qlora_infer.cli.app import app, main
 

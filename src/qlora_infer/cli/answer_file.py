@@ -1,4 +1,4 @@
-"""The file that answers go to: what it holds already, and how it is mended after an interruption."""
+"""The file of answers: reading what it contains, and repairing it after an interruption."""
 
 from __future__ import annotations
 

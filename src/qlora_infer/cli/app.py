@@ -1,4 +1,4 @@
-"""The program: its commands, and what its errors look like."""
+"""The program ``qlora-infer``: its commands and the exit status and text of its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qlora-infer bench``: a small load test of a model and its adapters."""
+"""The command ``bench``, a small load test of a model and its adapters."""
 
 from __future__ import annotations
 

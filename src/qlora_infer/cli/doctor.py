@@ -1,4 +1,4 @@
-"""``qlora-infer doctor``: what is installed, what works here, and the exact fix for what does not."""
+"""The command ``doctor``, which lists what works on this machine and the fix for what does not."""
 
 from __future__ import annotations
 

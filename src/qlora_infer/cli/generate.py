@@ -1,4 +1,4 @@
-"""``qlora-infer generate``: answers to a few prompts on the screen, or to a file of them in a file."""
+"""The command ``generate``, which prints answers to a few prompts or writes those to a file of prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qlora-infer inspect-adapter``: what an adapter is, and whether it fits a base model, without loading either."""
+"""The command ``inspect-adapter``, which checks an adapter, and its fit to a base model, without loading either."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This machine and what is installed on it, without importing any of it."""
+"""This machine and its installed packages, described without importing them."""
 
 from __future__ import annotations
 

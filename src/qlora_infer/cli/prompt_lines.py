@@ -1,4 +1,4 @@
-"""Prompts as JSON lines: what a line may say, and what is wrong with one."""
+"""Prompts as JSON lines: the fields of a line, and the fault of a wrong one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that make an engine, and the engine that they make."""
+"""The command line's options for an engine, and the start of that engine."""
 
 from __future__ import annotations
 

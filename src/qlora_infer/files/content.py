@@ -1,4 +1,4 @@
-"""An adapter's content: copied from a folder whose author is not trusted, and digested."""
+"""The private copy of an adapter's files, and its digest."""
 
 from __future__ import annotations
 

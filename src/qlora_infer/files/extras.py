@@ -1,4 +1,4 @@
-"""Read the files that an adapter may carry beside its weights, without trust: template, generation defaults, tokens.
+"""An adapter's files beside its weights, read without trust: chat template, generation defaults, tokens.
 
 The formats are those that transformers 5.19 writes and reads (``tokenization_utils_base.py``,
 ``configuration_utils.py``); what counts as a generation default is what vLLM 0.32.0 takes from a model

@@ -1,4 +1,4 @@
-"""List the features that PEFT has and vLLM has not, each with the message for an adapter that needs it."""
+"""The features of PEFT that vLLM lacks, each with the message for an adapter that needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read ``generation_config.json`` as vLLM does for a model (``ModelConfig.get_diff_sampling_param``)."""
+"""The generation defaults in ``generation_config.json``, as vLLM takes them from a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the model that an adapter was trained on, and compare it with the one that is served."""
+"""The relation of the model that an adapter was trained on to the one that is served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read an adapter's files without torch and without trust.
+"""The manifest of an adapter: its modules, ranks and sizes, read without torch and without trust.
 
 Every size is bounded before it is read, nothing in the files is executed, and whatever is wrong ends in an
 ``AdapterError``. What counts as right is what vLLM 0.32.0 reads (``vllm/lora/peft_helper.py``,

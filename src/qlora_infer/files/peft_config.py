@@ -1,4 +1,4 @@
-"""``adapter_config.json``, read without trust: what vLLM computes with is checked, and nothing in it may stall anybody.
+"""The reader of ``adapter_config.json``, which checks the fields that vLLM computes with.
 
 What counts as right is what vLLM 0.32.0 reads (``vllm/lora/peft_helper.py``) and what PEFT 0.21 writes.
 """

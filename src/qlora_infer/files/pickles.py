@@ -1,4 +1,4 @@
-"""Old adapters whose weights are pickled, converted where the user allows it."""
+"""The conversion of pickled weights to safetensors, where the user allows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A safetensors file as it is on disk: its header, and whether its numbers are finite."""
+"""The reader of safetensors files: their headers, and a check that their numbers are finite."""
 
 from __future__ import annotations
 

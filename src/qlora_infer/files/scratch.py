@@ -1,4 +1,4 @@
-"""The folder of this process's temporary files: copies of adapters, vLLM's sockets, the error of a start.
+"""The folder of this process's temporary files: copies of adapters, vLLM's sockets, start errors.
 
 All of them are in one folder, so that what a killed process leaves is removed at once: by ``_vllm/guard.py``, or, where
 there was no engine yet, by the next process that makes such a folder.

@@ -1,4 +1,4 @@
-"""The names of an adapter's files, and one immutable content of them."""
+"""The snapshot of an adapter, one immutable content, and the names of its files."""
 
 from __future__ import annotations
 

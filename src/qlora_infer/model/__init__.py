@@ -1,1 +1,1 @@
-"""The base model: which of its modules adapters may change, read from its checkpoint without loading it."""
+"""The base model's config and the modules that adapters may change, read from its checkpoint."""

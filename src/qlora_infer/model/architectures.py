@@ -1,4 +1,4 @@
-"""The modules of each architecture that vLLM adapts: ``architectures.json``, by ``benchmarks/model_survey.py``."""
+"""The survey of the modules that vLLM adapts in each architecture (``architectures.json``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules of a model that adapters may change, and where a module of an adapter is among them.
+"""The modules of a model that adapters may change, and the search for an adapter's module among them.
 
 An adapter names modules as the class does that it was trained on, the running model as vLLM's class does. For a
 multimodal base there are three forms: ``model.language_model.layers…`` (transformers since 4.52),

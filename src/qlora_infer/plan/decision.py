@@ -1,4 +1,4 @@
-"""One decision of a plan, and the decisions that you have made yourself."""
+"""A decision of a plan, with its reason, and the decisions that you made yourself."""
 
 from __future__ import annotations
 

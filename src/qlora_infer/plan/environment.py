@@ -1,4 +1,4 @@
-"""Environment variables that vLLM reads at its start."""
+"""The environment variables that a plan sets for vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: the way in which vLLM compiles the model, and the steps that have a graph."""
+"""The decisions on CUDA graphs: how vLLM compiles the model, and which steps have a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room for adapters on the device and in host memory, for CUDA graphs, and for the KV cache of a CPU."""
+"""The decisions on memory: slots, places in host memory, CUDA graphs, and the KV cache of a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose how a base model is quantized: strategies are found by name or from the checkpoint's config.
+"""Quantization strategies, found by name or from a checkpoint's config.
 
 To add one, write a file in ``strategies/`` (or a class in your own code) and decorate the class with ``register``.
 """

@@ -1,4 +1,4 @@
-"""Read a checkpoint's quantization, in the places where vLLM 0.32 reads it.
+"""The quantization of a checkpoint, read in the places where vLLM 0.32 reads it.
 
 These are ``config.json`` (``model_arch_config_convertor.py`` in ``vllm/transformers_utils``), and files beside it
 (``get_config_filenames`` of each method in ``vllm/model_executor/layers/quantization``).

@@ -1,4 +1,4 @@
-"""Define quantization strategies, and find one by name or from the checkpoint's config."""
+"""The protocol of a quantization strategy, and the registry of all strategies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More machines than one, on Ray: a stage of Ray Data and an application of Ray Serve, with an engine in each replica.
+"""Serving on several machines with Ray: a stage of Ray Data and an application of Ray Serve.
 
 ``pip install 'qlora-infer[ray]'``. docs/ray.md says what it takes on a cluster.
 """

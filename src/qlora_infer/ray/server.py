@@ -1,4 +1,4 @@
-"""An application of Ray Serve: an engine in each replica, and requests go to a replica that has their adapter."""
+"""The application of Ray Serve, with an engine in each replica and routing by adapter."""
 
 from __future__ import annotations
 

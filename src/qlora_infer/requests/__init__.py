@@ -1,1 +1,1 @@
-"""From a request to its outputs: what is asked, in which order it runs, and the thread that runs it."""
+"""A request's way to its outputs: the client, the queue, and the thread that drives the engine."""

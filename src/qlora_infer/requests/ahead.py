@@ -1,4 +1,4 @@
-"""Decide how far ahead the engine gets its work: requests before places are free, adapters before their turn."""
+"""The rules for how early the engine gets requests and adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check the arguments of requests: prompts, conversations, values for each prompt, priorities and timeouts."""
+"""The checks of requests' arguments: prompts, conversations, values for each prompt, priorities, timeouts."""
 
 from __future__ import annotations
 

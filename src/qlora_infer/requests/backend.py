@@ -1,4 +1,4 @@
-"""The seam between this library and the engine underneath: vLLM's, or the fake one for tests."""
+"""The protocol between this library and the engine underneath, vLLM's or the fake one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many requests at once, with a bounded number of them in memory."""
+"""The iteration over many requests, with a bounded number in memory, and the progress bar."""
 
 from __future__ import annotations
 

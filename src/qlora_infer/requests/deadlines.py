@@ -1,4 +1,4 @@
-"""Requests that must have ended by some time, and the thread that sees to it."""
+"""The deadlines of requests, and the thread that ends them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one thread that drives the engine: between its steps, requests come and go and adapters are loaded."""
+"""The thread that drives the engine, and between its steps adds requests and loads adapters."""
 
 from __future__ import annotations
 

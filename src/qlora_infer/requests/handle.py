@@ -1,4 +1,4 @@
-"""The caller's end of a request."""
+"""The handle of a request: its future and its stream of partial outputs."""
 
 from __future__ import annotations
 

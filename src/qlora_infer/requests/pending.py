@@ -1,4 +1,4 @@
-"""A request on its way, from the moment it is made until it has ended."""
+"""A request between its creation and its end, as the engine's side sees it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The requests that wait, and which of them runs next: batches that stay full, and nobody who starves.
+"""The queue of waiting requests, which chooses the next one by fair shares of the adapters.
 
 Two resources are shared out. *Places* in the engine's batch (``max_num_seqs``) go to whichever adapter has been given
 least. *Slots* on the device (``max_loras``) go round in turns, because an adapter cannot share one: it must be run

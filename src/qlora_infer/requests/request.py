@@ -1,4 +1,4 @@
-"""One request: what is asked and what comes back."""
+"""A request and its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Count the engine's requests, tokens and steps."""
+"""Counts of requests, tokens and steps."""
 
 from __future__ import annotations
 

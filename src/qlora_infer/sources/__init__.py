@@ -1,1 +1,1 @@
-"""Read adapters from the Hub, a folder, a URL, a trainer's memory, or a blend of others."""
+"""The places that adapters come from: the Hub, a folder, a URL, a trainer's memory, a blend of others."""

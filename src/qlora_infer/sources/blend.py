@@ -1,4 +1,4 @@
-"""Several adapters as one: a weighted blend, written as an ordinary LoRA adapter without loading the base model."""
+"""A weighted blend of several adapters, written as an ordinary LoRA adapter."""
 
 from __future__ import annotations
 

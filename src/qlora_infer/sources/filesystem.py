@@ -1,4 +1,4 @@
-"""The only file that imports fsspec: it downloads adapters from any of its filesystems, and translates errors.
+"""Downloads from fsspec's filesystems, whose errors are translated; only this file imports fsspec.
 
 A filesystem has neither commits nor, often, listings: the two files are asked for by their names, one after the other.
 A folder that is written to meanwhile may give an old one and a new one: write a new version to a new folder.

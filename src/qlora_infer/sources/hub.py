@@ -1,4 +1,4 @@
-"""An adapter's repository on the Hub, as a source: which of its files are fetched, in which order.
+"""The source of an adapter on the Hub, and the choice of the files that are fetched.
 
 The weights are fetched last, so that a copy with weights is a whole copy; unless another program has made it, which
 the list of files shows.

@@ -1,4 +1,4 @@
-"""One repository on the Hub: its list of files, its copy in the Hub's cache, downloads, and their errors.
+"""A repository on the Hub: its list of files, its cached copy, its downloads and their errors.
 
 Only this file imports huggingface_hub. ``snapshot_download`` is not used: it fetches the list of files without a
 timeout, and returns the remains of a broken download as if they were whole. Files are fetched one by one at one commit

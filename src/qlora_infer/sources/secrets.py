@@ -1,4 +1,4 @@
-"""Errors of other libraries, looked through for secrets before they become the cause of one of ours."""
+"""The removal of secrets from texts and from other libraries' errors."""
 
 from __future__ import annotations
 

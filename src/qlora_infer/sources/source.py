@@ -1,4 +1,4 @@
-"""The one protocol of every place that adapters come from, and how text is read as one of them."""
+"""The protocol of a source, and the parser that makes one of a string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter that a trainer hands over, without a file in between: a PEFT model, or tensors and their config."""
+"""The source of an adapter in memory: a PEFT model, or tensors and their config."""
 
 from __future__ import annotations
 

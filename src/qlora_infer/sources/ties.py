@@ -1,4 +1,4 @@
-"""The arithmetic of TIES and DARE on one tensor or several, the same to the bit as PEFT 0.21's ``merge_utils``."""
+"""The arithmetic of TIES and DARE on tensors, the same to the bit as PEFT 0.21's ``merge_utils``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter behind a URL; which part of a URL names a place, and which part is secret."""
+"""The source of an adapter behind a URL, whose secret parts are never printed."""
 
 from __future__ import annotations
 

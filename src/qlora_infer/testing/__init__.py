@@ -1,4 +1,4 @@
-"""For tests of code that uses this library: an engine without a model, and adapters that fit it."""
+"""An engine without a model, and adapters that fit it, for tests of code that uses this library."""
 
 from qlora_infer.testing._adapter import TINY_MODEL, write_adapter
 from qlora_infer.testing._engine import FakeEngine, FakeLogprob, FakeSamplingParams, echo, fake_engine

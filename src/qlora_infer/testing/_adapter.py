@@ -1,4 +1,4 @@
-"""Adapters for tests: small, sound, and written without torch or PEFT."""
+"""Small valid adapters for tests, written without torch or PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine without a model, for tests of code that uses this library."""
+"""The fake engine: a backend without a model."""
 
 from __future__ import annotations
 

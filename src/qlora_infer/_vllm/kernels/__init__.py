@@ -1,4 +1,4 @@
-"""Arithmetic, and moves of weights, where vLLM's own are wrong, slow or missing, and how vLLM is given them."""
+"""Our kernels and weight transfers, used where vLLM's own are wrong, slow or missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of logits whose adapters vLLM does not hand to its LoRA kernels.
+"""The rows of logits and their adapters, which vLLM does not pass to its LoRA kernels.
 
 The kernels know one row of logits for each request of a step (``sampler_indices``). For ``prompt_logprobs`` vLLM also
 computes logits of every token of a prompt, and its second runner computes several for each request that has drafted

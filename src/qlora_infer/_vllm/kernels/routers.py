@@ -1,4 +1,4 @@
-"""Routers of experts with LoRA, where vLLM's experts would run the one without.
+"""LoRA on the routers of experts, where vLLM's experts would run the router without it.
 
 vLLM 0.32.0 wraps a router, which stands in a layer and in its experts too, in one LoRA layer, and puts it into both
 places (``LoRAModelManager._create_lora_modules``). Where the experts have LoRA themselves, the second place is the LoRA

@@ -1,1 +1,1 @@
-"""One strategy a file; the file's name is the strategy's. ``quantization/__init__.py`` imports each of them."""
+"""The strategies, one a file of the same name."""

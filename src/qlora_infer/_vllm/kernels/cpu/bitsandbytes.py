@@ -1,4 +1,4 @@
-"""bitsandbytes on the CPU: weights in the layout that its own kernel for AVX512-BF16 wants.
+"""The layout of bitsandbytes weights that its AVX512-BF16 kernel on the CPU needs.
 
 vllm-bnb-plugin 0.0.3 calls ``bitsandbytes.matmul_4bit``, which on the CPU writes the whole weight out in bf16 in each
 call, unless it is packed. ``bitsandbytes.nn.Linear4bit`` packs its own weights before its first answer, the plugin

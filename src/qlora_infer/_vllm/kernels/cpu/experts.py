@@ -1,4 +1,4 @@
-"""Mixtures of experts on the CPU: their attention has LoRA, their experts have none.
+"""Mixtures of experts on the CPU, where only the attention layers have LoRA.
 
 With LoRA, vLLM 0.32.0 chooses kernels for experts that can apply it (``is_lora_enabled`` in
 ``vllm/model_executor/layers/fused_moe/config.py``). There are none for CPUs, so that a model does not start, or its

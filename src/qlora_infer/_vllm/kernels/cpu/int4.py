@@ -1,4 +1,4 @@
-"""AWQ and GPTQ on a CPU without AVX-512, for which vLLM has no kernel.
+"""The AWQ and GPTQ kernel for CPUs without AVX-512, which vLLM lacks.
 
 vLLM 0.32 chooses ``CPUWNA16LinearKernel`` for 4-bit weights on any CPU; what it calls, ``cpu_gemm_wna16``, is compiled
 into the builds for AVX-512 and AMX only, and the first step ends the engine. Here the weights are written out once, as

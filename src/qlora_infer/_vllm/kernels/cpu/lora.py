@@ -1,4 +1,4 @@
-"""LoRA on the CPU: what vLLM's LoRA layers call there.
+"""The wrapper through which vLLM's LoRA layers call our kernels on the CPU.
 
 vLLM 0.32's own kernels (``vllm/lora/punica_wrapper/punica_cpu.py``) index the stacked weights with each token's slot.
 A token without an adapter has slot -1, which indexes the last slot: base requests get somebody else's adapter. They

@@ -1,4 +1,4 @@
-"""``x @ weight.T`` in float32 on the CPU, of each row the same bits whatever rows are beside it.
+"""The float32 product ``x @ weight.T`` on the CPU, whose rows do not depend on the other rows of a batch.
 
 torch's own product chooses its code, and with it the order of every sum, by the number of rows.
 """

@@ -1,4 +1,4 @@
-"""Rotary embeddings on the CPU, for queries and keys that have a dimension of their own for their heads.
+"""The rotary embedding on the CPU for queries and keys that have a dimension of their own for heads.
 
 vLLM 0.32.0's C++ operator takes the second dimension for all heads together, and turns the first head only of
 ``[tokens, heads, head_size]``, which LFM2 gives it (``RotaryEmbedding.forward_cpu`` in

@@ -1,4 +1,4 @@
-"""LoRA for a step's rows on the CPU: both products of a layer, for all its slices, in one compiled call.
+"""The compiled call that computes both LoRA products of a layer for a step's rows on the CPU.
 
 A product of torch costs some 20 microseconds in bf16 before it multiplies anything, and decoding makes hundreds of
 small ones in a step, several times as many when its rows have several adapters. Here the threads that torch computes

@@ -1,4 +1,4 @@
-"""A step's rows in *tiles*: up to so many rows of one adapter, which a kernel takes together."""
+"""Tiles of a step's rows: groups of rows of one adapter that a kernel computes together."""
 
 from __future__ import annotations
 

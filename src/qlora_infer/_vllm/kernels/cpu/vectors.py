@@ -1,4 +1,4 @@
-"""Sixteen numbers at a time on the CPU: the innermost loops of LoRA's two products, written in LLVM's language.
+"""The innermost loops of LoRA's two products on the CPU, on sixteen numbers at a time, in LLVM IR.
 
 A loop that LLVM turns into vectors by itself sums in an order of LLVM's choice, another one for four rows than for
 one. These have the order written out, so that a row gets the same bits whatever is computed beside it. numba builds

@@ -1,1 +1,1 @@
-"""LoRA on a GPU: both products in one launch."""
+"""Kernels for a GPU, which compute both LoRA products in one launch."""

@@ -1,4 +1,4 @@
-"""LoRA's two products in one launch on a GPU: what the host does for ``fused_triton.py``.
+"""The host's part of the fused GPU kernel: shapes, plans and launches.
 
 A step's rows are cut into tiles (``tiles.py``), which lie in device memory that CUDA graphs refer to. The two numbers
 of a tile that are the kernel's own are its adapter's rank, and bits of the slices that the adapter changes. How a

@@ -1,4 +1,4 @@
-"""LoRA's two products in one launch: what runs on the GPU.
+"""The GPU's part of the fused kernel, in Triton.
 
 Punica (Chen et al., 2023, https://arxiv.org/abs/2310.18547) calls the products shrink (``x @ A.T``, to the rank) and
 expand (``@ B.T``, to the output). vLLM launches one kernel for each, after a third that fills their buffer with

@@ -1,4 +1,4 @@
-"""LoRA on a GPU: what vLLM's LoRA layers call there, with our kernel in place of vLLM's two (``fused.py``).
+"""The wrapper through which vLLM's LoRA layers call our fused kernel on a GPU.
 
 What our kernel does not do (mixtures of experts, adapters that are split over GPUs, float32) vLLM's own kernels still
 do, which this class inherits. Read in vLLM 0.32.0, ``vllm/lora/punica_wrapper/punica_gpu.py``.

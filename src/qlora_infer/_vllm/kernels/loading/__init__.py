@@ -1,1 +1,1 @@
-"""An adapter on its way from its file to a slot."""
+"""The transfer of an adapter from its file to a slot."""

@@ -1,4 +1,4 @@
-"""An adapter in host memory, pinned where there is a GPU, as vLLM's manager of adapters wants it.
+"""vLLM's object for an adapter in host memory, whose memory is pinned where there is a GPU.
 
 vLLM reads, casts, pins and scales tensor by tensor; here that is a few calls for all of them (``pinned.py``). Read in
 vLLM 0.32.0, ``vllm/lora/lora_model.py`` and ``vllm/lora/model_manager.py``.

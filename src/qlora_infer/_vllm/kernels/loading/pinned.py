@@ -1,4 +1,4 @@
-"""An adapter's weights from its file into pinned host memory, from where a GPU copies by itself.
+"""The reader of an adapter's weights into pinned host memory, which a GPU copies without the CPU.
 
 A call of torch gives Python's lock away and waits for it again. Beside a loop that makes steps, which asks for the
 lock as often, the hundreds of small tensors of an adapter are slow to read one by one, and slow the steps down. So a

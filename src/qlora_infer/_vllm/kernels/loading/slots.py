@@ -1,4 +1,4 @@
-"""An adapter moved into a slot in a few calls of torch.
+"""The transfer of an adapter from host memory into a slot, in a few calls of torch.
 
 vLLM moves it tensor by tensor, in some thirty calls for each layer of a Llama, each of which gives Python's lock away
 and waits for it again: on an H100 a request waited 11 ms for 25 MB. Read in vLLM 0.32.0,
