@@ -17,7 +17,7 @@ from qlora_infer.cli.prompt_lines import PromptLine, fingerprint
 _BEGINNING = b'{"line": '
 
 
-def answered_lines(path: Path) -> dict[int, int]:
+def read_answers(path: Path) -> dict[int, int]:
     """Return the lines that a file of answers has answers to, each with the fingerprint of its question.
 
     Afterwards the file holds whole answers only: a torn last line is cut off, and errors are taken out, so that these
@@ -47,7 +47,7 @@ def answered_lines(path: Path) -> dict[int, int]:
     return answered
 
 
-def unanswered(lines: Iterable[PromptLine], answered: dict[int, int]) -> Iterator[PromptLine]:
+def skip_answered(lines: Iterable[PromptLine], answered: dict[int, int]) -> Iterator[PromptLine]:
     """Yield the lines that are left.
 
     Raises:

@@ -63,7 +63,7 @@ def bench(
 
     Prompts are random words, new ones for each run, so that no cache of prefixes helps. One run warms up first.
     """
-    with start.started(ctx, model, adapter, options) as engine:
+    with start.start_engine(ctx, model, adapter, options) as engine:
         load = _Load(engine, requests, concurrency, prompt_words, max_tokens)
         measured = load.measure_all(list(engine.adapters))
     if as_json:

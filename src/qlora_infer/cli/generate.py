@@ -13,7 +13,7 @@ import typer
 from tqdm import tqdm
 
 from qlora_infer.cli import start
-from qlora_infer.cli.answer_file import answered_lines, unanswered, write_record
+from qlora_infer.cli.answer_file import read_answers, skip_answered, write_record
 from qlora_infer.cli.prompt_lines import PromptLine, read_lines
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.requests.request import GenerationOutput
@@ -64,7 +64,7 @@ def generate(
         raise typer.BadParameter("--output is the file of the prompts")
     if use is None and adapter and len(adapter) == 1:
         use = adapter[0][0]
-    opening = start.started(ctx, model, adapter, options, known_adapters=known_adapters)
+    opening = start.start_engine(ctx, model, adapter, options, known_adapters=known_adapters)
     if prompt:
         with opening as engine, start.usage_errors():
             for answer in engine.generate(prompt, sampling_params, adapter=use, timeout=timeout):
@@ -82,7 +82,7 @@ def _answer_lines(
     timeout: float | None,
     max_pending: int,
 ) -> None:
-    answered = answered_lines(output) if output else {}
+    answered = read_answers(output) if output else {}
     num_lines = None
     if prompts != STDIN:
         num_lines, num_left = _count(prompts, use, answered)
@@ -90,24 +90,24 @@ def _answer_lines(
         if not num_left:
             return
     with ExitStack() as stack:
-        lines = unanswered(read_lines(stack.enter_context(_opened(prompts, "rb")), adapter=use), answered)
-        file = stack.enter_context(_opened(output, "ab")) if output else sys.stdout.buffer
+        lines = skip_answered(read_lines(stack.enter_context(_open(prompts, "rb")), adapter=use), answered)
+        file = stack.enter_context(_open(output, "ab")) if output else sys.stdout.buffer
         engine = stack.enter_context(opening)
         bar = stack.enter_context(
             tqdm(total=num_lines, initial=len(answered), desc="Answered", unit="prompt", disable=None)
         )
-        answering = _Answering(engine, sampling_params, timeout, file, bar)
+        answers = _Answers(engine, sampling_params, timeout, file, bar)
         try:
-            answering.run(lines, max_pending)
+            answers.run(lines, max_pending)
         except KeyboardInterrupt:
             if output:
-                typer.echo(f"{answering.num_answered} more answers are in {output}: run the same again", err=True)
+                typer.echo(f"{answers.num_answered} more answers are in {output}: run the same again", err=True)
             raise
-    typer.echo(f"{answering.num_answered} answered, {answering.num_failed} failed", err=True)
-    raise typer.Exit(1 if answering.num_failed else 0)
+    typer.echo(f"{answers.num_answered} answered, {answers.num_failed} failed", err=True)
+    raise typer.Exit(1 if answers.num_failed else 0)
 
 
-def _opened(path: Path, mode: Literal["rb", "ab"]) -> BinaryIO:
+def _open(path: Path, mode: Literal["rb", "ab"]) -> BinaryIO:
     if path == STDIN and mode == "rb":
         return sys.stdin.buffer
     try:
@@ -122,14 +122,14 @@ def _count(prompts: Path, use: str | None, answered: dict[int, int]) -> tuple[in
     A wrong --output is reported here, before the engine starts.
     """
     num_lines = num_left = 0
-    with _opened(prompts, "rb") as file:
+    with _open(prompts, "rb") as file:
         for line in read_lines(file, adapter=use):
             num_lines += 1
-            num_left += sum(1 for _ in unanswered([line], answered))
+            num_left += sum(1 for _ in skip_answered([line], answered))
     return num_lines, num_left
 
 
-class _Answering:
+class _Answers:
     """Asks lines and writes what comes, whichever comes first."""
 
     def __init__(
@@ -145,7 +145,7 @@ class _Answering:
         self._timeout = timeout
         self._file = file
         self._bar = bar
-        self._asked: dict[int, PromptLine] = {}
+        self._pending: dict[int, PromptLine] = {}
         self.num_answered = 0
         self.num_failed = 0
 
@@ -164,7 +164,7 @@ class _Answering:
             use_tqdm=False,
         )
         for output in outputs:
-            line = self._asked.pop(output.index)
+            line = self._pending.pop(output.index)
             if output.error is None:
                 self._write(line, output)
             else:
@@ -177,7 +177,7 @@ class _Answering:
             if line.fault:
                 self._fail(line, ValueError(line.fault))
                 continue
-            self._asked[number] = line
+            self._pending[number] = line
             number += 1
             yield line
 

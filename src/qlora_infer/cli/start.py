@@ -36,7 +36,7 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _named_source(text: str) -> tuple[str, str]:
+def _parse_adapter(text: str) -> tuple[str, str]:
     name, equals, source = text.partition("=")
     if not (name and equals and source):
         raise typer.BadParameter("it is written name=source, such as pirate=me/pirate-lora")
@@ -48,7 +48,7 @@ Model = Annotated[str, typer.Argument(help="A Hub id or a local folder with a ch
 Adapters = Annotated[
     list[Any] | None,
     typer.Option(
-        "--adapter", "-a", metavar="NAME=SOURCE", parser=_named_source, help="An adapter to load; may be repeated."
+        "--adapter", "-a", metavar="NAME=SOURCE", parser=_parse_adapter, help="An adapter to load; may be repeated."
     ),
 ]
 SamplingParams = Annotated[
@@ -84,25 +84,25 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
 def _option(field: Attribute[Any], hint: Any) -> inspect.Parameter:
     """Return the option for a field; its default is ``None``, for which the engine has its own."""
     flag = f"--{field.name.replace('_', '-')}"
-    shown: dict[str, Any] = {"rich_help_panel": "Engine", "help": field.metadata["help"]}
+    settings: dict[str, Any] = {"rich_help_panel": "Engine", "help": field.metadata["help"]}
     parts = get_args(hint) or (hint,)
     kind: Any = str | None
     if get_origin(hint) is Literal:
-        shown["metavar"] = "|".join(parts)
+        settings["metavar"] = "|".join(parts)
     elif get_origin(hint) is Mapping:
-        kind, shown = Any, {**shown, "metavar": "JSON", "parser": json_object}
+        kind, settings = Any, {**settings, "metavar": "JSON", "parser": json_object}
     elif bool in parts:
         kind, flag = bool | None, f"{flag}/--no-{flag[2:]}"
     elif Literal["auto"] in parts:
-        kind, shown = Any, {**shown, "metavar": "N|auto", "parser": _number_or_auto}
+        kind, settings = Any, {**settings, "metavar": "N|auto", "parser": _number_or_auto}
     elif int in parts:
         kind = int | None
-    annotation = Annotated[kind, typer.Option(flag, **shown)]
+    annotation = Annotated[kind, typer.Option(flag, **settings)]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 @contextmanager
-def started(
+def start_engine(
     ctx: typer.Context, model: str, adapters: Sequence[tuple[str, str]] | None, options: Mapping[str, Any], **given: Any
 ) -> Iterator[QuantizedLoRAEngine]:
     """Start the engine with the options that were given, and with its other arguments.

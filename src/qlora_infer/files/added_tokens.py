@@ -28,7 +28,7 @@ def read_encoder(content: Mapping[str, object]) -> dict[str, int]:
     Raises:
         ValueError: A token or an id is something else.
     """
-    return _checked(content.items())
+    return _check(content.items())
 
 
 def read_decoder(content: object) -> dict[str, int]:
@@ -39,7 +39,7 @@ def read_decoder(content: object) -> dict[str, int]:
     """
     if not isinstance(content, dict) or not all(isinstance(token, dict) for token in content.values()):
         raise ValueError("'added_tokens_decoder' must map ids to objects")
-    return _checked((token.get("content"), _parsed(key)) for key, token in content.items())
+    return _check((token.get("content"), _parsed(key)) for key, token in content.items())
 
 
 def read_list(content: object) -> dict[str, int]:
@@ -50,14 +50,14 @@ def read_list(content: object) -> dict[str, int]:
     """
     if not isinstance(content, list) or not all(isinstance(token, dict) for token in content):
         raise ValueError("'added_tokens' must be a list of objects")
-    return _checked((token.get("content"), token.get("id")) for token in content)
+    return _check((token.get("content"), token.get("id")) for token in content)
 
 
 def _parsed(key: str) -> int | None:
     return int(key) if key.isascii() and key.isdigit() and len(key) <= 10 else None
 
 
-def _checked(pairs: Iterable[tuple[object, object]]) -> dict[str, int]:
+def _check(pairs: Iterable[tuple[object, object]]) -> dict[str, int]:
     tokens = {}
     for content, index in pairs:
         if not isinstance(content, str) or not 1 <= len(content) <= MAX_TOKEN_LENGTH:

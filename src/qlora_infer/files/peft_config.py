@@ -130,12 +130,12 @@ def largest_rank(adapter: str, config: Mapping[str, Any]) -> int:
     parameters = config.get("target_parameters")
     if parameters is not None and not _is_list_of(parameters, str):
         raise CorruptAdapterError(adapter, f"'target_parameters' must be a list of names, got {str(parameters)[:80]}")
-    _checked_number(adapter, "lora_alpha", config["lora_alpha"])
-    for pattern, alpha in _checked_pattern(adapter, config, "alpha_pattern").items():
-        _checked_number(adapter, f"alpha_pattern[{pattern!r}]", alpha)
-    ranks = [_checked_rank(adapter, "r", config["r"])]
-    for pattern, rank in _checked_pattern(adapter, config, "rank_pattern").items():
-        ranks.append(_checked_rank(adapter, f"rank_pattern[{pattern!r}]", rank))
+    _check_number(adapter, "lora_alpha", config["lora_alpha"])
+    for pattern, alpha in _check_pattern(adapter, config, "alpha_pattern").items():
+        _check_number(adapter, f"alpha_pattern[{pattern!r}]", alpha)
+    ranks = [_check_rank(adapter, "r", config["r"])]
+    for pattern, rank in _check_pattern(adapter, config, "rank_pattern").items():
+        ranks.append(_check_rank(adapter, f"rank_pattern[{pattern!r}]", rank))
     return max(ranks)
 
 
@@ -143,19 +143,19 @@ def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _checked_rank(adapter: str, name: str, value: object) -> int:
+def _check_rank(adapter: str, name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
         raise CorruptAdapterError(adapter, f"{name!r} must be a whole number of at least 1, got {str(value)[:40]!r}")
     return value
 
 
-def _checked_number(adapter: str, name: str, value: object) -> None:
+def _check_number(adapter: str, name: str, value: object) -> None:
     # "not <=" is true of NaN, too.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e9:
         raise CorruptAdapterError(adapter, f"{name!r} must be a finite number, got {str(value)[:40]!r}")
 
 
-def _checked_pattern(adapter: str, config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _check_pattern(adapter: str, config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
         raise CorruptAdapterError(adapter, f"{name!r} must map patterns to numbers, got {str(patterns)[:40]!r}")

@@ -52,11 +52,11 @@ def quantization_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def quant_method(model_config: Mapping[str, Any]) -> str | None:
     """Return the ``quant_method`` that a checkpoint names, as vLLM writes it; ``None`` for an unquantized one."""
-    said = quantization_config(model_config)
-    producer = said.get("producer")
+    fields = quantization_config(model_config)
+    producer = fields.get("producer")
     if isinstance(producer, Mapping) and producer.get("name") == "modelopt":
         return "modelopt"
-    method = str(said.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
+    method = str(fields.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
     return method or None
 
 
@@ -67,15 +67,15 @@ def weight_bits(model_config: Mapping[str, Any], quantization: str) -> int:
         model_config: The model's ``config.json``.
         quantization: The strategy's name, which decides what becomes of an unquantized checkpoint.
     """
-    said = quantization_config(model_config)
-    if not said:
+    fields = quantization_config(model_config)
+    if not fields:
         return _BITS_IN_FLIGHT.get(quantization, 16)
-    groups = (said.get("config_groups") or {}).values()
+    groups = (fields.get("config_groups") or {}).values()
     weights = ((group or {}).get("weights") or {} for group in groups)
-    counted = [said.get("bits"), said.get("w_bit"), *(group.get("num_bits") for group in weights)]
-    named = re.search(r"(?:int|fp|float|q)(\d)", f"{said}".lower())
-    spoken = 8 if said.get("load_in_8bit") else int(named[1]) if named else 4
-    return next((bits for bits in counted if isinstance(bits, int) and 0 < bits <= MAX_BITS), spoken)
+    counted = [fields.get("bits"), fields.get("w_bit"), *(group.get("num_bits") for group in weights)]
+    number = re.search(r"(?:int|fp|float|q)(\d)", f"{fields}".lower())
+    default = 8 if fields.get("load_in_8bit") else int(number[1]) if number else 4
+    return next((bits for bits in counted if isinstance(bits, int) and 0 < bits <= MAX_BITS), default)
 
 
 def complete(
@@ -96,14 +96,14 @@ def complete(
         QuantizationError: The weights are packed, and no file says how; or it is said without a method, or with a
             field that is not of the kind that its tool writes.
     """
-    said = quantization_config(model_config)
-    _check_fields(model, said)
-    if said and quant_method(model_config) is None:
+    fields = quantization_config(model_config)
+    _check_fields(model, fields)
+    if fields and quant_method(model_config) is None:
         raise QuantizationError(
             f"quantization_config in config.json of {model} names no quant_method, without which vLLM reads packed "
             'weights as if they were none: add "quant_method" to it, such as "gptq"'
         )
-    if said:
+    if fields:
         return dict(model_config)
     for name, method in QUANTIZATION_FILES.items():
         if found := read(name):
@@ -118,17 +118,17 @@ def complete(
     return dict(model_config)
 
 
-def _check_fields(model: str, said: Mapping[str, Any]) -> None:
+def _check_fields(model: str, fields: Mapping[str, Any]) -> None:
     """Raise ``QuantizationError`` for a field that strategies read and that is not of its kind; null is no field."""
     for field, (is_kind, kind) in _KINDS.items():
-        value = said.get(field)
+        value = fields.get(field)
         if value is not None and not is_kind(value):
             raise QuantizationError(
                 f"{field} in the quantization of {model} must be {kind}, got {repr(value)[:80]}: take the file as its "
                 "quantization tool wrote it"
             )
     for field in ("packing_format", "data_type"):
-        if field in said and said[field] is None:
+        if field in fields and fields[field] is None:
             raise QuantizationError(f"{field} in the quantization of {model} is null: leave it out, or name it")
 
 

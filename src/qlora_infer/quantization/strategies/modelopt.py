@@ -47,5 +47,5 @@ class ModelOpt:
 def _algorithm(quantization: Mapping[str, Any]) -> str:
     """Return the algorithm, which has a section of its own in ``hf_quant_config.json``."""
     section = quantization.get("quantization")
-    said = section if isinstance(section, Mapping) else quantization
-    return str(said.get("quant_algo") or "").upper()
+    fields = section if isinstance(section, Mapping) else quantization
+    return str(fields.get("quant_algo") or "").upper()
