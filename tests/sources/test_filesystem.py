@@ -153,7 +153,7 @@ def test_a_missing_file_is_named(kind, missing, server, memory, folder):
 @pytest.mark.parametrize("text", ["memory://no/such", "file:///no/such", "/no/such", "./no", "no/such/folder"])
 def test_what_does_not_exist_is_never_taken_for_a_hub_id(text, folder, monkeypatch):
     """A path or URL that is not there is an error, and the Hub is not asked."""
-    monkeypatch.setattr(hub, "download_adapter", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(hub.HubSource, "download", lambda *_, **__: pytest.fail("the Hub was asked"))
     fails(AdapterNotFoundError, text, folder)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from attrs import asdict
+from attrs import evolve
 from hub_server import HubServer, Repository
 
 from qlora_infer import HubSource, parse_source
@@ -27,7 +27,6 @@ from qlora_infer.errors import (
 from qlora_infer.files import scratch
 from qlora_infer.model.config import read_model_config
 from qlora_infer.sources import repository as _repository
-from qlora_infer.sources.hub import download_adapter
 from qlora_infer.testing import fake_engine, write_adapter
 
 TOKEN = "hf_this_is_a_secret"
@@ -42,8 +41,8 @@ def adapter_files(folder, prefix="", **arguments):
 
 def resolve(text, *, allow_pickle=False, **arguments):
     """Download what a text stands for; the folder in the Hub's cache."""
-    read = asdict(parse_source(text))
-    return download_adapter("x", **{**read, **arguments}, allow_pickle=allow_pickle)
+    source = evolve(parse_source(text), **arguments)
+    return source.download("x", token=None, allow_pickle=allow_pickle)
 
 
 def contents(folder):
@@ -564,9 +563,8 @@ def test_offline_from_the_start_works_like_offline_later(hub, repository):
     folder = resolve("org/repo")
     hub.requests.clear()
     code = (
-        "import json, huggingface_hub; from qlora_infer.sources.hub import download_adapter\n"
-        "how = dict(revision=None, subfolder=None, token=None, allow_pickle=False)\n"
-        "print(json.dumps(str(download_adapter('x', 'org/repo', **how))))"
+        "import json, huggingface_hub; from qlora_infer.sources.hub import HubSource\n"
+        "print(json.dumps(str(HubSource('org/repo').download('x', token=None, allow_pickle=False))))"
     )
     assert in_subprocess(code, HF_HUB_OFFLINE="1") == str(folder)
     assert hub.requests == []

@@ -86,65 +86,47 @@ class HubSource:
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
         """Download what is not in the Hub's cache, and copy the adapter's files into a new folder.
 
-        ``Source`` has the arguments, ``download_adapter`` and ``copy_adapter`` the errors.
+        ``Source`` has the arguments, ``download`` and ``copy_adapter`` the errors.
         """
-        folder = download_adapter(
-            adapter,
-            self.repo_id,
-            revision=self.revision,
-            subfolder=self.subfolder,
-            token=self.token or token,
-            allow_pickle=allow_pickle,
-        )
+        folder = self.download(adapter, token=token, allow_pickle=allow_pickle)
         copy_adapter(adapter, folder, into, allow_pickle=allow_pickle)
+
+    def download(self, adapter: str, *, token: str | None, allow_pickle: bool) -> Path:
+        """Fetch an adapter's files, and no others, into the Hub's cache; what is there already is not fetched again.
+
+        The Hub is asked once where a branch points and which files there are, also of a commit that is in the cache:
+        another program may have fetched only some of them. When the Hub cannot be reached, or with
+        ``HF_HUB_OFFLINE=1``, the copy in the cache is used and the log says so. Every wait for the Hub has a bound, but
+        the whole download has none: a slow connection may take its time.
+
+        Args:
+            adapter: The adapter's name, for messages.
+            token: The access token of a source without its own; ``None`` for the one that ``HF_TOKEN`` or
+                ``hf auth login`` left.
+            allow_pickle: Whether to fetch ``adapter_model.bin`` where there is no safetensors file.
+
+        Returns:
+            The folder with the adapter's files: a snapshot in the Hub's cache, or a folder inside it.
+
+        Raises:
+            AdapterNotFoundError: There is no such repository, revision, subfolder or file.
+            AdapterAccessError: The repository asks for a token, or for another one.
+            AdapterDownloadError: The connection failed or broke, or there is none and no copy.
+            UnsafeAdapterError: The weights are a pickle only, and ``allow_pickle`` is false.
+        """
+        repository = Repository(self.repo_id, self.revision, self.token or token)
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        weights = repository.fetch(
+            cached=partial(_cached_weights, repository, prefix, allow_pickle),
+            choose=partial(_adapter_files, adapter, repository, prefix, allow_pickle),
+            fail=lambda error_class, message: error_class(adapter, message),
+        )
+        return weights.parent
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         subfolder = f":{self.subfolder}" if self.subfolder else ""
         return f"{self.repo_id}{revision}{subfolder}"
-
-
-def download_adapter(
-    adapter: str,
-    repo_id: str,
-    *,
-    revision: str | None,
-    subfolder: str | None,
-    token: str | None,
-    allow_pickle: bool,
-) -> Path:
-    """Fetch an adapter's files, and no others, into the Hub's cache; what is there already is not fetched again.
-
-    The Hub is asked once where a branch points and which files there are, also of a commit that is in the cache:
-    another program may have fetched only some of them. When the Hub cannot be reached, or with ``HF_HUB_OFFLINE=1``,
-    the copy in the cache is used and the log says so. Every wait for the Hub has a bound, but the whole download has
-    none: a slow connection may take its time.
-
-    Args:
-        adapter: The adapter's name, for messages.
-        repo_id: The repository, ``"org/repo"``.
-        revision: A branch, tag or commit; ``None`` for the default branch.
-        subfolder: Where in the repository the adapter is.
-        token: The access token; ``None`` for the one that ``HF_TOKEN`` or ``hf auth login`` left.
-        allow_pickle: Whether to fetch ``adapter_model.bin`` where there is no safetensors file.
-
-    Returns:
-        The folder with the adapter's files: a snapshot in the Hub's cache, or a folder inside it.
-
-    Raises:
-        AdapterNotFoundError: There is no such repository, revision, subfolder or file.
-        AdapterAccessError: The repository asks for a token, or for another one.
-        AdapterDownloadError: The connection failed or broke, or there is none and no copy.
-        UnsafeAdapterError: The weights are a pickle only, and ``allow_pickle`` is false.
-    """
-    repository = Repository(repo_id, revision, token)
-    prefix = f"{subfolder}/" if subfolder else ""
-    weights = repository.fetch(
-        cached=partial(_cached_weights, repository, prefix, allow_pickle),
-        choose=partial(_adapter_files, adapter, repository, prefix, allow_pickle),
-        fail=lambda error_class, message: error_class(adapter, message),
-    )
-    return weights.parent
 
 
 def _cached_weights(repository: Repository, prefix: str, allow_pickle: bool) -> Path | None:
