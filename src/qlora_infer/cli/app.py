@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typing_extensions import override
 
 from qlora_infer import QuantizedLoRAEngine, __version__
 from qlora_infer.cli.bench import bench
@@ -22,6 +23,7 @@ INTERRUPTED = 130  # as shells have it: 128, and the number of SIGINT
 class _Commands(TyperGroup):
     """Commands whose errors are one message, unless ``--debug`` asks for the traceback."""
 
+    @override
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

@@ -148,13 +148,7 @@ class URLSource:
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
         """Download the adapter's files into a new folder; ``Source`` has the arguments.
 
-        Raises:
-            AdapterNotFoundError: There is no such folder or file.
-            AdapterAccessError: The filesystem asks for credentials, or for others.
-            AdapterDownloadError: The connection failed, broke, hung, or was too slow.
-            UnsafeAdapterError: The weights are a pickle only, and ``allow_pickle`` is false.
-            CorruptAdapterError: A file is larger than an adapter's may be.
-            MissingDependencyError: fsspec needs another package for this kind of URL.
+        ``filesystem.download_adapter`` has the errors.
         """
         from qlora_infer.sources import filesystem
 
