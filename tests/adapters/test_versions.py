@@ -435,6 +435,36 @@ def test_lineage_is_read_from_names(trained_on, served, expected):
     assert lineage(trained_on, served) == expected
 
 
+HUB_CACHE = "/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/b968826d9c46dd6066d109eabc6255188de91218"
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "served", "expected"),
+    [
+        (HUB_CACHE, "Qwen/Qwen3-8B", "same"),
+        ("Qwen/Qwen3-8B", HUB_CACHE + "/", "same"),
+        (HUB_CACHE.replace("/", "\\"), "Qwen/Qwen3-8B", "same"),
+        (HUB_CACHE, "Qwen/Qwen3-8B-AWQ", "quantized"),
+        (HUB_CACHE, "org/Qwen3-4B", "other"),
+        ("hub/models--gpt2/snapshots/607a30d", "gpt2", "same"),
+        ("/mnt/.cache/modelscope/hub/models/Qwen/Qwen2___5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct-AWQ", "quantized"),
+        ("/kaggle/input/qwen2.5/transformers/0.5b-instruct/1", "Qwen/Qwen2.5-0.5B-Instruct", "quantized"),
+        ("/kaggle/input/qwen-3/transformers/8b/1/", "Qwen/Qwen3-8B", "quantized"),
+        ("/kaggle/input/gemma-2/transformers/gemma-2-9b-it/2", "google/gemma-2-9b-it", "quantized"),
+        ("/kaggle/input/models/qwen-lm/qwen-3/transformers/8b/1", "Qwen/Qwen3-8B-AWQ", "quantized"),
+        ("/kaggle/input/mistral-7b-v0.3/pytorch/default/1", "mistralai/Mistral-7B-v0.3", "quantized"),
+        ("/kaggle/input/llama-3-1-8b-instruct", "meta-llama/Llama-3.1-8B-Instruct", "quantized"),
+        ("/kaggle/input/my-models/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "quantized"),
+        ("~/.cache/kagglehub/models/google/gemma/transformers/2b/2", "google/gemma-2b", "quantized"),
+        ("/kaggle/input/gemma/transformers/2b/2", "google/gemma-7b", "other"),
+        ("/kaggle/input/qwen-3/transformers/8b/1", "Qwen/Qwen3-4B", "other"),
+    ],
+)
+def test_lineage_knows_where_caches_put_a_model(trained_on, served, expected):
+    """A trainer that was given a folder of the Hub's, ModelScope's or Kaggle's cache writes that folder as its base."""
+    assert lineage(trained_on, served) == expected
+
+
 @given(st.text(max_size=80), st.text(max_size=80))
 def test_any_name_has_a_lineage(trained_on, served):
     """Names are untrusted text; comparing them never fails."""

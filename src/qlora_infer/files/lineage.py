@@ -19,6 +19,15 @@ _BUILD = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
+# Where caches put a model. The Hub's has org/name as models--org--name/snapshots/COMMIT; ModelScope's writes ___ for a
+# dot; Kaggle's has a model's size and version behind its name: qwen2.5/transformers/0.5b-instruct/1.
+_HUB_CACHE = re.compile(r"(?:^|/)models--([^/]+)(?=/|$)")
+_KAGGLE_MODEL = re.compile(
+    r"(?:^|/)(?:kaggle/input|kagglehub/models)/(?:[^/]+/){0,2}?([^/]+)"
+    r"/(?:flax|gguf|jax|keras|other|pytorch|safetensors|transformers)/([^/]+)/[0-9]+(?=/|$)",
+    re.IGNORECASE,
+)
+
 
 def lineage(trained_on: str | None, served: str) -> Lineage:
     """Compare the name of the model that an adapter was trained on with the name of the one that is served.
@@ -26,7 +35,7 @@ def lineage(trained_on: str | None, served: str) -> Lineage:
     Names are all there is to compare: an adapter holds no trace of its model's weights.
 
     Args:
-        trained_on: ``base_model_name_or_path`` of the adapter.
+        trained_on: ``base_model_name_or_path`` of the adapter: a Hub id, or a folder, also one in a cache.
         served: The Hub id or folder of the model.
 
     Example:
@@ -37,15 +46,30 @@ def lineage(trained_on: str | None, served: str) -> Lineage:
     """
     if not trained_on:
         return "unknown"
-    if trained_on.rstrip("/").lower() == served.rstrip("/").lower():
+    trained_on, served = _name(trained_on), _name(served)
+    if trained_on == served:
         return "same"
     one, other = _stem(trained_on), _stem(served)
     return "quantized" if one == other or one.endswith(f"-{other}") or other.endswith(f"-{one}") else "other"
 
 
+def _name(model: str) -> str:
+    """Return a model's name in lower case: for a folder in a cache, the name that the cache made the folder from."""
+    path = model.replace("\\", "/").rstrip("/").lower()
+    if cached := _HUB_CACHE.search(path):
+        return cached[1].replace("--", "/")
+    if uploaded := _KAGGLE_MODEL.search(path):
+        name, variation = uploaded.groups()
+        return name if variation == "default" else f"{name}-{variation}"
+    return path.replace("___", ".")
+
+
 def _stem(name: str) -> str:
-    """Return the last part of a name, without the words that describe its build."""
-    stem = PurePosixPath(name.replace("\\", "/").rstrip("/")).name.lower()
+    """Return the last part of a name, without the words that describe its build.
+
+    ``Llama-3.1`` is also written ``Llama3.1``, and ``llama-3-1`` on Kaggle, where names of data sets have no dots.
+    """
+    stem = PurePosixPath(name).name
     while (shorter := _BUILD.sub("", stem)) != stem:
         stem = shorter
-    return stem
+    return re.sub(r"(?<=[a-z])[-_](?=[0-9])", "", stem).replace(".", "-")
