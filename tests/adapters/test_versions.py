@@ -26,6 +26,8 @@ from qlora_infer import (
 from qlora_infer.adapters.effect import Scores, effect
 from qlora_infer.adapters.version import VersionNumbers
 from qlora_infer.files.lineage import lineage
+from qlora_infer.files.safetensors import map_tensors, write_tensors
+from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 
 
@@ -481,6 +483,49 @@ def test_lineage_is_told(tmp_path, caplog):
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "org/Mistral-7B" in warnings[0]
+
+
+class SeesImages(FakeEngine):
+    """A model with a vision tower."""
+
+    def lora_modules(self):
+        shapes = {name: ModuleShape(*shape) for name, shape in TINY_MODEL.items()}
+        return ModelModules(shapes, left_out=("model.visual.",))
+
+
+def without_effect(folder, *, factor="lora_B", but=(), **options):
+    """An adapter as it is before training: one factor of each module is zeros, but of those that are named."""
+    weights = write_adapter(folder, **options) / "adapter_model.safetensors"
+    tensors = {
+        name: tensor.copy() if factor not in name or any(part in name for part in but) else tensor * 0
+        for name, tensor in map_tensors("zero", weights).items()
+    }
+    write_tensors(weights, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_an_adapter_that_changes_nothing_is_loaded_with_a_warning_that_names_it(tmp_path, caplog, factor):
+    """All B are zeros before training begins: it is served, exactly as the base, and the log says why."""
+    with fake_engine() as engine, caplog.at_level("WARNING", logger="qlora_infer"):
+        engine.load_adapter("trained", write_adapter(tmp_path / "trained"))
+        engine.load_adapter("half", without_effect(tmp_path / "half", factor=factor, but=["layers.1.mlp.down_proj"]))
+        assert not caplog.records
+        engine.load_adapter("fresh", without_effect(tmp_path / "fresh", factor=factor))
+        assert engine.generate("x", adapter="fresh")[0].text
+    (record,) = caplog.records
+    assert "adapter 'fresh' changes nothing" in record.getMessage()
+    assert "each of the 14 modules" in record.getMessage()
+
+
+def test_an_adapter_whose_only_changes_are_left_out_changes_nothing(tmp_path, caplog):
+    """What it learned is in the vision tower, which text does not pass: for this engine it is untrained."""
+    tower = "model.visual.blocks.0.attn.proj"
+    folder = without_effect(tmp_path / "a", but=[tower], modules={**TINY_MODEL, tower: (64, 64)})
+    with fake_engine(backend=SeesImages()) as engine, caplog.at_level("WARNING", logger="qlora_infer"):
+        assert engine.load_adapter("blind", folder).num_modules == len(TINY_MODEL)
+    (record,) = caplog.records
+    assert "adapter 'blind' changes nothing" in record.getMessage()
 
 
 def test_a_name_that_is_unloaded_during_a_rollback_leaves_nothing(tmp_path):

@@ -18,7 +18,7 @@ from qlora_infer.adapters.preflight import check
 from qlora_infer.errors import AdapterError, AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.files.manifest import LoRAModule, read_manifest
 from qlora_infer.files.peft_config import MAX_MATCHES
-from qlora_infer.files.safetensors import check_finite, read_header
+from qlora_infer.files.safetensors import check_finite, map_tensors, read_header, write_tensors
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.testing import TINY_MODEL, write_adapter
 
@@ -475,6 +475,22 @@ def test_the_last_number_of_a_large_tensor_is_looked_at(dtype, value, tmp_path):
     (folder / WEIGHTS).write_bytes(content)
     with pytest.raises(CorruptAdapterError, match=rf"1 tensors hold NaN or infinity: base_model.model.{name}.lora_A"):
         check_finite("nan", folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_tensors_of_zeros_are_named_by_the_pass_that_looks_for_nan(dtype, tmp_path):
+    """Zeros of both signs count; one other number behind the first megabytes does not make a zero tensor."""
+    modules = {"model.layers.0.mlp.up_proj": (3_000_000, 1), "model.layers.1.mlp.up_proj": (3_000_000, 1)}
+    weights = write_adapter(tmp_path / "zero", rank=1, modules=modules, dtype=dtype) / WEIGHTS
+    assert check_finite("sound", weights) == frozenset()
+    tensors = {name: tensor.copy() for name, tensor in map_tensors("zero", weights).items()}
+    first, last = (f"base_model.model.{module}.lora_A.weight" for module in modules)
+    for name in (first, last):
+        tensors[name][:] = 0
+    tensors[first][0, ::2] = 0x8000 if dtype == "BF16" else -0.0
+    tensors[last][0, -1] = 1
+    write_tensors(weights, tensors)
+    assert check_finite("zero", weights) == {first}
 
 
 # Links --------------------------------------------------------------------------------------------------------------

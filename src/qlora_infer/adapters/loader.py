@@ -236,7 +236,16 @@ class AdapterLoader:
                 self._memory.recorder.forget(version.name)
 
     def _log_fit(self, version: AdapterVersion) -> None:
+        assert version.fit is not None
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)
+        applied = version.fit.placement.sources
+        if applied <= version.manifest.zero_modules:
+            logger.warning(
+                "adapter %r changes nothing: lora_A or lora_B is all zeros in each of the %d modules that are applied. "
+                "Was it saved before its training began?",
+                version.name,
+                len(applied),
+            )
         trained_on = version.manifest.base_model
         if version.lineage == "quantized":
             logger.info("adapter %r was trained on %s, of which %s is a build", version.name, trained_on, self._model)

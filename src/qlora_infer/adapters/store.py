@@ -296,7 +296,7 @@ def _check(name: str, folder: Path, *, allow_pickle: bool) -> tuple[Snapshot, Ad
     if allow_pickle:
         convert_pickle(name, folder)
     manifest, extras = read_manifest(name, folder), read_extras(name, folder)
-    check_finite(name, folder / WEIGHTS_NAME)
+    manifest = manifest.with_zeros(check_finite(name, folder / WEIGHTS_NAME))
     if extras.chat_template is not None:
         check_template(name, extras.chat_template)
     return Snapshot(folder, digest_of(folder, extras=extras.file_names)), manifest, extras

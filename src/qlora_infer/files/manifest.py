@@ -13,11 +13,11 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from qlora_infer.display import format_names
 from qlora_infer.errors import AdapterNotFoundError, AdapterSourceError, CorruptAdapterError, UnsafeAdapterError
@@ -99,6 +99,8 @@ class AdapterManifest:
         unsupported: What it asks for that vLLM cannot run, each a sentence.
         num_bytes: The size of its tensors.
         scaled_by_pattern: The modules whose scale ``rank_pattern`` or ``alpha_pattern`` changes.
+        zero_modules: The modules whose A or B is all zeros, so that they change nothing; they stand in the numbers,
+            which ``read_manifest`` does not read.
     """
 
     folder: Path
@@ -108,6 +110,12 @@ class AdapterManifest:
     unsupported: tuple[str, ...]
     num_bytes: int
     scaled_by_pattern: tuple[str, ...] = ()
+    zero_modules: frozenset[str] = frozenset()
+
+    def with_zeros(self, tensors: Iterable[str]) -> AdapterManifest:
+        """Return this manifest with the modules that have one of these tensors of zeros."""
+        factors = filter(None, map(factor_of, tensors))
+        return evolve(self, zero_modules=frozenset(factor.module for factor in factors))
 
 
 def read_manifest(adapter: str, folder: Path) -> AdapterManifest:

@@ -113,26 +113,37 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             file.write(tensor.tobytes())
 
 
-def check_finite(adapter: str, path: Path) -> None:
+def check_finite(adapter: str, path: Path) -> frozenset[str]:
     """Look at every number of a file, a few megabytes at a time.
+
+    Returns:
+        The names of the tensors that hold nothing but zeros.
 
     Raises:
         CorruptAdapterError: One is not a number, infinite, or would be infinite in float16; the message names the
             tensors. Or the file has become shorter.
     """
     entries, offset = _read(adapter, path)
+    bad, zeros = [], set()
     with path.open("rb") as file:
-        bad = [
-            name
-            for name, entry in entries.items()
-            if entry.is_floating and not all(map(_is_finite, _numbers(adapter, file, offset, entry)))
-        ]
+        for name, entry in entries.items():
+            if not entry.is_floating:
+                continue
+            is_zero = True
+            for numbers in _numbers(adapter, file, offset, entry):
+                if not _is_finite(numbers):
+                    bad.append(name)
+                    break
+                is_zero = is_zero and _is_zero(numbers)
+            if is_zero:
+                zeros.add(name)
     if bad:
         names = format_names(bad)
         raise CorruptAdapterError(
             adapter,
             f"{len(bad)} tensors hold NaN or infinity: {names} (or more than float16 holds); did its training diverge?",
         )
+    return frozenset(zeros)
 
 
 def _numbers(adapter: str, file: BinaryIO, offset: int, entry: TensorEntry) -> Iterator[np.ndarray]:
@@ -151,6 +162,11 @@ def _numbers(adapter: str, file: BinaryIO, offset: int, entry: TensorEntry) -> I
 
 def _is_finite(numbers: np.ndarray) -> bool:
     return bool((abs(numbers) <= _LARGEST).all())  # false of NaN, too
+
+
+def _is_zero(numbers: np.ndarray) -> bool:
+    # Of a trained tensor one of the first numbers is not zero, so that the others are not looked at again.
+    return not numbers[:64].any() and not numbers.any()
 
 
 def _read(adapter: str, path: Path) -> tuple[Mapping[str, TensorEntry], int]:
