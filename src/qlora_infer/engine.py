@@ -251,6 +251,7 @@ class QuantizedLoRAEngine(Displayed):
         share: float = 1.0,
         expect: str | int | None = None,
         allow_pickle: bool = False,
+        strict: bool = False,
     ) -> LoadedAdapter:
         """Load an adapter, or replace the one that has this name, while requests go on.
 
@@ -270,6 +271,8 @@ class QuantizedLoRAEngine(Displayed):
             expect: The version that the name stands for now, by number or digest, or 0 for none; for trainers that
                 push in a loop, so that none overwrites what it has not seen.
             allow_pickle: Convert an ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
+            strict: Refuse an adapter with an invalid chat template, generation config or tokenizer, which are
+                otherwise left out with a warning.
 
         Returns:
             What was loaded.
@@ -301,7 +304,7 @@ class QuantizedLoRAEngine(Displayed):
             return self._known.load(name)
         given = parse_source(source)
         self._driver.require_open()
-        loaded = self._loader.load(name, given, share=share, allow_pickle=allow_pickle, expect=expect)
+        loaded = self._loader.load(name, given, share=share, allow_pickle=allow_pickle, strict=strict, expect=expect)
         self._known.keep(name)
         return loaded
 

@@ -290,7 +290,7 @@ def test_an_error_names_the_source_and_not_the_copy(folders, damage, words):
     damage(folders[0])
     with engine_for(None) as engine:
         with pytest.raises(CorruptAdapterError) as caught:
-            engine.load_adapter("a", folders[0])
+            engine.load_adapter("a", folders[0], strict=True)
         assert str(caught.value).startswith(f"{folders[0]}/{words}")
         assert str(engine._registry._store._folder) not in str(caught.value)
         assert copies(engine) == 0

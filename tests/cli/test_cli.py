@@ -371,7 +371,18 @@ def test_an_adapter_is_told_of(tmp_path):
     assert found["num_bytes"] == 2 * 4 * 2 * sum([128, 96, 96, 128, 192, 192, 192])
     assert found["carries"] == ['generation defaults {"temperature": 0.5}', "stop tokens 7"]
     assert found["pickled"] is False
+    assert found["left_out"] == {}
     assert "trained on  org/tiny\n" in run("inspect-adapter", source).stdout
+
+
+def test_an_invalid_file_beside_the_weights_is_told_of(tmp_path):
+    """As load_adapter does, the check goes on without it: 0, and the reason."""
+    source = write_adapter(tmp_path / "pirate")
+    (source / "generation_config.json").write_text('{"temperature": 2.5}')
+    code, found = inspect(source)
+    reason = "'temperature' must be a number from 0 to 2, got 2.5"
+    assert (code, found["carries"], found["left_out"]) == (0, [], {"generation_config.json": reason})
+    assert f"left out    generation_config.json: {reason}\n" in run("inspect-adapter", source).stdout
 
 
 def test_an_adapter_that_fits_its_base(tmp_path):

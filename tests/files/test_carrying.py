@@ -177,14 +177,69 @@ def test_what_stands_beside_a_pickle_is_kept(engine, tmp_path):
         ({"template": "{% for %}"}, CorruptAdapterError, "malformed"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_when_it_is_loaded(engine, tmp_path, files, error, message):
+def test_with_strict_what_cannot_be_followed_is_refused_when_it_is_loaded(engine, tmp_path, files, error, message):
     """Tokens that the base lacks, and nonsense: a typed error, and what serves goes on serving."""
-    engine.load_adapter("a", carrying(tmp_path / "good", template=LOUD, tokens={"a": 3, "</s>": 1}))
+    engine.load_adapter("a", carrying(tmp_path / "good", template=LOUD, tokens={"a": 3, "</s>": 1}), strict=True)
     before = engine.adapters
     with pytest.raises(error, match=message):
-        engine.load_adapter("a", carrying(tmp_path / "bad", seed=1, **files))
+        engine.load_adapter("a", carrying(tmp_path / "bad", seed=1, **files), strict=True)
     assert engine.adapters == before
     assert engine.chat(HELLO, adapter="a")[0].text == "HELLO YOU!"
+
+
+@pytest.mark.parametrize("tokens", [{"<tool>": 4}, {"a": 7}])
+def test_new_and_moved_tokens_are_refused_without_strict_too(engine, tmp_path, tokens):
+    """Its weights were trained with other embeddings than the model's: left out, they would change its answers."""
+    with pytest.raises(IncompatibleAdapterError, match="tokens"):
+        engine.load_adapter("a", carrying(tmp_path / "a", tokens=tokens))
+
+
+INVALID = {
+    "hot": ("generation_config.json", {"temperature": 2.5}, "'temperature' must be a number from 0 to 2, got 2.5"),
+    "top_p": ("generation_config.json", {"top_p": 0.0}, "'top_p' must be a number above 0 and at most 1, got 0.0"),
+    "stop": ("generation_config.json", {"eos_token_id": -1}, "'eos_token_id' must be a token's id"),
+    "beyond": ("generation_config.json", {"eos_token_id": 99}, "stops at the token ids 99; the model's end at 3"),
+    "empty": ("tokenizer_config.json", {"chat_template": ""}, "its chat template is empty"),
+    "parse": ("tokenizer_config.json", {"chat_template": "{% for %}"}, "its chat template is malformed"),
+    "jinja": ("chat_template.jinja", "{{ x | no_such_filter }}", "its chat template is malformed"),
+    "list": ("tokenizer_config.json", "[]", "it must hold a JSON object, not a list"),
+    "cut": ("tokenizer.json", '{"added_tokens": [', "it is no whole JSON object"),
+}
+
+
+@pytest.mark.parametrize("kind", INVALID)
+def test_an_invalid_file_beside_the_weights_is_left_out_with_a_warning(engine, tmp_path, caplog, kind):
+    """PEFT reads none of them: the adapter is served as if the file were not there, and the log has file and reason."""
+    name, content, reason = INVALID[kind]
+    folder = carrying(tmp_path / "a")
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with caplog.at_level("WARNING", logger="qlora_infer"):
+        loaded = engine.load_adapter("a", folder)
+    (record,) = caplog.records
+    for words in ("adapter 'a'", name, reason, "strict=True"):
+        assert words in record.getMessage()
+    assert str(tmp_path) not in record.getMessage()
+    assert (name in loaded.carries) == (" of " in record.getMessage().partition(":")[0])
+    assert [output.text for output in engine.chat([HELLO] * 2, adapter=["a", None], use_tqdm=False)] == [
+        "user: Hello You"
+    ] * 2
+    assert engine.generate("one two", {"max_tokens": 1}, adapter="a")[0].text == "one"
+    with pytest.raises((CorruptAdapterError, IncompatibleAdapterError), match=name):  # also of the same content
+        engine.load_adapter("a", folder, strict=True)
+    assert engine.adapters["a"] == loaded
+
+
+def test_another_name_for_a_token_of_the_model_is_a_warning(engine, backend, tmp_path, caplog):
+    """The token has an embedding in the model; prompts need the model's name for it, and as eos_token it ends answers."""
+    folder = carrying(tmp_path / "a", tokens={"<|im_end|>": 3})
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    with caplog.at_level("WARNING", logger="qlora_infer"):
+        engine.load_adapter("a", folder, strict=True)
+    (record,) = caplog.records
+    assert "adapter 'a' has the name '<|im_end|>' for the model's token 'a'" in record.getMessage()
+    backend.params.clear()
+    engine.generate("x", adapter="a")
+    assert [extras.stop_token_ids for _, extras in backend.params] == [(3,)]
 
 
 def test_a_template_that_refuses_the_messages_queues_nothing(engine, tmp_path):

@@ -29,7 +29,7 @@ from qlora_infer.errors import (
     UnsafeAdapterError,
 )
 from qlora_infer.files import added_tokens, extras
-from qlora_infer.files.extras import Extras, check_tokens, read_extras
+from qlora_infer.files.extras import Extras, check_tokens, read_extras, with_model_tokens
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
@@ -373,9 +373,40 @@ def test_a_value_that_may_not_be_is_a_corrupt_adapter_and_the_message_says_what_
     tmp_path: Path, files: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(CorruptAdapterError, match=said) as caught:
-        read_extras("bad", write(tmp_path, **files))
+        read_extras("bad", write(tmp_path, **files), strict=True)
     assert caught.value.adapter == "bad"
     assert len(str(caught.value)) < len(str(tmp_path)) + 400
+    if "too large" in said:  # refused before it is read
+        return
+    found = read_extras("bad", tmp_path)
+    assert found.file_names == tuple(path.name for path in tmp_path.iterdir())
+    (part,) = found.left_out  # without strict, the file or its part is left out with the same reason
+    assert part.endswith(found.file_names)
+    assert found.left_out[part] in str(caught.value).replace(str(tmp_path) + "/", "")
+    assert found == Extras(file_names=found.file_names, left_out=found.left_out)
+
+
+def test_of_a_file_with_one_bad_part_the_others_are_followed(tmp_path: Path) -> None:
+    """An empty template does not cost the end token, nor a bad role another; of a generation config all is left out."""
+    config = {"chat_template": "", "pad_token": 2, "eos_token": "</s>"}
+    write(
+        tmp_path,
+        tokenizer_config_json=config,
+        generation_config_json={"temperature": 2.5, "top_k": 5, "eos_token_id": 1},
+        added_tokens_json={"<a>": 5},
+        tokenizer_json="[1]",
+    )
+    found = read_extras("partly", tmp_path)
+    assert found.special_tokens == {"eos_token": "</s>"}
+    assert found.added_tokens == {"<a>": 5}
+    assert (found.sampling_defaults, found.stop_token_ids, found.chat_template) == ({}, (), None)
+    assert found.left_out == {
+        "generation_config.json": "'temperature' must be a number from 0 to 2, got 2.5",
+        "chat_template of tokenizer_config.json": "its chat template is empty",
+        "pad_token of tokenizer_config.json": "'pad_token' must be a short text, got 2",
+        "tokenizer.json": "it is no whole JSON object, or has too many parts",
+    }
+    assert found.followed == ("tokenizer_config.json", "added_tokens.json")
 
 
 def test_the_ends_of_the_ranges_are_those_of_vllm() -> None:
@@ -454,7 +485,7 @@ def test_a_hostile_tokenizer_file_is_refused_in_time(tmp_path: Path, content: by
     """Each byte of it is looked at once, and the work is bounded."""
     started = time.monotonic()
     with pytest.raises(CorruptAdapterError):
-        read_extras("slow", write(tmp_path, tokenizer_json=content))
+        read_extras("slow", write(tmp_path, tokenizer_json=content), strict=True)
     assert time.monotonic() - started < 10
 
 
@@ -464,10 +495,10 @@ def test_the_work_on_a_tokenizer_file_is_bounded(tmp_path: Path, monkeypatch: py
     assert read_extras("long", tmp_path).added_tokens == {"x": 1}
     monkeypatch.setattr(added_tokens, "MAX_PART_BYTES", 10)
     with pytest.raises(CorruptAdapterError, match="10 are allowed"):
-        read_extras("long", tmp_path)
+        read_extras("long", tmp_path, strict=True)
     monkeypatch.setattr(added_tokens, "MAX_STEPS", 50)
     with pytest.raises(CorruptAdapterError, match="too many parts"):
-        read_extras("long", tmp_path)
+        read_extras("long", tmp_path, strict=True)
 
 
 NAMES = st.sampled_from(sorted(extras.MAX_BYTES))
@@ -492,11 +523,21 @@ WHOLE = {
 }  # fmt: skip
 
 
+MODEL = {"<a>": 5, "</s>": 2}
+
+
 def read_or_refuse(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     try:
-        found = read_extras("fuzz", folder)
-        check_tokens("fuzz", found, {"<a>": 5, "</s>": 2})
+        found = read_extras("fuzz", folder)  # invalid or not, it is no error
+        str(found.left_out).encode()
+        assert read_extras("fuzz", folder, strict=not found.left_out) == found
+        check_tokens("fuzz", with_model_tokens(found, MODEL), MODEL, strict=True)
+        read_extras("fuzz", folder, strict=True)
+        assert not found.left_out
+    except CorruptAdapterError as error:
+        assert found.left_out
+        str(error).encode()  # it can be printed
     except AdapterError as error:
         str(error).encode()  # it can be printed
     finally:
@@ -552,11 +593,34 @@ def test_tokens_with_other_ids_are_named_with_both() -> None:
         check_tokens("moved", Extras(added_tokens={"<a>": 6}), {"<a>": 3})
 
 
-def test_stop_ids_beyond_the_model_are_refused() -> None:
+def test_stop_ids_beyond_the_model_are_refused_if_strict() -> None:
     """With min_tokens vLLM writes to the logits of each stop id: one beyond them would end the engine for everybody."""
-    check_tokens("last", Extras(stop_token_ids=(5,)), {"a": 5})
+    check_tokens("last", Extras(stop_token_ids=(5,)), {"a": 5}, strict=True)
     with pytest.raises(IncompatibleAdapterError, match=r"stops at the token ids 6, 7; the model's end at 5"):
-        check_tokens("beyond", Extras(stop_token_ids=(5, 6, 7)), {"a": 5})
+        check_tokens("beyond", Extras(stop_token_ids=(5, 6, 7)), {"a": 5}, strict=True)
+
+
+def test_stop_ids_beyond_the_model_are_left_out_unless_strict() -> None:
+    """The others end answers."""
+    beyond = Extras(stop_token_ids=(5, 6, 7))
+    check_tokens("beyond", beyond, {"a": 5})
+    found = with_model_tokens(beyond, {"a": 5})
+    assert found.stop_token_ids == (5,)
+    assert list(found.left_out.values()) == ["it stops at the token ids 6, 7; the model's end at 5"]
+    assert with_model_tokens(beyond, None) == beyond
+
+
+def test_another_name_for_one_of_the_model_s_tokens_is_no_new_token() -> None:
+    """Trainers rename a reserved token of Llama 3: its embedding is the model's, and as eos_token it ends answers."""
+    model = {"<s>": 0, "<|reserved_0|>": 1}
+    renamed = Extras(added_tokens={"<|im_end|>": 1}, special_tokens={"eos_token": "<|im_end|>"})
+    check_tokens("renames", renamed, model, strict=True)
+    found = with_model_tokens(renamed, model)
+    assert (found.renamed_tokens, found.stop_token_ids) == ({"<|im_end|>": "<|reserved_0|>"}, (1,))
+    pads = Extras(added_tokens={"[PAD]": 1}, special_tokens={"pad_token": "[PAD]"})
+    assert with_model_tokens(pads, model) == pads  # it is in no prompt
+    with pytest.raises(IncompatibleAdapterError, match=r"adds 1 tokens .*'<tool>' \(2\)"):
+        check_tokens("new", Extras(added_tokens={"<|im_end|>": 1, "<tool>": 2}), model)
 
 
 def test_a_new_token_that_only_pads_is_no_reason() -> None:

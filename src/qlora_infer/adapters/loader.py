@@ -13,7 +13,7 @@ from qlora_infer.adapters.memory import HostMemory
 from qlora_infer.adapters.registry import AdapterRegistry
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
-from qlora_infer.files.extras import check_tokens, with_end_token
+from qlora_infer.files.extras import check_tokens, with_model_tokens
 from qlora_infer.files.lineage import lineage
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.plan.memory import DEFAULT_RANK
@@ -69,9 +69,9 @@ class AdapterLoader:
         self.model_modules = ModelModules({})
         self.max_lora_rank = 0
 
-    def prepare(self, name: str, source: Source, *, allow_pickle: bool = False) -> AdapterVersion:
+    def prepare(self, name: str, source: Source, *, allow_pickle: bool = False, strict: bool = False) -> AdapterVersion:
         """Everything that can be done without the model; raises ``AdapterError``."""
-        version = self._registry.prepare(check_name(name), source, allow_pickle=allow_pickle)
+        version = self._registry.prepare(check_name(name), source, allow_pickle=allow_pickle, strict=strict)
         version.lineage = lineage(version.manifest.base_model, self._model)
         return version
 
@@ -82,6 +82,7 @@ class AdapterLoader:
         *,
         share: float = 1.0,
         allow_pickle: bool = False,
+        strict: bool = False,
         expect: str | int | None = None,
     ) -> LoadedAdapter:
         """Load a source under a name; the adapters of a blend stay until it has been written."""
@@ -92,10 +93,17 @@ class AdapterLoader:
                     self._registry.fetch(version)
                 named = {part: (f"{v.name}@{v.number}", v.manifest) for part, v in versions.items()}
                 source = source.of(named)
-            return self._replace(name, source, share=share, allow_pickle=allow_pickle, expect=expect)
+            return self._replace(name, source, share=share, allow_pickle=allow_pickle, strict=strict, expect=expect)
 
     def _replace(
-        self, name: str, source: Source, *, share: float, allow_pickle: bool, expect: str | int | None
+        self,
+        name: str,
+        source: Source,
+        *,
+        share: float,
+        allow_pickle: bool,
+        strict: bool,
+        expect: str | int | None,
     ) -> LoadedAdapter:
         """Prepare and publish, one at a time under each name; equal calls that wait for their turn are one."""
         name = check_name(name)
@@ -105,11 +113,12 @@ class AdapterLoader:
                 # Who calls from now on may mean what the source holds from now on.
                 self._waiting.pop(call, None)
                 self._registry.require_version(name, expect)
-                return self.publish(self.prepare(name, source, allow_pickle=allow_pickle), share=share, expect=expect)
+                version = self.prepare(name, source, allow_pickle=allow_pickle, strict=strict)
+                return self.publish(version, share=share, strict=strict, expect=expect)
 
         if expect is not None or source.refetch_cost is None:
             return load()
-        call = (name, source, share, allow_pickle)
+        call = (name, source, share, allow_pickle, strict)
         mine: Future[LoadedAdapter] = Future()
         first = self._waiting.setdefault(call, mine)
         try:
@@ -126,11 +135,14 @@ class AdapterLoader:
         finally:
             del mine, first  # else a cycle: an error has this frame in its traceback, and the future has the error
 
-    def publish(self, version: AdapterVersion, *, share: float = 1.0, expect: str | int | None = None) -> LoadedAdapter:
+    def publish(
+        self, version: AdapterVersion, *, share: float = 1.0, strict: bool = False, expect: str | int | None = None
+    ) -> LoadedAdapter:
         """Hold a prepared version against the model, load it, and move its name over."""
         version.share = share
         current = self._registry.current(version.name)
-        if current is not None and current.snapshot.digest == version.snapshot.digest:
+        is_same = current is not None and current.snapshot.digest == version.snapshot.digest
+        if current is not None and is_same and not (strict and current.extras.left_out):
             self._registry.discard(version)
             current.share = share
             if version.origin is not None:  # where it is fetched from again, from now on
@@ -143,8 +155,8 @@ class AdapterLoader:
             )
             if version.extras.file_names:
                 vocabulary = self._vocabulary()
-                check_tokens(version.name, version.extras, vocabulary)
-                version.extras = with_end_token(version.extras, vocabulary)
+                check_tokens(version.name, version.extras, vocabulary, strict=strict)
+                version.extras = with_model_tokens(version.extras, vocabulary)
             with self._registry.in_use(version):  # its copy stays
                 if not version.fit.placement.is_vllms_own(self.model_modules):
                     self._registry.serve(version)
@@ -155,6 +167,7 @@ class AdapterLoader:
             self._registry.discard(version)
             raise
         self._log_fit(version)
+        self._log_extras(version)
         return version.record()
 
     def rollback(self, name: str) -> LoadedAdapter:
@@ -256,6 +269,17 @@ class AdapterLoader:
                 version.name,
                 trained_on,
                 self._model,
+            )
+
+    def _log_extras(self, version: AdapterVersion) -> None:
+        for part, reason in version.extras.left_out.items():
+            logger.warning("adapter %r is loaded without %s: %s (strict=True refuses it)", version.name, part, reason)
+        for token, name in version.extras.renamed_tokens.items():
+            logger.warning(
+                "adapter %r has the name %a for the model's token %a: prompts need the model's name",
+                version.name,
+                token[:80],
+                name[:80],
             )
 
 

@@ -53,13 +53,14 @@ class AdapterRegistry:
         self._num_alive: dict[str, int] = {}  # versions that are held, or have requests
         self._int_ids = itertools.count(1)
 
-    def prepare(self, name: str, source: Source, *, allow_pickle: bool) -> AdapterVersion:
+    def prepare(self, name: str, source: Source, *, allow_pickle: bool, strict: bool = False) -> AdapterVersion:
         """Copy and check a source, up to everything that can be said without the model.
 
         Args:
             name: The name to be.
             source: The adapter's source.
             allow_pickle: Whether a pickled ``adapter_model.bin`` may be converted.
+            strict: Refuse an invalid file beside its config and weights instead of leaving it out.
 
         Returns:
             A version that is not published yet: ``publish`` it, or ``discard`` it.
@@ -68,7 +69,8 @@ class AdapterRegistry:
             AdapterError: The source cannot be read, or what it holds cannot be an adapter.
         """
         int_id = next(self._int_ids)
-        snapshot, manifest, extras = self._store.make(name, int_id, source, allow_pickle=allow_pickle)
+        made = self._store.make(name, int_id, source, allow_pickle=allow_pickle, strict=strict)
+        snapshot, manifest, extras = made
         origin = source if source.refetch_cost is not None else None  # not a trainer's tensors
         version = AdapterVersion(name, int_id, str(source), origin, allow_pickle, snapshot, manifest, extras)
         try:

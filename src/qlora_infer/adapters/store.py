@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_infer.adapters.served import write_served
-from qlora_infer.chat.template import check_template
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -22,7 +21,7 @@ from qlora_infer.errors import (
     EngineClosedError,
 )
 from qlora_infer.files.content import digest_of
-from qlora_infer.files.extras import Extras, read_extras
+from qlora_infer.files.extras import Extras, read_extras, with_sound_template
 from qlora_infer.files.manifest import AdapterManifest, read_manifest
 from qlora_infer.files.pickles import convert_pickle
 from qlora_infer.files.safetensors import check_finite
@@ -77,19 +76,20 @@ class AdapterStore:
         return self._num_bytes
 
     def make(
-        self, name: str, int_id: int, source: Source, *, allow_pickle: bool
+        self, name: str, int_id: int, source: Source, *, allow_pickle: bool, strict: bool = False
     ) -> tuple[Snapshot, AdapterManifest, Extras]:
         """Fetch a source into a private copy and check it, up to everything that can be said without the model.
 
         Raises:
-            AdapterError: The source cannot be read, or what it holds cannot be an adapter.
+            AdapterError: The source cannot be read, or what it holds cannot be an adapter; if ``strict``, also where
+                a file beside its config and weights is invalid.
             AdapterLoadError: The disk is full.
             EngineClosedError: This object was closed meanwhile.
         """
         folder = self._folder / str(int_id)
         try:
             source.fetch(name, folder, token=self._token, allow_pickle=allow_pickle)
-            return _check(name, folder, allow_pickle=allow_pickle)
+            return _check(name, folder, allow_pickle=allow_pickle, strict=strict)
         except BaseException as error:
             self._delete(folder)
             if self._closed and isinstance(error, Exception):
@@ -291,14 +291,13 @@ class AdapterStore:
         return self._digests.get(version.origin, version.snapshot.digest) != version.snapshot.digest
 
 
-def _check(name: str, folder: Path, *, allow_pickle: bool) -> tuple[Snapshot, AdapterManifest, Extras]:
+def _check(name: str, folder: Path, *, allow_pickle: bool, strict: bool) -> tuple[Snapshot, AdapterManifest, Extras]:
     """Check a private copy: nobody else writes to it, so that what is served is what was checked."""
     if allow_pickle:
         convert_pickle(name, folder)
-    manifest, extras = read_manifest(name, folder), read_extras(name, folder)
+    manifest, extras = read_manifest(name, folder), read_extras(name, folder, strict=strict)
     manifest = manifest.with_zeros(check_finite(name, folder / WEIGHTS_NAME))
-    if extras.chat_template is not None:
-        check_template(name, extras.chat_template)
+    extras = with_sound_template(name, extras, strict=strict)
     return Snapshot(folder, digest_of(folder, extras=extras.file_names)), manifest, extras
 
 

@@ -179,7 +179,7 @@ class AdapterVersion:
             base_model=self.manifest.base_model,
             lineage=self.lineage,
             share=self.share,
-            carries=self.extras.file_names,
+            carries=self.extras.followed,
         )
 
 

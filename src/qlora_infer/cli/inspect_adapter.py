@@ -51,6 +51,7 @@ class Inspection:
         num_bytes: The size of its tensors.
         base_model: The model that it says it was trained on.
         carries: What it has beside its weights, in words.
+        left_out: What of that is invalid and not followed, with the reason.
         pickled: Whether its weights are a pickle, which was converted.
         base: The model that it was held against.
         lineage: How that compares with ``base_model``.
@@ -68,6 +69,7 @@ class Inspection:
     base_model: str | None
     carries: tuple[str, ...]
     pickled: bool
+    left_out: dict[str, str]
     base: str | None = None
     lineage: str | None = None
     checked: str | None = None
@@ -155,6 +157,7 @@ def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterMan
         base_model=manifest.base_model,
         carries=tuple(_carries(extras)),
         pickled=pickled,
+        left_out=dict(extras.left_out),
     )
     return found, manifest
 
@@ -179,6 +182,8 @@ def _lines(found: Inspection) -> Iterator[str]:
     yield f"size        {found.num_bytes} bytes"
     yield f"trained on  {found.base_model or 'it does not say'}"
     yield f"carries     {', '.join(found.carries) or 'nothing beside its weights'}"
+    for part, reason in found.left_out.items():
+        yield f"left out    {part}: {reason}"
     yield f"weights     {'pickled (converted to be looked at)' if found.pickled else 'safetensors'}"
     if found.base:
         yield f"base        {found.base} (lineage: {found.lineage})"

@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from qlora_infer.chat.template import MAX_TEMPLATE_BYTES, check_template_text, template_field
+from qlora_infer.chat.template import MAX_TEMPLATE_BYTES, check_template, check_template_text, template_field
 from qlora_infer.display import format_names
 from qlora_infer.errors import (
     AdapterNotFoundError,
@@ -58,36 +58,53 @@ class Extras:
         stop_token_ids: ``eos_token_id`` of its ``generation_config.json``, each once; ``with_end_token`` adds its
             tokenizer's.
         added_tokens: The tokens that its tokenizer adds to its vocabulary, and their ids.
+        renamed_tokens: Those of them that are another name for one of the model's, and the model's own name for each;
+            ``with_model_tokens`` finds them.
         special_tokens: The tokens that its ``tokenizer_config.json`` gives a role, such as ``eos_token``; its chat
             template is written for these.
-        file_names: The files that all of this was read from.
+        file_names: The files that it has, the digest of which belongs to its version.
+        left_out: What of these files is invalid and not followed: a file, or the part of one, with the reason.
     """
 
     chat_template: str | None = None
     sampling_defaults: Mapping[str, float] = field(factory=dict)
     stop_token_ids: tuple[int, ...] = ()
     added_tokens: Mapping[str, int] = field(factory=dict)
+    renamed_tokens: Mapping[str, str] = field(factory=dict)
     special_tokens: Mapping[str, str] = field(factory=dict)
     file_names: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(factory=dict)
+
+    @property
+    def followed(self) -> tuple[str, ...]:
+        """The files that requests follow."""
+        return tuple(name for name in self.file_names if name not in self.left_out)
 
 
-def read_extras(adapter: str, folder: Path) -> Extras:
+def read_extras(adapter: str, folder: Path, *, strict: bool = False) -> Extras:
     """Read what an adapter carries beside its weights.
+
+    PEFT reads none of these files, so that many adapters work with an invalid one. It is left out.
 
     Args:
         adapter: The adapter's name, for messages.
         folder: Where its files are; each of them may be missing.
+        strict: Raise for an invalid file instead of leaving it out.
 
     Raises:
-        CorruptAdapterError: A file is malformed, too large, or holds a value that it may not have.
+        CorruptAdapterError: A file is too large; or, if ``strict``, malformed, or holds a value that it may not have.
         UnsafeAdapterError: A file is a link that leaves the folder, or no regular file.
         AdapterSourceError: A file may not be or cannot be read.
     """
     files = {name: content for name in MAX_BYTES if (content := _read(adapter, folder, name)) is not None}
-    reader = _Reader(adapter, folder, files)
-    tokenizer_config = reader.mapping(TOKENIZER_CONFIG_NAME)
-    generation_config = reader.mapping(GENERATION_NAME)
-    with reader.blaming(GENERATION_NAME):
+    reader = _Reader(adapter, folder, files, strict)
+    tokenizer_config: Mapping[str, Any] = {}
+    with reader.part(TOKENIZER_CONFIG_NAME):
+        tokenizer_config = reader.mapping(TOKENIZER_CONFIG_NAME)
+    defaults: Mapping[str, float] = {}
+    stop_ids: tuple[int, ...] = ()
+    with reader.part(GENERATION_NAME):
+        generation_config = reader.mapping(GENERATION_NAME)
         defaults, stop_ids = sampling_defaults(generation_config), stop_token_ids(generation_config)
     return Extras(
         chat_template=reader.chat_template(tokenizer_config),
@@ -96,7 +113,29 @@ def read_extras(adapter: str, folder: Path) -> Extras:
         added_tokens=reader.added_tokens(tokenizer_config),
         special_tokens=reader.special_tokens(tokenizer_config),
         file_names=tuple(files),
+        left_out=reader.left_out,
     )
+
+
+def with_sound_template(adapter: str, extras: Extras, *, strict: bool = False) -> Extras:
+    """Compile the chat template, and leave it out if it is malformed.
+
+    Raises:
+        CorruptAdapterError: It is malformed, and ``strict`` is true.
+        UnsafeAdapterError: It takes too much time or memory.
+        MissingDependencyError: No process for templates can be started.
+    """
+    if extras.chat_template is None:
+        return extras
+    try:
+        check_template(adapter, extras.chat_template)
+    except CorruptAdapterError as error:
+        has_file = TEMPLATE_NAME in extras.file_names
+        name = TEMPLATE_NAME if has_file else f"chat_template of {TOKENIZER_CONFIG_NAME}"
+        if strict:
+            raise CorruptAdapterError(adapter, f"{name}: {error}") from error
+        return evolve(extras, chat_template=None, left_out={**extras.left_out, name: str(error)})
+    return extras
 
 
 def extra_file(adapter: str, folder: Path, name: str) -> Path | None:
@@ -138,45 +177,54 @@ class _Reader:
     adapter: str
     folder: Path
     files: Mapping[str, bytes]
+    strict: bool
+    left_out: dict[str, str] = field(factory=dict, init=False)
 
     @contextmanager
-    def blaming(self, name: str) -> Iterator[None]:
-        """Say which file it was that an error was found in."""
+    def part(self, name: str, part: str = "") -> Iterator[None]:
+        """Leave a file, or a part of it, out when an error is found in it; raise the error if strict."""
+        path = self.folder / name
         try:
             yield
-        except CorruptAdapterError:
-            raise
         except ValueError as error:
-            raise CorruptAdapterError(self.adapter, f"{self.folder / name}: {error}") from error
+            corrupt = isinstance(error, CorruptAdapterError)
+            if self.strict and corrupt:
+                raise
+            if self.strict:
+                raise CorruptAdapterError(self.adapter, f"{path}: {error}") from error
+            reason = str(error).replace(str(path), name)
+            self.left_out[f"{part} of {name}" if part else name] = reason
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """Return a JSON file's object; empty if there is no such file."""
         if name not in self.files:
             return {}
         content = parse_json(self.adapter, self.folder / name, self.files[name], any_keys=True)
-        with self.blaming(name):
-            if not isinstance(content, dict):
-                raise ValueError(f"it must hold a JSON object, not a {type(content).__name__}")  # noqa: TRY004
+        if not isinstance(content, dict):
+            raise ValueError(f"it must hold a JSON object, not a {type(content).__name__}")  # noqa: TRY004
         return content
 
     def chat_template(self, tokenizer_config: Mapping[str, Any]) -> str | None:
         """Return the template; its own file goes before the field, as in transformers."""
-        with self.blaming(TOKENIZER_CONFIG_NAME):
+        template = None
+        with self.part(TOKENIZER_CONFIG_NAME, "chat_template"):
             template = template_field(tokenizer_config.get("chat_template"))
-        if TEMPLATE_NAME not in self.files:
-            return template
-        with self.blaming(TEMPLATE_NAME):
-            text = self.files[TEMPLATE_NAME].decode()
-            return check_template_text(text.replace("\r\n", "\n").replace("\r", "\n"))
+        if TEMPLATE_NAME in self.files:
+            template = None
+            with self.part(TEMPLATE_NAME):
+                text = self.files[TEMPLATE_NAME].decode()
+                template = check_template_text(text.replace("\r\n", "\n").replace("\r", "\n"))
+        return template
 
     def added_tokens(self, tokenizer_config: Mapping[str, Any]) -> dict[str, int]:
         """All added tokens; where the files contradict each other, tokenizer.json is the one that is used."""
-        with self.blaming(ADDED_TOKENS_NAME):
-            tokens = read_encoder(self.mapping(ADDED_TOKENS_NAME))
-        with self.blaming(TOKENIZER_CONFIG_NAME):
+        tokens: dict[str, int] = {}
+        with self.part(ADDED_TOKENS_NAME):
+            tokens |= read_encoder(self.mapping(ADDED_TOKENS_NAME))
+        with self.part(TOKENIZER_CONFIG_NAME, "added_tokens_decoder"):
             tokens |= read_decoder(tokenizer_config.get("added_tokens_decoder") or {})
         if TOKENIZER_NAME in self.files:
-            with self.blaming(TOKENIZER_NAME):
+            with self.part(TOKENIZER_NAME):
                 part = added_tokens_part(self.files[TOKENIZER_NAME])
                 tokens |= read_list(parse_json(self.adapter, self.folder / TOKENIZER_NAME, part, any_keys=True))
         return tokens
@@ -189,35 +237,37 @@ class _Reader:
             text = value.get("content") if isinstance(value, dict) else value
             if value is None:
                 continue
-            with self.blaming(TOKENIZER_CONFIG_NAME):
+            with self.part(TOKENIZER_CONFIG_NAME, name):
                 if not isinstance(text, str) or len(text) > MAX_SPECIAL_TOKEN_LENGTH:
                     raise ValueError(f"{name!r} must be a short text, got {format_value(text)}")
                 text.encode()  # half of a surrogate pair, which JSON can hold, is a ValueError
-            tokens[name] = text
+                tokens[name] = text
         return tokens
 
 
-def check_tokens(adapter: str, extras: Extras, vocabulary: Mapping[str, int] | None) -> None:
+def check_tokens(adapter: str, extras: Extras, vocabulary: Mapping[str, int] | None, *, strict: bool = False) -> None:
     """Check that the running model's tokenizer has the tokens that an adapter was trained with.
 
-    A padding token that the model does not have is none of the reasons: it is in no prompt and no answer.
+    A padding token that the model does not have is none of the reasons: it is in no prompt and no answer. Nor is
+    another name for one of the model's tokens, whose embedding the model has.
 
     Args:
         adapter: The adapter's name, for the message.
         extras: What the adapter carries.
         vocabulary: All tokens of the model's tokenizer with their ids, as ``tokenizer.get_vocab()`` gives them;
             ``None`` where any token is known.
+        strict: Refuse stop tokens that the model does not have, which ``with_model_tokens`` leaves out.
 
     Raises:
-        IncompatibleAdapterError: The adapter's tokenizer adds tokens or numbers them otherwise, or the adapter stops
-            at ids that the model does not have, which would end the engine.
+        IncompatibleAdapterError: The adapter's tokenizer adds tokens or numbers them otherwise; or, if ``strict``,
+            the adapter stops at ids that the model does not have.
     """
     if vocabulary is None:
         return
-    missing = [token for token in extras.added_tokens if token not in vocabulary and not _is_padding(extras, token)]
+    renamed = _renamed_tokens(extras, vocabulary)
+    missing = [token for token in _new_tokens(extras, vocabulary) if token not in renamed]
     moved = [token for token, index in extras.added_tokens.items() if vocabulary.get(token, index) != index]
-    last = max(vocabulary.values(), default=-1)
-    beyond = [index for index in extras.stop_token_ids if index > last]
+    beyond = _stops_beyond(extras, vocabulary) if strict else ""
     reasons = []
     if missing:
         names = format_names(f"{_name(token)} ({extras.added_tokens[token]})" for token in missing)
@@ -232,22 +282,56 @@ def check_tokens(adapter: str, extras: Extras, vocabulary: Mapping[str, int] | N
             "it was trained on another model or with another tokenizer."
         )
     if beyond:
-        reasons.append(
-            f"Its {GENERATION_NAME} stops at the token ids {format_names(map(str, beyond))}; the model's end at {last}."
-        )
+        reasons.append(f"Its {GENERATION_NAME} {beyond}.")
     if reasons:
         raise IncompatibleAdapterError(adapter, reasons)
 
 
-def with_end_token(extras: Extras, vocabulary: Mapping[str, int] | None) -> Extras:
-    """Add the token that an adapter's tokenizer ends texts with to its stop tokens.
+def with_model_tokens(extras: Extras, vocabulary: Mapping[str, int] | None) -> Extras:
+    """Fit an adapter's tokens to the model's vocabulary.
 
+    Stop tokens that the model does not have are left out: with ``min_tokens`` vLLM writes to the logits of each, and
+    one beyond them would end the engine. The token that the adapter's tokenizer ends texts with is one of them.
     Trainers save the tokenizer beside an adapter, and hardly ever a generation config.
     """
-    end = (vocabulary or {}).get(extras.special_tokens.get("eos_token", ""))
+    if vocabulary is None:
+        return extras
+    extras = evolve(extras, renamed_tokens=_renamed_tokens(extras, vocabulary))
+    if beyond := _stops_beyond(extras, vocabulary):
+        last = max(vocabulary.values(), default=-1)
+        extras = evolve(
+            extras,
+            stop_token_ids=tuple(index for index in extras.stop_token_ids if index <= last),
+            left_out={**extras.left_out, f"a part of eos_token_id of {GENERATION_NAME}": f"it {beyond}"},
+        )
+    name = extras.special_tokens.get("eos_token", "")
+    end = vocabulary.get(extras.renamed_tokens.get(name, name))
     if end is None or end in extras.stop_token_ids:
         return extras
     return evolve(extras, stop_token_ids=(*extras.stop_token_ids, end))
+
+
+def _stops_beyond(extras: Extras, vocabulary: Mapping[str, int]) -> str:
+    """Describe the stop tokens that the model does not have; nothing where it has all of them."""
+    last = max(vocabulary.values(), default=-1)
+    beyond = [str(index) for index in extras.stop_token_ids if index > last]
+    return f"stops at the token ids {format_names(beyond)}; the model's end at {last}" if beyond else ""
+
+
+def _new_tokens(extras: Extras, vocabulary: Mapping[str, int]) -> Mapping[str, int]:
+    """Return the added tokens that the model does not have by their names; padding is in no prompt and no answer."""
+    return {
+        token: index
+        for token, index in extras.added_tokens.items()
+        if token not in vocabulary and not _is_padding(extras, token)
+    }
+
+
+def _renamed_tokens(extras: Extras, vocabulary: Mapping[str, int]) -> Mapping[str, str]:
+    """Return the added tokens that are another name for one of the model's, and the model's own name for each."""
+    new = _new_tokens(extras, vocabulary)
+    names = {index: token for token, index in vocabulary.items()} if new else {}
+    return {token: names[index] for token, index in new.items() if index in names}
 
 
 def _is_padding(extras: Extras, token: str) -> bool:
