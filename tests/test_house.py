@@ -26,7 +26,7 @@ FLOORS = [
     "sources plan",
     "files",
     "quantization chat demo",
-    "config display durations heap tracing _forked _packages",
+    "config display durations heap patterns tracing _forked _packages",
     "errors",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -11,6 +11,7 @@ from qlora_infer.adapters.preflight import check
 from qlora_infer.adapters.served import write_served
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.files.manifest import LoRAModule, read_manifest
+from qlora_infer.files.peft_config import read_config, scaling
 from qlora_infer.files.safetensors import map_tensors, write_tensors
 from qlora_infer.model.modules import ModelModules, ModuleShape, Renames
 from qlora_infer.testing import write_adapter
@@ -169,7 +170,7 @@ def test_experts_in_one_tensor_become_a_pair_of_factors_for_each_expert(tmp_path
     served = write_served("experts", tmp_path / "a", place(manifest.modules, model))
     tensors, copy = map_tensors("experts", served / "adapter_model.safetensors"), read_manifest("experts", served)
     assert set(copy.modules) == {name for name in model.shapes if "experts" in name}
-    alphas = json.loads((served / "adapter_config.json").read_text())["alpha_pattern"]
+    config = read_config("experts", served / "adapter_config.json")
     for expert in range(EXPERTS):
         prefix = f"model.layers.0.mlp.experts.{expert}"
         for name, expected in (
@@ -178,8 +179,7 @@ def test_experts_in_one_tensor_become_a_pair_of_factors_for_each_expert(tmp_path
             ("down_proj", added["down_proj"][expert]),
         ):
             a, b = (tensors[f"base_model.model.{prefix}.{name}.lora_{factor}.weight"] for factor in "AB")
-            key = f"{prefix}.{name}".replace(".", r"\.")
-            assert np.allclose(b @ a * alphas.get(key, 6) / RANK, expected, atol=1e-5)
+            assert np.allclose(b @ a * scaling(config, f"{prefix}.{name}", RANK), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("parameters", [("gate_up_proj", "down_proj"), ("gate_up_proj",)])

@@ -5,6 +5,7 @@ import re
 import pytest
 from doc_blocks import text_of
 
+from qlora_infer import patterns
 from qlora_infer.chat import process, template, worker
 from qlora_infer.files import added_tokens, content, extras, peft_config, safetensors
 from qlora_infer.model import checkpoint
@@ -21,7 +22,9 @@ LIMITS = {
     "tensors": safetensors.MAX_TENSORS,
     "dimension of a tensor": safetensors.MAX_DIMENSION,
     "characters of a name in the config": peft_config.MAX_NAME_LENGTH,
-    "steps of matching its patterns": peft_config.MAX_MATCH_STEPS,
+    "steps of matching plain patterns with its modules": peft_config.MAX_MATCH_STEPS,
+    "processor time of other regular expressions, in a process of their own": patterns.MATCH_SECONDS,
+    "memory of that process": patterns.MAX_MEMORY,
     "chat template": template.MAX_TEMPLATE_BYTES,
     "`tokenizer.json`": extras.MAX_BYTES["tokenizer.json"],
     "`tokenizer_config.json`": extras.MAX_BYTES["tokenizer_config.json"],

@@ -15,11 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_infer.adapters.preflight import check
+from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.errors import AdapterError, AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.files.manifest import LoRAModule, read_manifest
-from qlora_infer.files.peft_config import MAX_MATCHES
+from qlora_infer.files.peft_config import MAX_MATCHES, read_config, scaling
 from qlora_infer.files.safetensors import check_finite, map_tensors, read_header, write_tensors
 from qlora_infer.model.modules import ModelModules, ModuleShape
+from qlora_infer.sources.source import parse_source
 from qlora_infer.testing import TINY_MODEL, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -29,13 +31,13 @@ MODEL = {**TINY_MODEL, "model.embed_tokens": (VOCABULARY, 64), "lm_head": (64, V
 ATTENTION = ["q_proj", "v_proj"]
 
 
-def tiny_llama(tie: bool = False) -> Any:
+def tiny_llama(tie: bool = False, num_layers: int = 2) -> Any:
     pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=64, intermediate_size=128, num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=VOCABULARY, tie_word_embeddings=tie,
         )
     )  # fmt: skip
@@ -116,6 +118,57 @@ def test_what_peft_saves_is_read_as_vllm_reads_it(case, tmp_path):
     folder = save_with_peft(tmp_path / "adapter", r=8, **SOUND[case])
     assert read_manifest("sound", folder).unsupported == ()
     assert shapes_read(folder) == shapes_in_vllm(folder)
+
+
+#: Keys of rank_pattern and alpha_pattern with their ranks, in the order in which PEFT saves them: sorted.
+PATTERNS = {
+    "two-groups": {r".*\.layers\.1\.(self_attn|mlp)\.(q_proj|v_proj)": 4},
+    "group-without-capture": {r"layers\.(?:1|2)\..*_proj": 4},
+    "repetition": {r"layers\.\d{1,2}\.self_attn\.q_proj": 4},
+    "one-for-each-layer": {
+        rf".*\.layers\.{layer}\.(self_attn|mlp)\.(q|k|up)_proj": 1 + layer % 5 for layer in range(32)
+    },
+    "first-wins": {r"(?:.*)q_proj": 4, r".*layers\.0\..*(?<!k_proj)": 2, "[a-z.0-9_]*": 3},
+    "lookahead": {r"model\.layers\.(?!0\.)\d+\.(self_attn|mlp)\.(up|v)_proj": 16},
+    "alternatives-at-the-top": {"q_proj)|(model.layers.1.(?:self_attn|mlp).*": 2},
+    "one-name": {r"^model\.layers\.1\.self_attn\.q_proj": 5},
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_patterns_give_peft_vllm_and_this_library_the_same_ranks_and_scales(case, tmp_path):
+    """The private copy has plain names in the place of patterns, which give each module PEFT's rank and scale."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("vllm")
+    from vllm.lora.peft_helper import PEFTHelper
+
+    ranks = PATTERNS[case]
+    config = peft.LoraConfig(
+        r=8,
+        lora_alpha=6,
+        target_modules=r".*\.(?:self_attn|mlp)\..*_proj",
+        rank_pattern=ranks,
+        alpha_pattern={pattern: 10 * rank for pattern, rank in ranks.items()},
+    )
+    adapted = peft.get_peft_model(tiny_llama(num_layers=32), config)
+    adapted.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
+    expected = {
+        name.removeprefix("base_model.model."): (layer.r["default"], layer.scaling["default"])
+        for name, layer in adapted.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
+    assert len(set(expected.values())) > 1
+
+    store = AdapterStore(tmp_path / "store")
+    snapshot, manifest, _ = store.make("a", 1, parse_source(str(tmp_path / "saved")), allow_pickle=False)
+    store.close()
+    written = read_config("a", snapshot.folder / CONFIG)
+    assert expected == {
+        name: (module.rank, scaling(written, name, module.rank)) for name, module in manifest.modules.items()
+    }
+    helper = PEFTHelper.from_local_dir(str(snapshot.folder), max_position_embeddings=None)
+    assert expected == {name: helper.get_rank_and_scaling(name) for name in manifest.modules}
+    assert case == "one-name" or not any(set(r"*+?(|)") & set(key) for key in written["rank_pattern"])
 
 
 def test_the_size_is_that_of_all_tensors(tmp_path):
@@ -389,22 +442,30 @@ def test_nothing_is_accepted_that_vllm_refuses_or_reads_otherwise(fault, tmp_pat
 
 @pytest.mark.parametrize(
     "pattern",
-    ["q_proj", r"^model\.layers\.0\..*", "layers.(0|1).self_attn.q_proj", r"layers\.\d+\..*_proj$", "[kq]_proj"],
+    [
+        *("q_proj", r"^model\.layers\.0\..*", "layers.(0|1).self_attn.q_proj", r"layers\.\d+\..*_proj$", "[kq]_proj"),
+        *("(a+)+", "(a|a)(a|a)", "a*a*a*", "(?=q)", r"\1", "a{9}", "a*+", "", "q" * 257, "k_proj)|(q_proj"),
+    ],
 )
-def test_patterns_that_people_write_are_taken(pattern, tmp_path):
-    """Names and small regular expressions may be keys of rank_pattern."""
-    assert read_manifest("sound", write_adapter(tmp_path / "a", rank_pattern={pattern: 8})).rank == 8
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    ["(a+)+", "(a|a)(a|a)", "a*a*a*", "a**", "(?i)q", "(?=q)", r"\1", r"\p{L}", "a{9}", "(q", "[q", "a*+", "", "q\n", "q" * 257],
-)  # fmt: skip
-def test_patterns_that_may_take_for_ever_are_refused(pattern, tmp_path):
-    """vLLM would match them in its engine core; neither it nor this process ever does."""
+def test_any_regular_expression_may_be_a_key(pattern, tmp_path):
+    """Names and regular expressions may be keys of rank_pattern and alpha_pattern, as in PEFT."""
     for field in ("rank_pattern", "alpha_pattern"):
-        with pytest.raises(CorruptAdapterError, match=field):
+        assert read_manifest("sound", write_adapter(tmp_path / field, **{field: {pattern: 8}})).rank == 8
+
+
+@pytest.mark.parametrize("pattern", ["a**", "(?i)q", r"\p{L}", "(q", "[q", "q\n", "(" * 3000 + ")" * 3000])
+def test_a_key_that_is_no_regular_expression_is_refused(pattern, tmp_path):
+    """What Python's re cannot compile, and so PEFT cannot match, ends in an error that names it."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(CorruptAdapterError, match=f"{field}|cannot be shown"):
             read_manifest("bad", write_adapter(tmp_path / field, **{field: {pattern: 8}}))
+
+
+@pytest.mark.parametrize("pattern", [r"([a-z.0-9_]+)+-", r"(?:\w+\.?)*-"])
+def test_a_key_that_backtracks_for_ever_is_refused(pattern, tmp_path):
+    """It is matched in a process that the kernel ends; neither this one nor vLLM ever matches it."""
+    with pytest.raises(CorruptAdapterError, match="more than 2 s to match with 14 modules: write plain names"):
+        read_manifest("slow", write_adapter(tmp_path / "slow", alpha_pattern={pattern: 8}))
 
 
 def test_a_rank_for_every_module_by_name_is_taken(tmp_path):
@@ -415,12 +476,14 @@ def test_a_rank_for_every_module_by_name_is_taken(tmp_path):
     assert len(read_manifest("eva", folder).modules) == 560
 
 
-def test_few_patterns_that_are_slow_on_long_names_are_refused(tmp_path):
-    """Patterns are bounded by the steps that they may take, not by their number alone."""
-    modules = {f"model.layers.{layer}.{'a.' * 90}a": (4, 4) for layer in range(2)}
-    patterns = {f"a*a*{number}": 8 for number in range(20)}
-    with pytest.raises(CorruptAdapterError, match="20 patterns for 2 modules, too many to match"):
-        read_manifest("slow", write_adapter(tmp_path / "slow", modules=modules, rank_pattern=patterns))
+def test_plain_names_for_too_many_modules_are_refused(tmp_path):
+    """vLLM matches every name with every module, so half of 3,000 experts cannot have an alpha of their own."""
+    modules = {f"experts.{expert}.up_proj": (1, 1) for expert in range(3000)}
+    folder = write_adapter(
+        tmp_path / "a", modules=modules, rank=1, alpha_pattern={r"experts\.\d*?[02468]\.(up_proj)+": 3}
+    )
+    with pytest.raises(CorruptAdapterError, match="1500 patterns for 3000 modules, too many to match"):
+        read_manifest("a", folder)
 
 
 def test_hostile_sizes_are_never_allocated(tmp_path):

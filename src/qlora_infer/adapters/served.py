@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_infer.adapters.placement import Piece, Placement
 from qlora_infer.files.manifest import factor_of
-from qlora_infer.files.peft_config import module_alpha, read_config
+from qlora_infer.files.peft_config import module_alpha, plain_patterns, read_config
 from qlora_infer.files.safetensors import map_tensors, write_tensors
 from qlora_infer.files.snapshot import CONFIG_NAME, SERVED_NAME, WEIGHTS_NAME
 
@@ -86,18 +85,13 @@ def _cut(a: np.ndarray, b: np.ndarray, piece: Piece) -> tuple[np.ndarray, np.nda
 
 def _config(config: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
     """Rewrite the adapter's config for the running model's names."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name, piece in placement.pieces.items():
-        key = re.escape(_pattern_name(name, piece))
-        if piece.module.rank != config["r"]:
-            ranks[key] = piece.module.rank
-        if piece.source is not None and module_alpha(config, piece.source) != config["lora_alpha"]:
-            alphas[key] = module_alpha(config, piece.source)
+    named = {_pattern_name(name, piece): piece for name, piece in placement.pieces.items()}
+    ranks = {name: piece.module.rank for name, piece in named.items()}
+    alphas = {name: module_alpha(config, piece.source) for name, piece in named.items() if piece.source is not None}
     return {
         **config,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        "rank_pattern": plain_patterns(ranks, config["r"]),
+        "alpha_pattern": plain_patterns(alphas, config["lora_alpha"]),
         "target_modules": sorted({name.rpartition(".")[2] for name in placement.pieces}),
         "target_parameters": None,
     }

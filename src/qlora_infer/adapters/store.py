@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import shutil
 import threading
@@ -25,7 +26,7 @@ from qlora_infer.files.extras import Extras, read_extras, with_sound_template
 from qlora_infer.files.manifest import AdapterManifest, read_manifest
 from qlora_infer.files.pickles import convert_pickle
 from qlora_infer.files.safetensors import check_finite
-from qlora_infer.files.snapshot import WEIGHTS_NAME, Snapshot
+from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME, Snapshot
 from qlora_infer.sources.source import Source
 
 if TYPE_CHECKING:
@@ -296,6 +297,8 @@ def _check(name: str, folder: Path, *, allow_pickle: bool, strict: bool) -> tupl
     if allow_pickle:
         convert_pickle(name, folder)
     manifest, extras = read_manifest(name, folder), read_extras(name, folder, strict=strict)
+    if manifest.plain_config is not None:
+        (folder / CONFIG_NAME).write_text(json.dumps(manifest.plain_config))
     manifest = manifest.with_zeros(check_finite(name, folder / WEIGHTS_NAME))
     extras = with_sound_template(name, extras, strict=strict)
     return Snapshot(folder, digest_of(folder, extras=extras.file_names)), manifest, extras

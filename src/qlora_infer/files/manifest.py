@@ -25,12 +25,12 @@ from qlora_infer.files.features import unsupported_features
 from qlora_infer.files.peft_config import (
     MAX_NAME_LENGTH,
     base_model,
-    check_matches,
     holds_experts,
     largest_rank,
     module_rank,
     read_config,
     scaling,
+    with_plain_names,
 )
 from qlora_infer.files.safetensors import TensorEntry, read_header
 from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME
@@ -101,6 +101,7 @@ class AdapterManifest:
         scaled_by_pattern: The modules whose scale ``rank_pattern`` or ``alpha_pattern`` changes.
         zero_modules: The modules whose A or B is all zeros, so that they change nothing; they stand in the numbers,
             which ``read_manifest`` does not read.
+        plain_config: Its config with plain names, where it has patterns that vLLM must not match; ``None`` elsewhere.
     """
 
     folder: Path
@@ -111,6 +112,7 @@ class AdapterManifest:
     num_bytes: int
     scaled_by_pattern: tuple[str, ...] = ()
     zero_modules: frozenset[str] = frozenset()
+    plain_config: Mapping[str, Any] | None = None
 
     def with_zeros(self, tensors: Iterable[str]) -> AdapterManifest:
         """Return this manifest with the modules that have one of these tensors of zeros."""
@@ -139,8 +141,12 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
     rank = largest_rank(adapter, config)
     entries = read_header(adapter, weights_file(adapter, folder))
     modules: Mapping[str, LoRAModule] = {}
+    plain_config: Mapping[str, Any] = config
     try:
-        modules, leftover = _pair_factors(adapter, entries, config)
+        factors, leftover = _pair_factors(adapter, entries)
+        plain_config = with_plain_names(adapter, config, factors)
+        modules = {name: _module(adapter, name, pair, plain_config) for name, pair in factors.items()}
+        leftover = [name for name in leftover if not _is_base_copy(adapter, name, entries[name], modules)]
     except CorruptAdapterError:
         # The tensors of other variants have other shapes: what the config says is the better reason.
         if not unsupported:
@@ -155,7 +161,8 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         modules=modules,
         unsupported=tuple(unsupported),
         num_bytes=sum(entry.num_bytes for entry in entries.values()),
-        scaled_by_pattern=tuple(_scaled_by_pattern(config, modules)),
+        scaled_by_pattern=tuple(_scaled_by_pattern(plain_config, modules)),
+        plain_config=None if plain_config is config else plain_config,
     )
 
 
@@ -236,8 +243,8 @@ def weights_file(adapter: str, folder: Path, *, allow_pickle: bool = False) -> P
 
 
 def _pair_factors(
-    adapter: str, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]
-) -> tuple[dict[str, LoRAModule], list[str]]:
+    adapter: str, entries: Mapping[str, TensorEntry]
+) -> tuple[dict[str, dict[str, TensorEntry]], list[str]]:
     """Put A and B of each module together; the names that are neither come second."""
     factors: dict[str, dict[str, TensorEntry]] = {}
     leftover = []
@@ -251,9 +258,7 @@ def _pair_factors(
         if found.factor in pair:
             raise CorruptAdapterError(adapter, f"{found.module} has two tensors lora_{found.factor}")
         pair[found.factor] = entry
-    check_matches(adapter, factors, config)
-    modules = {module: _module(adapter, module, pair, config) for module, pair in factors.items()}
-    return modules, [name for name in leftover if not _is_base_copy(adapter, name, entries[name], modules)]
+    return factors, leftover
 
 
 def _check_factor(adapter: str, name: str, entry: TensorEntry) -> None:

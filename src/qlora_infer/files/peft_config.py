@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.snapshot import CONFIG_NAME
+from qlora_infer.patterns import MATCH_SECONDS, first_matches, suffix_match
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16
@@ -28,8 +29,9 @@ MAX_JSON_NESTS = 400_000
 MAX_MATCHES = 1_000_000
 MAX_MATCH_STEPS = 50_000_000
 
-# What a key of rank_pattern or alpha_pattern may be: names, dots, and a little of regular expressions. A
-# quantifier stands after a single character or class only, never after a group: (a+)+ takes for ever.
+# A key of rank_pattern or alpha_pattern that is matched in this process, and by vLLM: names, dots, and a little of
+# regular expressions. A quantifier stands after a single character or class only, never after a group: (a+)+ takes for
+# ever. Other keys are matched once, in a process of their own, and plain names are written in their place.
 _PATTERN = re.compile(r"\^?(?:(?:[\w.\-]|\\[.dw\-]|\[[\w.\-]+\])(?:[*+?]\??)?|[()|])+\$?")
 
 
@@ -159,48 +161,105 @@ def _check_pattern(adapter: str, config: Mapping[str, Any], name: str) -> Mappin
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
         raise CorruptAdapterError(adapter, f"{name!r} must map patterns to numbers, got {str(patterns)[:40]!r}")
-    for pattern in patterns:
-        # vLLM matches it as a regular expression inside the engine core, where one that backtracks for ever
-        # would stop everybody.
-        if not _is_cheap(pattern):
-            raise CorruptAdapterError(adapter, f"{name!r} has the pattern {pattern[:80]!r}, which names no modules")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise CorruptAdapterError(adapter, f"{name!r} has the pattern {pattern[:80]!r}: {error}") from error
     return patterns
 
 
+def with_plain_names(adapter: str, config: Mapping[str, Any], modules: Collection[str]) -> Mapping[str, Any]:
+    """Return a config whose patterns are cheap to match with an adapter's modules, here and in vLLM's engine core.
+
+    It is the same one where they are so already. Other patterns are resolved as PEFT resolves them, and the plain names
+    of the modules that they matched take their place.
+
+    Raises:
+        CorruptAdapterError: A pattern is no regular expression, or they would take too long.
+    """
+    plain = dict(config)
+    names = [pattern_name(config, module) for module in modules]
+    for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns: Mapping[str, Any] = config.get(field) or {}
+        if not _are_cheap(patterns, names):
+            values = list(patterns.values())
+            found = _first_matches(adapter, field, patterns, names)
+            own = {name: config[default] if i is None else values[i] for name, i in zip(names, found, strict=True)}
+            plain[field] = plain_patterns(own, config[default])
+    num_patterns = len(plain.get("rank_pattern") or ()) + len(plain.get("alpha_pattern") or ())
+    if len(names) * num_patterns > MAX_MATCHES:
+        raise CorruptAdapterError(
+            adapter,
+            f"{CONFIG_NAME} has {num_patterns} patterns for {len(names)} modules, too many to match: write the rank "
+            "and alpha of most modules into r and lora_alpha, and only the others into rank_pattern and alpha_pattern",
+        )
+    return config if plain == config else plain
+
+
+def plain_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return patterns for the modules whose value is not the default, by their last name where that is enough.
+
+    One key for all layers keeps a large model's patterns few, and vLLM matches each with every module.
+
+    Args:
+        values: The value of every module.
+        default: The value of modules that no pattern matches.
+    """
+    by_last: dict[str, set[Any]] = {}
+    for module, value in values.items():
+        by_last.setdefault(_last_name(module), set()).add(value)
+
+    def key(module: str) -> str:
+        last = _last_name(module)
+        return re.escape(last) if len(by_last[last]) == 1 else f"^{re.escape(module)}"
+
+    return {key(module): value for module, value in values.items() if value != default}
+
+
+def _last_name(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _first_matches(adapter: str, field: str, patterns: Collection[str], names: Sequence[str]) -> list[int | None]:
+    try:
+        return first_matches(list(patterns), names)
+    except ValueError as error:
+        raise CorruptAdapterError(adapter, f"{field!r} has a pattern that is no regular expression: {error}") from error
+    except TimeoutError as error:
+        raise CorruptAdapterError(
+            adapter,
+            f"{field!r} has {len(patterns)} patterns, such as {next(iter(patterns))[:80]!r}, which take more than "
+            f"{MATCH_SECONDS} s to match with {len(names)} modules: write plain names",
+        ) from error
+
+
+def _are_cheap(patterns: Collection[str], names: Collection[str]) -> bool:
+    """Return whether matching all patterns with all names takes at most ``MAX_MATCHES`` and ``MAX_MATCH_STEPS``."""
+    if len(names) * len(patterns) > MAX_MATCHES or not all(map(_is_cheap, patterns)):
+        return False
+    # "(.*\.)?(pattern)$" is tried after each dot, and a quantifier at each length.
+    steps = [sum((1 + name.count(".")) * len(name) ** power for name in names) for power in range(3)]
+    num_steps = sum((1 + pattern.count("|")) * steps[_num_quantifiers(pattern)] for pattern in patterns)
+    return bool(num_steps <= MAX_MATCH_STEPS)
+
+
 def _is_cheap(pattern: str) -> bool:
-    """Return whether a match takes at most the steps that ``check_matches`` counts."""
+    """Return whether a match takes at most the steps that ``_are_cheap`` counts."""
     return (
         len(pattern) <= MAX_NAME_LENGTH
         and _PATTERN.fullmatch(pattern) is not None
         and pattern.count("(") <= 1
         and _num_quantifiers(pattern) <= 2
+        and _is_expression(pattern)
     )
+
+
+def _is_expression(pattern: str) -> bool:
+    try:
+        suffix_match(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _num_quantifiers(pattern: str) -> int:
     return sum(map(pattern.count, "*+?"))
-
-
-def check_matches(adapter: str, names: Collection[str], config: Mapping[str, Any]) -> None:
-    """Bound the work of matching every module's name with every pattern, here and in vLLM.
-
-    Raises:
-        CorruptAdapterError: It would take too long.
-    """
-    patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    # vLLM and PEFT match "(.*\.)?(pattern)$": it is tried after each dot, and a quantifier at each length.
-    steps = [sum((1 + name.count(".")) * len(name) ** power for name in names) for power in range(3)]
-    num_steps = sum((1 + pattern.count("|")) * steps[_num_quantifiers(pattern)] for pattern in patterns)
-    if len(names) * len(patterns) > MAX_MATCHES or num_steps > MAX_MATCH_STEPS:
-        raise CorruptAdapterError(
-            adapter,
-            f"{CONFIG_NAME} has {len(patterns)} patterns for {len(names)} modules, too many to match: write "
-            "plain names into rank_pattern and alpha_pattern, and only those whose rank or alpha differs",
-        )
 
 
 def holds_experts(config: Mapping[str, Any], module: str) -> bool:
@@ -227,15 +286,20 @@ def module_alpha(config: Mapping[str, Any], module: str) -> float:
 
 
 def _first_match(patterns: Mapping[str, Any] | None, config: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule for patterns: the first match wins; those of 3D parameters are matched by the parameters' names."""
-    name = module
-    if holds_experts(config, module):
-        layer = module.removesuffix(".base_layer")
-        name = f"{layer}.down_proj" if module == layer else f"{layer}.gate_up_proj"
-        if len(config["target_parameters"]) == 1:
-            name = f"{layer}.{str(config['target_parameters'][0]).rpartition('.')[2]}"
-    matching = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    """PEFT's rule for patterns: the first match wins."""
+    name = pattern_name(config, module)
+    matching = (value for pattern, value in (patterns or {}).items() if suffix_match(pattern).match(name))
     return next(matching, default)
+
+
+def pattern_name(config: Mapping[str, Any], module: str) -> str:
+    """Return the name that PEFT matches patterns with: a module's own, for 3D parameters the parameter's."""
+    if not holds_experts(config, module):
+        return module
+    layer = module.removesuffix(".base_layer")
+    if len(config["target_parameters"]) == 1:
+        return f"{layer}.{str(config['target_parameters'][0]).rpartition('.')[2]}"
+    return f"{layer}.down_proj" if module == layer else f"{layer}.gate_up_proj"
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -17,7 +16,7 @@ from qlora_infer._packages import require
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.files.manifest import AdapterManifest
-from qlora_infer.files.peft_config import read_config, scaling
+from qlora_infer.files.peft_config import plain_patterns, read_config, scaling
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.sources.ties import keep_largest, keep_random, mean_of_majority
 
@@ -277,7 +276,7 @@ def _config(parts: Sequence[AdapterPart], ranks: Mapping[str, int]) -> dict[str,
     """Return an ``adapter_config.json`` whose scaling is 1 in every module, because alpha is the rank."""
     first = read_config(parts[0].name, parts[0].manifest.folder / CONFIG_NAME)
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = _pattern({module: own for module, own in ranks.items() if own != rank}, ranks)
+    pattern = plain_patterns(ranks, rank)
     return {
         "peft_type": "LORA",
         "task_type": first.get("task_type"),
@@ -290,23 +289,3 @@ def _config(parts: Sequence[AdapterPart], ranks: Mapping[str, int]) -> dict[str,
         # Whole names: the last part alone could also name a layer that PEFT cannot adapt.
         "target_modules": list(ranks),
     }
-
-
-def _pattern(others: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
-    """Return the ranks that are not the usual one, by the module's last name where that is enough.
-
-    One key for all layers keeps a large model's patterns few, and vLLM matches each with every module.
-    """
-    by_last: dict[str, set[int]] = {}
-    for module, rank in ranks.items():
-        by_last.setdefault(_last_name(module), set()).add(rank)
-
-    def key(module: str) -> str:
-        last = _last_name(module)
-        return re.escape(last) if len(by_last[last]) == 1 else f"^{re.escape(module)}"
-
-    return {key(module): rank for module, rank in others.items()}
-
-
-def _last_name(module: str) -> str:
-    return module.rpartition(".")[2]
