@@ -14,7 +14,7 @@ from qlora_infer.files.manifest import LoRAModule, read_manifest
 from qlora_infer.files.peft_config import read_config, scaling
 from qlora_infer.files.safetensors import map_tensors, write_tensors
 from qlora_infer.model.modules import ModelModules, ModuleShape, Renames
-from qlora_infer.testing import write_adapter
+from qlora_infer.testing import fake_engine, write_adapter
 
 PROJECTIONS = {"self_attn.q_proj": ModuleShape(8, 16), "mlp.down_proj": ModuleShape(12, 8)}
 
@@ -106,6 +106,75 @@ def test_the_copy_for_vllm_has_the_models_names_and_the_adapters_numbers(tmp_pat
     assert manifest.scaled_by_pattern == ("language_model.model.layers.1.self_attn.q_proj",)
     config = json.loads((served / "adapter_config.json").read_text())
     assert list(config["alpha_pattern"].values()) == [3]
+
+
+#: A module's name as wrappers leave it, and what is left out of it.
+WRAPPED = {
+    "base_model.model._orig_mod.{}": "'_orig_mod'",
+    "_orig_mod.base_model.model.{}": "'_orig_mod' and 'base_model.model'",
+    "base_model.model.module.{}": "'module'",
+    "base_model.model.base_model.model.{}": "'base_model.model'",
+    "base_model.model._fsdp_wrapped_module.model.layers.{layer}._checkpoint_wrapped_module.self_attn.q_proj": (
+        "'_fsdp_wrapped_module' and '_checkpoint_wrapped_module'"
+    ),
+}
+
+
+def rename_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in map_tensors("a", path).items()}
+    write_tensors(path, {change(name): tensor for name, tensor in tensors.items()})
+
+
+def served_copy(engine, name):
+    """The tensors that the engine reads for an adapter, by the names that vLLM needs."""
+    with engine._registry.in_use(name) as version:
+        return {
+            name: np.array(tensor)
+            for name, tensor in map_tensors("a", version.path / "adapter_model.safetensors").items()
+        }
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_wrappers_are_left_out_where_then_everything_fits(wrapped, tmp_path, caplog):
+    """The names of torch.compile, FSDP, checkpointing and DataParallel are left out of modules'; the log says which."""
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    patterns = {"alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3}}
+    folder = write_adapter(tmp_path / "a", modules=dict.fromkeys(names, (64, 64)), rank=4, **patterns)
+    before = {name: np.array(tensor) for name, tensor in map_tensors("a", folder / "adapter_model.safetensors").items()}
+
+    def wrap(tensor):
+        module, factor = tensor.removeprefix("base_model.model.").split(".lora_")
+        return f"{wrapped.format(module, layer=module.split('.')[2])}.lora_{factor}"
+
+    rename_tensors(folder, wrap)
+    with caplog.at_level(logging.INFO, "qlora_infer"), fake_engine() as engine:
+        assert engine.load_adapter("a", folder).num_modules == 2
+        after = served_copy(engine, "a")
+        with engine._registry.in_use("a") as version:
+            assert read_manifest("a", version.path).scaled_by_pattern == (names[1],)
+    assert {name: tensor.tolist() for name, tensor in after.items()} == {n: t.tolist() for n, t in before.items()}
+    assert f"whose names were read without {WRAPPED[wrapped]}" in caplog.text
+
+
+def test_the_adapters_name_is_left_out_of_its_tensors(tmp_path, caplog):
+    """Factors that torch saved, lora_A.default.weight, are served from a folder as those that PEFT saved."""
+    folder = write_adapter(tmp_path / "a", rank=4)
+    before = {name: np.array(tensor) for name, tensor in map_tensors("a", folder / "adapter_model.safetensors").items()}
+    rename_tensors(folder, lambda name: name.replace(".weight", ".default.weight"))
+    with caplog.at_level(logging.INFO, "qlora_infer"), fake_engine() as engine:
+        engine.load_adapter("a", folder)
+        after = served_copy(engine, "a")
+    assert {name: tensor.tolist() for name, tensor in after.items()} == {n: t.tolist() for n, t in before.items()}
+    assert "whose names were read without 'default'" in caplog.text
+
+
+def test_a_wrapper_stays_where_not_everything_fits_without_it(tmp_path):
+    """Where a module is missing either way, the message has the names that the adapter has."""
+    names = ["_orig_mod.model.layers.0.self_attn.q_proj", "_orig_mod.model.layers.9.self_attn.q_proj"]
+    folder = write_adapter(tmp_path / "a", modules=dict.fromkeys(names, (64, 64)), rank=4)
+    with fake_engine() as engine, pytest.raises(IncompatibleAdapterError, match=r"_orig_mod\.model\.layers\.0"):
+        engine.load_adapter("a", folder)
 
 
 def mixture(*, one_by_one):

@@ -185,9 +185,10 @@ def lone_a(folder: Path, modules: Modules) -> None:
     path.write_bytes(write_safetensors(kept, body[: max(entry["data_offsets"][1] for entry in kept.values())]))
 
 
-def named_by_adapter(header: dict[str, Any]) -> dict[str, Any]:
-    """Every factor with the adapter's name in its own, as torch saves it without PEFT's save_pretrained."""
-    return {name.replace(".weight", ".default.weight"): entry for name, entry in header.items()}
+def wrapped_twice(folder: Path, modules: Modules) -> None:
+    """A module with and without the name that torch.compile leaves in it: they are one."""
+    name, shape = next(iter(modules.items()))
+    write_adapter(folder, modules={**modules, f"_orig_mod.{name}": shape})
 
 
 def with_metadata(value: Any) -> Callable[[Path, Modules], None]:
@@ -303,8 +304,10 @@ BROKEN: tuple[BrokenAdapter, ...] = (
     BrokenAdapter("magnitudes", extra_tensor("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
                   IncompatibleAdapterError, "no LoRA factors"),
     BrokenAdapter("whole-weights", extra_tensor("base_model.model.lm_head.weight"), IncompatibleAdapterError, "no LoRA factors"),
-    BrokenAdapter("named-factors", rename("lora_A.weight", "lora_A.default.weight"), CorruptAdapterError, "has no lora_A"),
-    BrokenAdapter("all-factors-named", header_with(named_by_adapter), IncompatibleAdapterError, "save_pretrained"),
+    BrokenAdapter("named-factors", rename("lora_A.weight", "lora_A.default.weight"), CorruptAdapterError, "several adapters"),
+    BrokenAdapter("compiled-in-part", rename("model.layers.0.self_attn.q_proj", "_orig_mod.model.layers.99.self_attn.q_proj"),
+                  IncompatibleAdapterError, r"_orig_mod\.model\.layers\.99"),
+    BrokenAdapter("wrapped-and-not", wrapped_twice, IncompatibleAdapterError, "does not have"),
     BrokenAdapter("another-base-weight", other_base_copy, CorruptAdapterError, "its factors say 64 inputs"),
     BrokenAdapter("pickle-only", only_pickle, UnsafeAdapterError, "allow_pickle=True"),
     BrokenAdapter("link-out", link_out, UnsafeAdapterError, "link to a place outside"),

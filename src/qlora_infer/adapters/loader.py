@@ -158,7 +158,7 @@ class AdapterLoader:
                 check_tokens(version.name, version.extras, vocabulary, strict=strict)
                 version.extras = with_model_tokens(version.extras, vocabulary)
             with self._registry.in_use(version):  # its copy stays
-                if not version.fit.placement.is_vllms_own(self.model_modules):
+                if version.fit.stripped or not version.fit.placement.is_vllms_own(self.model_modules):
                     self._registry.serve(version)
                 self._load(version)
                 self._registry.publish(version, expect=expect)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from attrs import evolve, frozen
 
 from qlora_infer.files.manifest import LoRAModule
+from qlora_infer.files.peft_config import WRAPPERS
 from qlora_infer.model.modules import ModelModules, ModuleShape
+
+#: Parts of names that may be left out; the last is of ``DataParallel`` and DeepSpeed.
+_WRAPPERS = (*WRAPPERS, "module")
+
+#: What PEFT puts before a module's name.
+_PREFIX = "base_model.model."
 
 
 @frozen
@@ -38,12 +45,14 @@ class Placement:
         absent: Modules of the adapter that the model does not list.
         left_out: Those that belong to a tower, which text alone does not pass.
         repeated: Pairs of modules that are one in the model.
+        wrappers: What was left out of the adapter's names, such as ``_orig_mod``, to find its modules.
     """
 
     pieces: Mapping[str, Piece]
     absent: Sequence[str] = ()
     left_out: Sequence[str] = ()
     repeated: Sequence[tuple[str, str]] = ()
+    wrappers: Sequence[str] = ()
 
     @property
     def sources(self) -> set[str]:
@@ -54,6 +63,7 @@ class Placement:
         """Return whether vLLM would place all of it so by itself, from the adapter's own names."""
         return (
             not self.left_out
+            and not self.wrappers
             and model.renames.is_complete
             and all(
                 piece.source is not None
@@ -68,10 +78,45 @@ class Placement:
 def place(modules: Mapping[str, LoRAModule], model: ModelModules) -> Placement:
     """Find each module of an adapter in a model.
 
+    Where some are absent, the names of wrappers are left out of the adapter's, if then all modules are found.
+
     Args:
         modules: The adapter's modules by the names that it has for them.
         model: The modules of the model.
     """
+    placement = _place(modules, model)
+    if not placement.absent:
+        return placement
+    names = {_unwrapped(name): name for name in modules}
+    without = _place({plain: modules[name] for plain, name in names.items()}, model)
+    if len(names) < len(modules) or without.absent or without.repeated:
+        return placement
+    return evolve(
+        without,
+        pieces={
+            target: piece if piece.source is None else evolve(piece, source=names[piece.source])
+            for target, piece in without.pieces.items()
+        },
+        left_out=[names[plain] for plain in without.left_out],
+        wrappers=_wrappers_in(modules),
+    )
+
+
+def _unwrapped(name: str) -> str:
+    """Return a module's name without those of wrappers, and without PEFT's prefix, which may stand behind them."""
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    while plain.startswith(_PREFIX):
+        plain = plain.removeprefix(_PREFIX)
+    return plain
+
+
+def _wrappers_in(names: Iterable[str]) -> list[str]:
+    parts = {part for name in names for part in name.split(".")}
+    prefix = [_PREFIX.rstrip(".")] if any(_PREFIX in name for name in names) else []
+    return [wrapper for wrapper in _WRAPPERS if wrapper in parts] + prefix
+
+
+def _place(modules: Mapping[str, LoRAModule], model: ModelModules) -> Placement:
     pieces: dict[str, Piece] = {}
     absent: list[str] = []
     left_out: list[str] = []

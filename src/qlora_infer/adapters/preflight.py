@@ -34,14 +34,18 @@ class Fit:
         num_model_modules: The modules that an adapter may change.
         placement: Where each of its modules goes; those of vision and audio towers are left out, which is exact for
             prompts of text alone.
+        stripped: What was left out of the names of its tensors: those of wrappers, and the adapter's own.
     """
 
     num_modules: int
     num_model_modules: int
     placement: Placement = field(factory=lambda: Placement({}), repr=False, eq=False)
+    stripped: Sequence[str] = ()
 
     def __str__(self) -> str:
         applied = f"applied to {self.num_modules} of {self.num_model_modules} modules"
+        if self.stripped:
+            applied += f", whose names were read without {' and '.join(map(repr, self.stripped))}"
         left_out, names = self.placement.left_out, format_names(self.placement.left_out)
         if not left_out:
             return applied
@@ -80,7 +84,8 @@ def check(adapter: str, manifest: AdapterManifest, model: ModelModules, *, max_l
         reasons += _shape_reasons(placement, model)
     if reasons:
         raise IncompatibleAdapterError(adapter, reasons)
-    return Fit(len(placement.sources), len(model.shapes), placement)
+    stripped = *placement.wrappers, *filter(None, [manifest.name_in_tensors[:80]])
+    return Fit(len(placement.sources), len(model.shapes), placement, stripped)
 
 
 def _rank_reasons(manifest: AdapterManifest, max_lora_rank: int) -> Iterator[str]:

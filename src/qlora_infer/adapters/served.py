@@ -63,7 +63,7 @@ def _tensors(
         else:
             (tensor_name, a), (_, b) = factors[piece.source]["A"], factors[piece.source]["B"]
             a, b = _cut(a, b, piece)
-            spelling = "lora_embedding_{}" if tensor_name.endswith("lora_embedding_A") else "lora_{}.weight"
+            spelling = "lora_embedding_{}" if ".lora_embedding_A" in tensor_name else "lora_{}.weight"
         for factor, tensor in (("A", a), ("B", b)):
             yield f"base_model.model.{name}.{spelling.format(factor)}", tensor
 

@@ -46,8 +46,8 @@ _EMBEDDING = re.compile(
 # PEFT keeps a copy of the base weight beside the factors of these two; vLLM passes over it
 # (is_base_embedding_weights).
 _BASE_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>(?:.+\.)?(?:embed_tokens|lm_head))\.base_layer\.weight")
-# A factor with the adapter's name in it, as torch saves one without PEFT's save_pretrained.
-_NAMED_FACTOR = re.compile(r"lora_[AB]\.[^.]+\.weight$")
+#: The adapter's name in a factor's, as torch saves one without PEFT's save_pretrained; empty where there is none.
+ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])(?:\.[^.]+)?(?=\.weight$)|(?<=\.lora_embedding_[AB])(?:\.[^.]+)?$")
 
 
 @frozen
@@ -65,7 +65,8 @@ class Factor:
 
 def factor_of(tensor: str) -> Factor | None:
     """Return the factor that a tensor's name stands for, or ``None`` for a tensor that is none."""
-    match = _LINEAR.fullmatch(tensor) or _EMBEDDING.fullmatch(tensor)
+    plain = ADAPTER_NAME.sub("", tensor)
+    match = _LINEAR.fullmatch(plain) or _EMBEDDING.fullmatch(plain)
     return Factor(match["module"], match["factor"]) if match else None
 
 
@@ -101,6 +102,8 @@ class AdapterManifest:
         scaled_by_pattern: The modules whose scale ``rank_pattern`` or ``alpha_pattern`` changes.
         zero_modules: The modules whose A or B is all zeros, so that they change nothing; they stand in the numbers,
             which ``read_manifest`` does not read.
+        name_in_tensors: The name that stands in those of its factors (``lora_A.default.weight``), which vLLM does not
+            read; empty where there is none, as PEFT writes them.
         plain_config: Its config with plain names, where it has patterns that vLLM must not match; ``None`` elsewhere.
     """
 
@@ -112,6 +115,7 @@ class AdapterManifest:
     num_bytes: int
     scaled_by_pattern: tuple[str, ...] = ()
     zero_modules: frozenset[str] = frozenset()
+    name_in_tensors: str = ""
     plain_config: Mapping[str, Any] | None = None
 
     def with_zeros(self, tensors: Iterable[str]) -> AdapterManifest:
@@ -142,7 +146,9 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
     entries = read_header(adapter, weights_file(adapter, folder))
     modules: Mapping[str, LoRAModule] = {}
     plain_config: Mapping[str, Any] = config
+    name_in_tensors = ""
     try:
+        name_in_tensors = check_one_adapter(adapter, entries)
         factors, leftover = _pair_factors(adapter, entries)
         plain_config = with_plain_names(adapter, config, factors)
         modules = {name: _module(adapter, name, pair, plain_config) for name, pair in factors.items()}
@@ -162,6 +168,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         unsupported=tuple(unsupported),
         num_bytes=sum(entry.num_bytes for entry in entries.values()),
         scaled_by_pattern=tuple(_scaled_by_pattern(plain_config, modules)),
+        name_in_tensors=name_in_tensors,
         plain_config=None if plain_config is config else plain_config,
     )
 
@@ -242,6 +249,23 @@ def weights_file(adapter: str, folder: Path, *, allow_pickle: bool = False) -> P
     return check_file(adapter, folder, WEIGHTS_NAME)
 
 
+def check_one_adapter(adapter: str, tensors: Iterable[str]) -> str:
+    """Return the adapter's name that is in those of all factors; empty where none is.
+
+    Raises:
+        CorruptAdapterError: Several are, which would be one without their names.
+    """
+    found = sorted({match.group()[1:] for name in tensors if (match := ADAPTER_NAME.search(name))})
+    if len(found) > 1:
+        names = format_names(repr(name[:80]) if name else "one without a name" for name in found)
+        raise CorruptAdapterError(
+            adapter,
+            f"the tensors are those of several adapters ({names}): pass those of one, as "
+            "peft.get_peft_model_state_dict(model, adapter_name=...) gives them",
+        )
+    return found[0] if found else ""
+
+
 def _pair_factors(
     adapter: str, entries: Mapping[str, TensorEntry]
 ) -> tuple[dict[str, dict[str, TensorEntry]], list[str]]:
@@ -313,7 +337,5 @@ def _scaled_by_pattern(config: Mapping[str, Any], modules: Mapping[str, LoRAModu
 
 
 def _format_leftover(names: list[str]) -> str:
-    advice = "vLLM serves LoRA factors only"
-    if any(_NAMED_FACTOR.search(name) for name in names):
-        advice = "save it with PEFT's save_pretrained, which leaves the adapter's name out of lora_A.weight"
-    return f"It has {len(names)} tensors that are no LoRA factors and would be lost: {format_names(names)}; {advice}."
+    beginning = f"It has {len(names)} tensors that are no LoRA factors and would be lost"
+    return f"{beginning}: {format_names(names)}; vLLM serves LoRA factors only."

@@ -24,6 +24,9 @@ MAX_RANK = 1 << 16
 MAX_NAME_LENGTH = 256
 #: Objects and lists in one JSON text: a header has three for each of its at most 100,000 tensors.
 MAX_JSON_NESTS = 400_000
+#: The names that wrappers leave in those of modules: of torch.compile, FSDP and activation checkpointing.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 #: Modules times patterns, and the steps that all of these matches may take together. vLLM matches inside the
 #: engine core, where everybody waits: a million matches take it some ten seconds.
 MAX_MATCHES = 1_000_000
@@ -294,6 +297,7 @@ def _first_match(patterns: Mapping[str, Any] | None, config: Mapping[str, Any], 
 
 def pattern_name(config: Mapping[str, Any], module: str) -> str:
     """Return the name that PEFT matches patterns with: a module's own, for 3D parameters the parameter's."""
+    module = ".".join(part for part in module.split(".") if part not in WRAPPERS)  # it is wrapped after PEFT named it
     if not holds_experts(config, module):
         return module
     layer = module.removesuffix(".base_layer")

@@ -15,7 +15,7 @@ from attrs import evolve, field, frozen
 from qlora_infer._packages import require
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import IncompatibleAdapterError
-from qlora_infer.files.manifest import AdapterManifest
+from qlora_infer.files.manifest import ADAPTER_NAME, AdapterManifest
 from qlora_infer.files.peft_config import plain_patterns, read_config, scaling
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.sources.ties import keep_largest, keep_random, mean_of_majority
@@ -239,7 +239,10 @@ def _read_factors(part: AdapterPart) -> dict[str, _Factors]:
 
     folder = part.manifest.folder
     config = read_config(part.name, folder / CONFIG_NAME)
-    tensors = {_PREFIX + key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS_NAME).items()}
+    tensors = {
+        _PREFIX + ADAPTER_NAME.sub("", key).removeprefix(_PREFIX): value
+        for key, value in load_file(folder / WEIGHTS_NAME).items()
+    }
     factors = {}
     for module, shape in part.manifest.modules.items():
         pairs = [tuple(_PREFIX + module + suffix.format(factor) for factor in "AB") for suffix in _SUFFIXES]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 from attrs import Attribute, field, frozen
 
 from qlora_infer._packages import require
-from qlora_infer.display import format_names
 from qlora_infer.errors import CorruptAdapterError
+from qlora_infer.files.manifest import ADAPTER_NAME, check_one_adapter
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
-
-# A model's own state_dict has the adapter's name in the name of each factor; a saved adapter has nothing there.
-_ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])(?:\.[^.]+)?(?=\.weight$)|(?<=\.lora_embedding_[AB])(?:\.[^.]+)?$")
 
 
 def _check_tensors(_: Any, attribute: Attribute[Any], tensors: Any) -> None:
@@ -95,9 +91,9 @@ class TensorSource:
             MissingDependencyError: safetensors is not installed.
         """
         require("an adapter from memory is written", "safetensors")
-        _check_one_adapter(adapter, self.tensors)
+        check_one_adapter(adapter, self.tensors)
         into.mkdir(parents=True)
-        tensors = {_ADAPTER_NAME.sub("", name): tensor for name, tensor in self.tensors.items()}
+        tensors = {ADAPTER_NAME.sub("", name): tensor for name, tensor in self.tensors.items()}
         try:
             (into / CONFIG_NAME).write_text(json.dumps(self.config, default=_plain))
             _save(tensors, into / WEIGHTS_NAME)
@@ -106,18 +102,6 @@ class TensorSource:
 
     def __str__(self) -> str:
         return "tensors in memory"
-
-
-def _check_one_adapter(adapter: str, names: Iterable[str]) -> None:
-    """Check that one adapter's name, or none, is in the names of all factors: without it they would be one."""
-    found = sorted({match.group()[1:] for name in names if (match := _ADAPTER_NAME.search(name))})
-    if len(found) > 1:
-        names = format_names(repr(name[:80]) if name else "one without a name" for name in found)
-        raise CorruptAdapterError(
-            adapter,
-            f"the tensors are those of several adapters ({names}): pass those of one, as "
-            "peft.get_peft_model_state_dict(model, adapter_name=...) gives them",
-        )
 
 
 def _save(tensors: Mapping[str, Any], path: Path) -> None:
