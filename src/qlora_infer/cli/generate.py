@@ -64,7 +64,8 @@ def generate(
         raise typer.BadParameter("--output is the file of the prompts")
     if use is None and adapter and len(adapter) == 1:
         use = adapter[0][0]
-    opening = start.start_engine(ctx, model, adapter, options, known_adapters=known_adapters)
+    given = {"known_adapters": known_adapters} if known_adapters else {}
+    opening = start.start_engine(ctx, model, adapter, options, **given)
     if prompt:
         with opening as engine, start.usage_errors():
             for answer in engine.generate(prompt, sampling_params, adapter=use, timeout=timeout):

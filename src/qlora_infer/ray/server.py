@@ -85,8 +85,13 @@ class AdapterServer:
         self._timeout = timeout
         self._engine = engine()
         # What Serve knows of a replica's adapters serves its routers: the engine loads and unloads on its own.
-        announced = serve.multiplexed(max_num_models_per_replica=self._engine._config.max_loaded_adapters or -1)
-        self._load = announced(self._load_adapter)
+        max_loaded = self._engine._config.max_loaded_adapters or -1
+
+        # Serve sets an attribute on it, which a bound method cannot have.
+        async def load_adapter(name: str) -> LoadedAdapter:
+            return await asyncio.to_thread(self._engine.load_adapter, name)
+
+        self._load = serve.multiplexed(max_num_models_per_replica=max_loaded)(load_adapter)
         self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def generate(
@@ -167,9 +172,6 @@ class AdapterServer:
         # Of several first requests at once, Serve 2.60 would believe for ever that the adapter is being loaded.
         async with self._loading[name]:
             await self._load(name)
-
-    async def _load_adapter(self, name: str) -> LoadedAdapter:
-        return await asyncio.to_thread(self._engine.load_adapter, name)
 
 
 def _parse(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
