@@ -119,7 +119,7 @@ class Displayed(ABC):
 
 
 class DisplayedCollection(Displayed):
-    """The same for a ``list`` or a ``dict``, which IPython would otherwise show as its items' ``repr``."""
+    """A ``list`` or a ``dict`` with tables, which IPython would otherwise show as its items' ``repr``."""
 
     __slots__ = ()
 

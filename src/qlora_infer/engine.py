@@ -356,8 +356,8 @@ class QuantizedLoRAEngine(Displayed):
         Raises:
             AdapterNotLoadedError: One of them is neither loaded nor known; nothing is read.
         """
-        names = list(names)
-        to_load = [name for name in names if name not in self.adapters and self._known.knows(name)]
+        names, loaded = list(names), self.adapters
+        to_load = {name for name in names if name not in loaded and self._known.knows(name)}
         self._loader.prefetch(name for name in names if name not in to_load)
         for name in to_load:
             self._known.request(name, lambda found: None)

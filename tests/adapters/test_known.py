@@ -100,7 +100,7 @@ def test_a_name_that_nobody_knows_is_an_error_that_lists_those_that_are_known(fo
         with pytest.raises(AdapterNotLoadedError, match="no adapter is loaded as 'pirate@2'"):
             engine.add_request("ahoy", adapter="pirate@2")
     with fake_engine(known_adapters=folder) as engine:
-        for name in ("parrot", "../secret", "..", "."):
+        for name in ("parrot", "../secret", "..", ".", "a" * 300, "a\0b"):
             with pytest.raises(AdapterNotLoadedError):
                 engine.add_request("ahoy", adapter=name)
     with fake_engine(known_adapters={}.__getitem__) as engine:
@@ -273,6 +273,27 @@ def test_whatever_a_function_raises_is_an_error_of_the_adapter(folder):
             handle.result(30)
         assert "secret" not in str(caught.value)
         assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+class StubbornError(AdapterSourceError):
+    """An error that cannot be copied."""
+
+    def __reduce__(self):
+        raise TypeError("no")
+
+
+@pytest.mark.parametrize("error", [SystemExit(), StubbornError("pirate", "no")], ids=["exit", "stubborn"])
+def test_no_error_of_a_function_leaves_anybody_waiting(error):
+    """Whatever it raises, the request ends, and so does the next one."""
+
+    def resolver(name):
+        raise error
+
+    with fake_engine(known_adapters=resolver) as engine:
+        for _ in range(2):
+            with pytest.raises(AdapterSourceError):
+                engine.add_request("ahoy", adapter="pirate").result(10)
+        assert text(engine, None) == "You said: ahoy"
 
 
 def test_a_source_that_is_gone_or_broken_says_so(folder):

@@ -15,6 +15,7 @@ from typing import Protocol, TypeAlias
 
 from qlora_infer.adapters.registry import AdapterRegistry
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
+from qlora_infer.display import format_names
 from qlora_infer.errors import (
     AdapterError,
     AdapterNotLoadedError,
@@ -93,7 +94,9 @@ class KnownAdapters:
             case Mapping():
                 return name in self._sources and "@" not in name
             case Path():
-                return Path(name).name == name and (self._sources / name / CONFIG_NAME).is_file()
+                with contextlib.suppress(OSError):  # the name is too long for a file
+                    return Path(name).name == name and (self._sources / name / CONFIG_NAME).is_file()
+                return False
         return bool(name) and "@" not in name
 
     def unknown(self, error: AdapterNotLoadedError) -> AdapterNotLoadedError:
@@ -103,9 +106,8 @@ class KnownAdapters:
         return self._unknown(error.adapter)
 
     def _unknown(self, name: str) -> AdapterNotLoadedError:
-        names = sorted(self._names())
-        known = ", ".join(map(repr, names[:NUM_LISTED])) + (", …" if len(names) > NUM_LISTED else "")
-        listed = f" (known: {known})" if names else ""
+        known = format_names(map(repr, sorted(self._names())), most=NUM_LISTED)
+        listed = f" (known: {known})" if known else ""
         return AdapterNotLoadedError(
             name, f"no adapter is loaded as {name!r}, and known_adapters has none of that name{listed}"
         )
@@ -177,8 +179,7 @@ class KnownAdapters:
                 self._call_waiters(name, version)
         except Exception as error:
             with self._lock:
-                # Without the traceback, whose frames would be kept as well.
-                self._failures[name] = (time.monotonic() + RETRY_AFTER, copy.copy(error))
+                self._failures[name] = (time.monotonic() + RETRY_AFTER, _bare(error))
             self._call_waiters(name, error)
             if self._registry.current(name) is None:
                 self._on_failed(name)
@@ -234,9 +235,9 @@ class KnownAdapters:
         return 0 if self._max_loaded is None else max(0, len(self._loaded) - self._max_loaded)
 
     def _recent_failure(self, name: str) -> Exception | None:
-        now = time.monotonic()
-        self._failures = {each: failure for each, failure in self._failures.items() if failure[0] > now}
-        return copy.copy(self._failures[name][1]) if name in self._failures else None
+        while self._failures and next(iter(self._failures.values()))[0] <= time.monotonic():
+            del self._failures[next(iter(self._failures))]  # the oldest
+        return _bare(self._failures[name][1]) if name in self._failures else None
 
     def _names(self) -> list[str]:
         match self._sources:
@@ -277,10 +278,18 @@ def _answer_of(find: Callable[[str], SourceLike | None], name: str) -> SourceLik
         return None
     except (AdapterError, EngineDeadError):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit, too: somebody waits
         raise AdapterSourceError(
             name, f"known_adapters was asked for adapter {name!r} and raised {type(error).__name__}"
         ) from error
+
+
+def _bare(error: Exception) -> Exception:
+    """Return a copy without the traceback, whose frames would be kept with it."""
+    try:
+        return copy.copy(error)
+    except Exception:  # an error of somebody else's, which cannot be copied
+        return error.with_traceback(None)
 
 
 def _closed() -> EngineClosedError:

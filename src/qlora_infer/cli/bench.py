@@ -78,7 +78,7 @@ def bench(
 
 @frozen
 class _Load:
-    """The same load for each run."""
+    """A load of requests, which is the same for each run."""
 
     engine: QuantizedLoRAEngine
     num_requests: int

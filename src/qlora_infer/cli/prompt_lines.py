@@ -39,7 +39,7 @@ class PromptLine:
 
     @property
     def fingerprint(self) -> int:
-        """The same for the same question."""
+        """A number that two lines share if they ask the same."""
         return fingerprint(self.record())
 
 
