@@ -355,6 +355,7 @@ def test_options_of_the_plan_need_a_model():
 
 def inspect(*arguments):
     found = run("inspect-adapter", *arguments, "--json")
+    assert found.stdout, (found.output, found.exception)
     return found.exit_code, json.loads(found.stdout)
 
 

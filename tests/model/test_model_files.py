@@ -86,6 +86,8 @@ quick = settings(max_examples=300, deadline=2000, suppress_health_check=list(Hea
 
 @pytest.fixture
 def offline(monkeypatch):
+    import huggingface_hub.constants  # noqa: F401 - it reads the variable once, and later tests go online
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

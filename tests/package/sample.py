@@ -126,7 +126,7 @@ def refused(engine: QuantizedLoRAEngine) -> None:
     engine.generate(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.generate("hello", adapter=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.generate("hello", {}, "pirate")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    engine.generate("hello", adaptor="pirate")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    engine.generate("hello", adaptor="pirate")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.stream("hello", adapter=["pirate"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.load_adapter("pirate", 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.load_adapter("both", BlendSource(["pirate"]))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

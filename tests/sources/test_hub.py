@@ -570,6 +570,17 @@ def test_offline_from_the_start_works_like_offline_later(hub, repository):
     assert hub.requests == []
 
 
+def test_a_process_that_began_offline_is_told_so(hub, repository):
+    """huggingface_hub reads HF_HUB_OFFLINE once: after that the variable's removal changes nothing, and the error says it."""
+    code = (
+        "import json, os, huggingface_hub.constants; from qlora_infer.sources.hub import HubSource\n"
+        "del os.environ['HF_HUB_OFFLINE']\n"
+        "try: HubSource('org/repo').download('x', token=None, allow_pickle=False)\n"
+        "except Exception as error: print(json.dumps(str(error)))"
+    )
+    assert "this process is offline (HF_HUB_OFFLINE is set)" in in_subprocess(code, HF_HUB_OFFLINE="1")
+
+
 def test_importing_the_module_does_not_import_huggingface_hub():
     """Who uses local adapters does not pay for the Hub's library."""
     code = "import json, sys, qlora_infer.sources.hub; print(json.dumps('huggingface_hub' in sys.modules))"

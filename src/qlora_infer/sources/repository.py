@@ -5,7 +5,7 @@ timeout, and returns the remains of a broken download as if they were whole. Fil
 instead.
 
 The environment (``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HOME``, ``HF_HUB_OFFLINE``) is read at each call, so that you
-may set it after huggingface_hub is imported.
+may set it after huggingface_hub is imported. Who imported it offline stays offline: it reads that variable once.
 """
 
 from __future__ import annotations
@@ -256,8 +256,10 @@ def _without_secrets(error: BaseException, token: str | None) -> BaseException |
 
 
 def _is_offline() -> bool:
+    from huggingface_hub.constants import is_offline_mode
+
     setting = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return setting.upper() in ("1", "ON", "YES", "TRUE")
+    return setting.upper() in ("1", "ON", "YES", "TRUE") or is_offline_mode()
 
 
 def _endpoint() -> str | None:
