@@ -26,7 +26,8 @@ FLOORS = [
     "sources plan",
     "files",
     "quantization chat demo",
-    "config display durations heap patterns tracing _forked _packages",
+    "sandbox",
+    "config display durations heap tracing _forked _packages",
     "errors",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

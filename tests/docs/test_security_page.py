@@ -5,12 +5,12 @@ import re
 import pytest
 from doc_blocks import text_of
 
-from qlora_infer import patterns
 from qlora_infer.chat import process, template, worker
 from qlora_infer.files import added_tokens, content, extras, peft_config, safetensors
 from qlora_infer.model import checkpoint
 from qlora_infer.model import config as model_config
 from qlora_infer.quantization import checkpoint as _checkpoint
+from qlora_infer.sandbox import patterns
 from qlora_infer.sources import filesystem
 
 ROWS = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+(?: MiB| KiB| GiB| s)?) \|$", text_of("docs/security.md"), re.M))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_infer.errors import MissingDependencyError
+from qlora_infer.sandbox.bare_process import bare_process
 
 #: The most that one template may take.
 RENDER_SECONDS = 2.0
@@ -25,25 +26,15 @@ MAX_IDLE_BYTES = 128 << 20
 # A process ends itself in time; this is for one that does not even start or listen.
 _GRACE_SECONDS = 10.0
 _WORKER = Path(__file__).with_name("worker.py")
-# Beside these a process gets nothing of the environment, where tokens and keys are.
-_ENVIRONMENT_NAMES = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
 
 
 class TemplateProcess:
     """One process that renders templates, one at a time."""
 
     def __init__(self) -> None:
-        environment = {name: os.environ[name] for name in _ENVIRONMENT_NAMES if name in os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if Path(path).is_absolute())
-        self._popen = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-P", "-B", str(_WORKER), str(RENDER_SECONDS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            cwd="/",
-            start_new_session=True,  # Ctrl-C is for the server, which then ends it
-        )
+        installed = [path for path in sys.path if Path(path).is_absolute()]
+        arguments = bare_process(_WORKER, str(RENDER_SECONDS), import_path=installed)
+        self._popen: subprocess.Popen[bytes] = subprocess.Popen(**arguments, stdin=subprocess.PIPE)
         if self._exchange(b"", 1) != b"R":
             reason = self.end_reason()
             self.stop()

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.snapshot import CONFIG_NAME
-from qlora_infer.patterns import MATCH_SECONDS, first_matches, suffix_match
+from qlora_infer.sandbox.patterns import MATCH_SECONDS, first_matches, suffix_match
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16

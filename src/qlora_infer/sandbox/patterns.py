@@ -7,12 +7,12 @@ also the script of a process that does nothing else: the kernel ends it in time.
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 #: The processor time that all patterns of an adapter may take together.
 MATCH_SECONDS = 2
@@ -20,8 +20,6 @@ MAX_MEMORY = 512 << 20
 
 # The process ends itself in time; this is for one that does not get its share of a processor.
 _GRACE_SECONDS = 60.0
-# Beside these the process gets nothing of the environment, where tokens and keys are.
-_ENVIRONMENT_NAMES = ("LD_LIBRARY_PATH", "PYTHONHOME")
 
 
 def suffix_match(pattern: str) -> re.Pattern[str]:
@@ -36,16 +34,13 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
         ValueError: A pattern is no regular expression.
         TimeoutError: It took more than ``MATCH_SECONDS`` or ``MAX_MEMORY``.
     """
+    from qlora_infer.sandbox.bare_process import bare_process  # which the process itself does not need
+
     try:
         ended = subprocess.run(
-            [sys.executable, "-s", "-S", "-P", "-B", __file__],
+            **bare_process(Path(__file__)),
             input=json.dumps([list(patterns), list(names)]).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _ENVIRONMENT_NAMES if name in os.environ},
-            cwd="/",
             timeout=MATCH_SECONDS + _GRACE_SECONDS,
-            start_new_session=True,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
