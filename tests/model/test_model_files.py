@@ -174,9 +174,9 @@ HOSTILE = {
 def test_hostile_json_is_read_or_refused_in_time(kind, name, folder):
     """Depth, huge numbers and endless layers cost neither a crash nor more than a moment."""
     write(folder, {"config.json": b"{}", name: HOSTILE[kind]})
-    started = time.monotonic()
+    started = time.process_time()
     read_all(folder)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("name", ["config.json", "quant_config.json", model_config.INDEX_NAME])
