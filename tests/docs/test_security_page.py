@@ -30,7 +30,7 @@ LIMITS = {
     "`tokenizer_config.json`": extras.MAX_BYTES["tokenizer_config.json"],
     "`generation_config.json`": extras.MAX_BYTES["generation_config.json"],
     "added tokens": added_tokens.MAX_ADDED_TOKENS,
-    "time for a conversation": process.RENDER_SECONDS,
+    "processor time for a conversation": process.RENDER_SECONDS,
     "memory of its process": worker.MAX_MEMORY,
     "processes at a time": process.MAX_PROCESSES,
     "conversation, as JSON": template.MAX_MESSAGES_BYTES,

@@ -16,15 +16,15 @@ from pathlib import Path
 from qlora_infer.errors import MissingDependencyError
 from qlora_infer.sandbox.bare_process import bare_process
 
-#: The most that one template may take.
+#: The most of a processor's time that one template may take.
 RENDER_SECONDS = 2.0
 #: Templates rendered at a time: one that takes all its seconds holds up nobody while there is another place.
 MAX_PROCESSES = 4
 #: What a process may hold between two conversations; it begins with 20 MiB, and a template can leave some behind.
 MAX_IDLE_BYTES = 128 << 20
 
-# A process ends itself in time; this is for one that does not even start or listen.
-_GRACE_SECONDS = 10.0
+# A process ends itself in time; this is for one that does not even start or listen, or gets no processor.
+_GRACE_SECONDS = 30.0
 _WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -83,7 +83,7 @@ class TemplateProcess:
             self._popen.wait(1.0)  # its pipe is closed before its status is known
         return {
             None: "wrote what is no answer",
-            -signal.SIGALRM: f"took longer than {RENDER_SECONDS} s",
+            -signal.SIGPROF: f"took longer than {RENDER_SECONDS} s",
             -signal.SIGKILL: f"was killed: out of memory, or silent for {RENDER_SECONDS + _GRACE_SECONDS} s",
         }.get(self._popen.returncode, f"ended its process (exit status {self._popen.returncode})")
 
