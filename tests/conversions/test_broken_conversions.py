@@ -68,6 +68,13 @@ def write_loha(folder, rank=4, **fields):
     return folder
 
 
+def write_tinker(folder, **fields):
+    write_peft(folder, peft_type="LORA", r=4, lora_alpha=8, **fields)
+    shapes = {"a.experts.w2.lora_A.weight": ("F32", [3, 4, 16]), "a.experts.w2.lora_B.weight": ("F32", [1, 8, 4])}
+    (folder / WEIGHTS).write_bytes(safetensors(shapes))
+    return folder
+
+
 def write_split(folder):
     return split(write_adapter(folder, modules=MODULES), index="adapter_model.safetensors.index.json")
 
@@ -77,10 +84,12 @@ FORMS = {
     "adalora": write_adalora,
     "loha": write_loha,
     "shards": write_split,
+    "tinker": write_tinker,
 }
 FIELDS = {
     "mlx": ["lora_parameters", "fine_tune_type", "num_layers", "lora_layers", "model", "rank", "alpha", "peft_type"],
     "adalora": ["init_r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "peft_type", "bias"],
+    "tinker": ["r", "lora_alpha", "rank_pattern", "target_modules", "peft_type", "use_new", "peft_version"],
     "loha": ["r", "alpha", "rank_pattern", "alpha_pattern", "target_modules", "peft_type", "use_rslora"],
 }
 
@@ -110,7 +119,9 @@ def check(folder, *, growth=24):
 def test_each_form_is_sound_as_it_is(form, tmp_path):
     """What the tests below break is an adapter before."""
     manifest = check(FORMS[form](tmp_path / "sound"))
-    assert {name: (shape.in_features, shape.out_features) for name, shape in manifest.modules.items()} == MODULES
+    experts = {f"a.experts.{expert}.down_proj": (16, 8) for expert in range(3)}
+    expected = experts if form == "tinker" else MODULES
+    assert {name: (shape.in_features, shape.out_features) for name, shape in manifest.modules.items()} == expected
     assert manifest.unsupported == ()
 
 
@@ -148,6 +159,7 @@ def test_any_bytes_in_any_file_end_in_a_typed_error(form, data, content, tmp_pat
 
 PARTS = [
     *("lora_a", "lora_b", "m", "A", "B", "lora_A", "lora_B", "lora_E", "lora_A.weight"),
+    *("experts.w1.lora_A.weight", "experts.w1.lora_B.weight", "lora_B.weight"),
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "weight"),
 ]
 names = st.builds(

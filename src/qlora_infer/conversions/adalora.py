@@ -15,7 +15,7 @@ from attrs import frozen
 
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.peft_config import MAX_RANK, plain_patterns
-from qlora_infer.files.safetensors import Computed, as_floats
+from qlora_infer.files.safetensors import Computed, TensorEntry, as_floats
 from qlora_infer.files.snapshot import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class AdaLoRA:
 
     name: str = "AdaLoRA"
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
+    def matches(self, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> bool:
         """Return whether PEFT would read it as AdaLoRA."""
         return str(config.get("peft_type", "")).upper() == "ADALORA"
 

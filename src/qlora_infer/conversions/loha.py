@@ -16,7 +16,7 @@ from attrs import frozen
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import CorruptAdapterError, IncompatibleAdapterError
 from qlora_infer.files.peft_config import largest_rank, module_alpha, module_rank, plain_patterns, with_plain_names
-from qlora_infer.files.safetensors import Computed, as_floats
+from qlora_infer.files.safetensors import Computed, TensorEntry, as_floats
 from qlora_infer.files.snapshot import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class LoHa:
 
     name: str = "LoHa"
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
+    def matches(self, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> bool:
         """Return whether PEFT would read it as LoHa."""
         return str(config.get("peft_type", "")).upper() == "LOHA"
 

@@ -17,7 +17,7 @@ from attrs import frozen
 
 from qlora_infer.errors import CorruptAdapterError, IncompatibleAdapterError
 from qlora_infer.files.peft_config import MAX_RANK
-from qlora_infer.files.safetensors import MAX_TENSORS, Computed
+from qlora_infer.files.safetensors import MAX_TENSORS, Computed, TensorEntry
 from qlora_infer.files.snapshot import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class MLX:
 
     name: str = "MLX"
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
+    def matches(self, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> bool:
         """Return whether it is a config of theirs, none of which has ``peft_type``."""
         is_old_vlm = {"rank", "alpha"} <= config.keys()
         return "peft_type" not in config and (
