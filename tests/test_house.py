@@ -24,6 +24,7 @@ FLOORS = [
     "adapters",
     "model",
     "sources plan",
+    "conversions",
     "files",
     "quantization chat demo",
     "sandbox",

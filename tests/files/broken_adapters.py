@@ -312,5 +312,5 @@ BROKEN: tuple[BrokenAdapter, ...] = (
     BrokenAdapter("pickle-only", only_pickle, UnsafeAdapterError, "allow_pickle=True"),
     BrokenAdapter("link-out", link_out, UnsafeAdapterError, "link to a place outside"),
     BrokenAdapter("not-a-file", weights_are_a_folder, UnsafeAdapterError, "not a regular file"),
-    BrokenAdapter("sharded", sharded, CorruptAdapterError, "split over several files"),
+    BrokenAdapter("sharded", sharded, AdapterNotFoundError, "none of the files that it names"),
 )  # fmt: skip

@@ -212,11 +212,11 @@ UNSUPPORTED = {
             "BdLoraConfig", target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2
         )
     },
-    "lora_diag": lambda: {"kasa_config": peft_config("KasaConfig")},
+    "KaSA": lambda: {"kasa_config": peft_config("KasaConfig")},
     "lora_velora_embed": lambda: {"velora_config": peft_config("VeloraConfig")},
     "lora_monteclora_sampler": lambda: {"monteclora_config": peft_config("MontecloraConfig")},
-    "IA3 adapter": lambda: {"kind": "IA3Config", "feedforward_modules": []},
-    "LOHA adapter": lambda: {"kind": "LoHaConfig"},
+    "merge_and_unload": lambda: {"kind": "IA3Config", "feedforward_modules": []},
+    "save_as_lora": lambda: {"kind": "LoKrConfig"},
     "ADALORA adapter": lambda: {"kind": "AdaLoraConfig", "total_step": 10},
 }
 

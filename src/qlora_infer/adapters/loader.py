@@ -251,6 +251,8 @@ class AdapterLoader:
     def _log_fit(self, version: AdapterVersion) -> None:
         assert version.fit is not None
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)
+        if version.snapshot.format != "PEFT":
+            logger.info("adapter %r was converted to PEFT's LoRA from %s", version.name, version.snapshot.format)
         applied = version.fit.placement.sources
         if applied <= version.manifest.zero_modules:
             logger.warning(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_infer.adapters.served import write_served
+from qlora_infer.conversions.conversion import convert
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -296,12 +297,13 @@ def _check(name: str, folder: Path, *, allow_pickle: bool, strict: bool) -> tupl
     """Check a private copy: nobody else writes to it, so that what is served is what was checked."""
     if allow_pickle:
         convert_pickle(name, folder)
+    form = convert(name, folder)
     manifest, extras = read_manifest(name, folder), read_extras(name, folder, strict=strict)
     if manifest.plain_config is not None:
         (folder / CONFIG_NAME).write_text(json.dumps(manifest.plain_config))
     manifest = manifest.with_zeros(check_finite(name, folder / WEIGHTS_NAME))
     extras = with_sound_template(name, extras, strict=strict)
-    return Snapshot(folder, digest_of(folder, extras=extras.file_names)), manifest, extras
+    return Snapshot(folder, digest_of(folder, extras=extras.file_names), form), manifest, extras
 
 
 def _closed() -> EngineClosedError:

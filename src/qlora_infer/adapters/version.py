@@ -39,6 +39,7 @@ class LoadedAdapter(Displayed):
             it), ``"other"``, or ``"unknown"``.
         share: Its share of the engine beside other adapters.
         carries: The files that it has beside its config and weights, and that its requests follow.
+        format: The format that its source has it in: ``"PEFT"``, or one that was converted, such as ``"MLX"``.
     """
 
     name: str
@@ -54,12 +55,14 @@ class LoadedAdapter(Displayed):
     lineage: Lineage = "unknown"
     share: float = 1.0
     carries: tuple[str, ...] = ()
+    format: str = "PEFT"
 
     def _tables(self) -> Sequence[Table]:
         rows = [
             ("name", self.name),
             ("version", f"{self.version}, {self.digest[:12]}"),
             ("source", self.source),
+            ("format", self.format),
             ("rank", str(self.rank)),
             ("modules", f"{self.num_modules} of {self.num_model_modules}"),
             ("size", f"{_mebibytes(self.num_bytes)} MiB"),
@@ -180,6 +183,7 @@ class AdapterVersion:
             lineage=self.lineage,
             share=self.share,
             carries=self.extras.followed,
+            format=self.snapshot.format,
         )
 
 

@@ -52,6 +52,7 @@ class Inspection:
         base_model: The model that it says it was trained on.
         carries: What it has beside its weights, in words.
         left_out: What of that is invalid and not followed, with the reason.
+        format: The format that it is in: ``"PEFT"``, or one that was converted.
         pickled: Whether its weights are a pickle, which was converted.
         base: The model that it was held against.
         lineage: How that compares with ``base_model``.
@@ -68,6 +69,7 @@ class Inspection:
     num_bytes: int
     base_model: str | None
     carries: tuple[str, ...]
+    format: str
     pickled: bool
     left_out: dict[str, str]
     base: str | None = None
@@ -109,7 +111,8 @@ def inspect_adapter(
         if ctx.find_root().params["debug"]:
             raise
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(UNREADABLE) from error
+        is_sound = isinstance(error, IncompatibleAdapterError)  # it was read, and no conversion of it is exact
+        raise typer.Exit(DOES_NOT_FIT if is_sound else UNREADABLE) from error
     typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(_lines(found)))
     raise typer.Exit(DOES_NOT_FIT if found.reasons else 0)
 
@@ -156,6 +159,7 @@ def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterMan
         num_bytes=manifest.num_bytes,
         base_model=manifest.base_model,
         carries=tuple(_carries(extras)),
+        format=snapshot.format,
         pickled=pickled,
         left_out=dict(extras.left_out),
     )
@@ -177,6 +181,7 @@ def _lines(found: Inspection) -> Iterator[str]:
     modules = ", ".join(f"{name} ({count})" for name, count in found.modules.items())
     yield f"adapter     {found.source}"
     yield f"digest      {found.digest[:12]}"
+    yield f"format      {found.format}"
     yield f"rank        {found.rank}, alpha {found.alpha if found.alpha is not None else 'not given'}"
     yield f"modules     {sum(found.modules.values())}: {modules or 'none'}"
     yield f"size        {found.num_bytes} bytes"

@@ -17,21 +17,51 @@ _FIELDS = {
     "layer_replication": "It replicates layers (layer_replication), which vLLM does not do.",
     "use_bdlora": "It is block-diagonal (BD-LoRA), which vLLM does not run.",
     "use_qalora": "It uses QALoRA, which vLLM does not run: train with use_qalora=False.",
+    "kasa_config": "It uses KaSA, which changes the base model's weights: merge it with PEFT's merge_and_unload().",
     "trainable_token_indices": "It trains single tokens (trainable_token_indices), which vLLM does not apply.",
     "megatron_config": "It was trained on Megatron's layers, whose tensors vLLM does not read.",
     "arrow_config": "It routes among adapters (Arrow), which vLLM does not do.",
+    "enable_lora": "It adapts parts of a fused module (enable_lora), as PEFT 0.2 did: train it with a later PEFT.",
+    "use_merged_linear": "It adapts parts of a fused module (use_merged_linear of ms-swift), which vLLM does not do.",
+    "use_qa_lora": "It uses QA-LoRA (use_qa_lora of ms-swift), which vLLM does not run.",
 }
+
+# PEFT 0.21's other methods, and the way out of each: ``supports_lora_conversion`` is true of the layers of the first.
+_WAYS_OUT = {
+    "C3A DELORA FOURIERFT GRALORA LOHA LOKR MISS PSOFT RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT": (
+        "PEFT's peft.save_as_lora(folder, model, rank=...) makes a LoRA of it, the nearer the higher the rank: load "
+        "that."
+    ),
+    "BOFT DEFT FROD GLORA HIRA HRA IA3 LN_TUNING OFT OSF PEANUT PVERA ROAD SHIRA SUPERTUNING": (
+        "It does not add to the base model's weights, but turns, scales or replaces them: merge it with PEFT's "
+        "model.merge_and_unload(), and serve the merged model as the base."
+    ),
+    "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING P_TUNING": (
+        "It trains virtual tokens or prefixes, and none of the model's weights: train a LoRA instead."
+    ),
+    "XLORA": "It mixes several LoRAs, anew for each token: load those that it mixes, each by itself.",
+}
+_WAY_OUT = {method: way for methods, way in _WAYS_OUT.items() for method in methods.split()}
+
+#: The switches of PEFT 0.2 to 0.21 that are served, or are about the start of the training. The last two leave tensors
+#: of their own, which are refused for being no factors.
+_KNOWN = frozenset(
+    {"use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"}
+    | {"velora_config", "monteclora_config"}
+)
 
 
 def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
     """Say, in a sentence each, what an ``adapter_config.json`` asks for that vLLM 0.32 refuses or ignores."""
     peft_type = str(config.get("peft_type", "LORA"))
     if peft_type.upper() != "LORA":
-        yield f"It is a {peft_type[:40]} adapter, and vLLM serves LoRA only."
+        way_out = _WAY_OUT.get(peft_type.upper(), "")
+        yield f"It is a {peft_type[:40]} adapter, and vLLM serves LoRA only. {way_out}".rstrip()
         return
     for field, sentence in _FIELDS.items():
         if config.get(field):
             yield sentence
+    yield from _unknown_switches(config)
     bias = config.get("bias", "none")
     if bias != "none":
         yield f"It trains biases (bias={str(bias)[:40]!r}), which vLLM does not apply: train with bias='none'."
@@ -41,6 +71,25 @@ def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
         yield (
-            f"It was started with init_lora_weights={init[:40]!r}, which changes the base model: convert it with "
-            "PEFT's path_initial_model_for_weight_conversion."
+            f"It was started with init_lora_weights={init[:40]!r}, which changes the base model. Convert it with "
+            "PEFT's model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial), where initial is "
+            "the folder in which it was saved before its training. Or serve the changed base, and set "
+            "init_lora_weights to true."
         )
+
+
+def _unknown_switches(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say which of a newer PEFT's features are on.
+
+    PEFT writes all fields, also those that are off. It switches features on with ``use_NAME`` or a ``NAME_config``, and
+    other fields set their details. Without ``peft_version`` it is a file of PEFT before 0.18, or of another program.
+    """
+    if "peft_version" not in config:
+        return
+    for name, value in config.items():
+        is_switch = (name.startswith("use_") and value is True) or (name.endswith("_config") and value)
+        if is_switch and name not in _FIELDS and name not in _KNOWN:
+            yield (
+                f"It sets {name[:80]}, a feature of PEFT {ascii(config['peft_version'])[:20]} that this library does "
+                "not know, and that may change what is computed: train it without, or use a newer qlora-infer."
+            )

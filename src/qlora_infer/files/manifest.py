@@ -33,7 +33,7 @@ from qlora_infer.files.peft_config import (
     with_plain_names,
 )
 from qlora_infer.files.safetensors import TensorEntry, read_header
-from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME
+from qlora_infer.files.snapshot import CONFIG_NAME, INDEX_NAMES, WEIGHTS_NAME, weights_names
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 
@@ -134,7 +134,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
     Raises:
         AdapterNotFoundError: One of the files is missing.
         AdapterSourceError: One of the files may not be read by this user.
-        UnsafeAdapterError: The weights are pickled, or a file is a link that leaves the folder.
+        UnsafeAdapterError: A file is a link that leaves the folder.
         CorruptAdapterError: A file is malformed, or the two contradict each other.
     """
     config = read_config(adapter, check_file(adapter, folder, CONFIG_NAME))
@@ -143,7 +143,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         # Its other fields and its tensors have other names; only this can be said of it.
         return AdapterManifest(folder, base_model(config), 0, {}, tuple(unsupported), 0)
     rank = largest_rank(adapter, config)
-    entries = read_header(adapter, weights_file(adapter, folder))
+    entries = read_header(adapter, check_file(adapter, folder, WEIGHTS_NAME))
     modules: Mapping[str, LoRAModule] = {}
     plain_config: Mapping[str, Any] = config
     name_in_tensors = ""
@@ -216,37 +216,33 @@ def _stays_inside(folder: Path, path: Path) -> bool:
     return target.parent == repository / "blobs" or target.parent.parent == repository.parent / "blobs"
 
 
-def weights_file(adapter: str, folder: Path, *, allow_pickle: bool = False) -> Path:
-    """Return the file with an adapter's weights, checked by ``check_file``.
+def weights_files(adapter: str, folder: Path, *, allow_pickle: bool = False) -> list[Path]:
+    """Return the files with an adapter's weights, each checked by ``check_file``.
 
     Args:
         adapter: The adapter's name, for messages.
         folder: The folder with the files.
-        allow_pickle: Whether it may be a pickle, where there is no safetensors file.
+        allow_pickle: Whether they may be a pickle, where they are nothing else.
 
     Raises:
         AdapterNotFoundError: There is none.
-        AdapterSourceError: It may not be read by this user.
-        UnsafeAdapterError: It is a pickle, a link that leaves the folder, or no regular file.
-        CorruptAdapterError: The weights are split over several files.
+        AdapterSourceError: One may not be read by this user.
+        UnsafeAdapterError: One is a pickle, a link that leaves the folder, or no regular file.
     """
-    if os.path.lexists(folder / WEIGHTS_NAME):
-        return check_file(adapter, folder, WEIGHTS_NAME)
-    if (folder / f"{WEIGHTS_NAME}.index.json").exists():
-        raise CorruptAdapterError(
-            adapter, f"the weights in {folder} are split over several files, which vLLM does not read: save them as one"
-        )
-    pickled = next((name for name in PICKLE_NAMES if os.path.lexists(folder / name)), None)
-    if pickled and allow_pickle:
-        return check_file(adapter, folder, pickled)
-    others = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix in PICKLE_SUFFIXES)
-    if others and not allow_pickle:
+    names = [path.name for path in folder.iterdir()]
+    found = weights_names(names, allow_pickle=allow_pickle)
+    pickled = sorted(name for name in names if name.startswith("adapter_model") and name.endswith(PICKLE_SUFFIXES))
+    if not found and pickled and not allow_pickle:
         raise UnsafeAdapterError(
             adapter,
-            f"{folder} holds only pickled weights ({others[0]}), which can run code when they are read: save the "
+            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when they are read: save the "
             "adapter again with PEFT, which writes safetensors, or pass allow_pickle=True to have it converted",
         )
-    return check_file(adapter, folder, WEIGHTS_NAME)
+    if not found and INDEX_NAMES[0] in names:
+        raise AdapterNotFoundError(
+            adapter, f"{folder} has {INDEX_NAMES[0]} and none of the files that it names: copy them there"
+        )
+    return [check_file(adapter, folder, name) for name in found or [WEIGHTS_NAME]]
 
 
 def check_one_adapter(adapter: str, tensors: Iterable[str]) -> str:
