@@ -22,6 +22,7 @@ FLOORS = [
     "_vllm",
     "requests",
     "adapters",
+    "conversions",
     "model",
     "sources plan",
     "files",

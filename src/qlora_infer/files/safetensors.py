@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -92,7 +92,38 @@ def map_tensors(adapter: str, path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+@frozen
+class LazyTensor:
+    """A tensor that is computed when it is written, so that a file of any size takes the memory of one.
+
+    Attributes:
+        dtype: Its numbers, as ``map_tensors`` gives them.
+        shape: Its dimensions.
+        compute: Returns it.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    compute: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tobytes(self) -> bytes:
+        """Return its bytes.
+
+        Raises:
+            ValueError: It was computed with another shape or other numbers.
+        """
+        tensor = self.compute()
+        if tensor.shape != self.shape or tensor.dtype != self.dtype:
+            raise ValueError(f"{tensor.shape} of {tensor.dtype} in the place of {self.shape} of {self.dtype}")
+        return tensor.tobytes()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | LazyTensor]) -> None:
     """Write a safetensors file of such tensors as ``map_tensors`` gives.
 
     Args:
@@ -157,7 +188,12 @@ def _numbers(adapter: str, file: BinaryIO, offset: int, entry: TensorEntry) -> I
             raise CorruptAdapterError(adapter, "its weights became shorter while they were read")
         left -= len(content)
         numbers = np.frombuffer(content, dtype=_FLOATING[entry.dtype])
-        yield (numbers.astype("<u4") << 16).view("<f4") if entry.dtype == "BF16" else numbers
+        yield widen(numbers)
+
+
+def widen(numbers: np.ndarray) -> np.ndarray:
+    """Return the numbers of such a tensor as ``map_tensors`` gives, with bfloat16 as float32."""
+    return (numbers.astype("<u4") << 16).view("<f4") if numbers.dtype == "<u2" else numbers
 
 
 def _is_finite(numbers: np.ndarray) -> bool:
