@@ -52,6 +52,7 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
     config = conversion.config(read_config(adapter, folder / CONFIG_NAME))
     (target / CONFIG_NAME).write_text(json.dumps(_config(config, placement, conversion)))
     factors: dict[str, dict[str, tuple[str, Factor]]] = {}
+    turned: dict[str, dict[str, tuple[str, Factor]]] = {}
     for name, tensor in map_tensors(adapter, folder / WEIGHTS_NAME).items():
         found = factor_of(name)
         if found is not None:
@@ -60,8 +61,21 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
         is_embedding = module in conversion.rows and not conversion.rows[module].is_output
         names = map((_EMBEDDING if is_embedding else _LINEAR).format, "AB")
         factors[module] = dict(zip("AB", zip(names, (a, b), strict=True), strict=True))
-    write_tensors(target / WEIGHTS_NAME, dict(_tensors(placement, factors)))
+    for piece in placement.pieces.values():
+        if piece.is_transposed and piece.source in factors:
+            turned[piece.source] = _turned(factors.pop(piece.source), piece.module.rank)
+    write_tensors(target / WEIGHTS_NAME, dict(_tensors(placement, {**factors, **turned})))
     return target
+
+
+def _turned(pair: Mapping[str, tuple[str, Factor]], rank: int) -> dict[str, tuple[str, Factor]]:
+    """Return the factors of the transposed weights of all experts, in PEFT's layout: B's are A's."""
+    (name, a), (_, b) = pair["A"], pair["B"]
+    assert not isinstance(a, LazyTensor)
+    assert not isinstance(b, LazyTensor)
+    of_b = b.reshape(len(b), rank, -1).transpose(2, 1, 0).reshape(-1, len(b))
+    of_a = a.reshape(-1, rank, a.shape[1]).transpose(2, 1, 0).reshape(a.shape[1], -1)
+    return {"A": (name, of_b), "B": (name, of_a)}
 
 
 def _tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from qlora_infer.conversions.vera import Vera
 from qlora_infer.display import format_names
 from qlora_infer.errors import ModelNotFoundError
 from qlora_infer.files.manifest import AdapterManifest, LoRAModule, SavedTensor
-from qlora_infer.files.peft_config import WRAPPERS
+from qlora_infer.files.peft_config import WRAPPERS, pattern_name, vllms_pattern_name
 from qlora_infer.files.safetensors import LazyTensor, map_tensors
 from qlora_infer.files.snapshot import WEIGHTS_NAME
 from qlora_infer.model.modules import ModelModules
@@ -125,10 +125,19 @@ def convert(
     for name, changed in rows.items():
         sizes = (changed.size, changed.num_rows) if changed.is_output else (changed.num_rows, changed.size)
         modules = {**modules, name: LoRAModule(len(changed.rows), *sizes)}
-    is_needed = bool(manifest.saved) or any(
-        manifest.config.get(field, plain) not in (plain, None, []) for field, plain in _CONVERTED.items()
-    )
+    is_needed = bool(manifest.saved) or not _is_read_by_vllm(manifest.config, manifest.modules)
     return Conversion(modules, rows, projections, comparison.equal, is_needed, base), reasons
+
+
+def _is_read_by_vllm(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+    """Return whether vLLM reads a config as PEFT does; it names bare parameters otherwise in patterns."""
+    if any(config.get(field, plain) not in (plain, None, []) for field, plain in _CONVERTED.items()):
+        return False
+    if not config.get("target_parameters"):
+        return True
+    has_patterns = config.get("rank_pattern") or config.get("alpha_pattern")
+    is_named_alike = all(pattern_name(config, module) == vllms_pattern_name(module) for module in modules)
+    return config.get("target_modules") is not None and (is_named_alike or not has_patterns)
 
 
 def _rank_reasons(rows: Mapping[str, ChangedRows], max_lora_rank: int) -> Iterator[str]:

@@ -116,12 +116,13 @@ def _rounded(numbers: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Round numbers as those of ``like`` are."""
     import numpy as np
 
+    rounded: np.ndarray
     if like.dtype == "<u2":  # to the even one of two that are equally near
         bits = numbers.astype("<f4").view("<u4")
-        rounded: np.ndarray = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view("<f4")
-        return rounded
-    with np.errstate(over="ignore"):
-        rounded = numbers.astype(like.dtype)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view("<f4")
+    else:
+        with np.errstate(over="ignore"):
+            rounded = numbers.astype(like.dtype)
     return rounded
 
 

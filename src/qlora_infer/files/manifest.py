@@ -397,7 +397,7 @@ def _module(adapter: str, name: str, pair: Mapping[str, TensorEntry], config: Ma
     if rank != b_rank:
         raise CorruptAdapterError(adapter, f"{name}: lora_A has rank {rank} and lora_B has rank {b_rank}")
     expected = module_rank(config, name)
-    if holds_experts(config, name) and rank % expected == 0:
+    if holds_experts(config, name, rank=rank):
         return LoRAModule(expected, in_features, out_features, num_experts=rank // expected)
     if rank != expected:
         raise CorruptAdapterError(adapter, f"{name} has rank {rank}, but {CONFIG_NAME} says {expected}")
