@@ -104,6 +104,10 @@ json_values = st.recursive(
             "use_dora",
             "base_model_name_or_path",
             "layer_replication",
+            "lora_bias",
+            "ensure_weight_tying",
+            "trainable_token_indices",
+            "target_parameters",
         ]
     ),
     value=json_values,

@@ -77,11 +77,10 @@ class Conversion:
             yield from self.vera.factors(tensors, self.modules)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the config of the adapter that it becomes."""
-        if self.vera is not None:
-            config = {**config, "r": self.vera.rank, "lora_alpha": self.vera.rank}
-        elif "lora_alpha" not in config:  # rows alone
-            config = {**config, "r": 1, "lora_alpha": 1}
+        """Return the config of the adapter that it becomes; of another type than LoRA nothing of the config is left."""
+        rank = None if str(config.get("peft_type", "LORA")).upper() == "LORA" else self.vera.rank if self.vera else 1
+        if rank is not None:
+            config = {"r": rank, "lora_alpha": rank}
         return {**config, **_CONVERTED, "peft_type": "LORA"}
 
 
@@ -231,11 +230,16 @@ class _Comparison:
         assert self._base is not None
         if any(is_head(other.module) for other in self._manifest.saved.values()) or not self._base.ties_embeddings:
             return False
-        copied: Any = self._manifest.config.get("modules_to_save") or ()
-        is_copy = tensor.tokens is None and any(tensor.module.endswith(str(name)) for name in copied)
+        is_copy = tensor.tokens is None and any(map(tensor.module.endswith, _copied_modules(self._manifest)))
         return not is_copy or bool(self._manifest.config.get("ensure_weight_tying"))
 
     def _explain(self, biases: Sequence[str]) -> None:
+        copied = _copied_modules(self._manifest)
+        if copied and not any(tensor.kind in ("weight", "bias") for tensor in self._manifest.saved.values()):
+            self.reasons.append(
+                f"It replaces whole modules (modules_to_save={format_names(copied)}), and its file has none of their "
+                "weights: save it again with PEFT."
+            )
         if biases:
             self.reasons.append(
                 f"It has LoRA biases (lora_bias) that are not zero ({format_names(biases)}), which vLLM does not "
@@ -251,6 +255,12 @@ class _Comparison:
                 f"It replaces {format_names(names)}, which must be compared with the base model's own, and these "
                 f"cannot be read: {why}."
             )
+
+
+def _copied_modules(manifest: AdapterManifest) -> list[str]:
+    """Return the names in ``modules_to_save``, which may be anything in a file that PEFT has not written."""
+    said = manifest.config.get("modules_to_save")
+    return [str(name) for name in said] if isinstance(said, list) else []
 
 
 def _is_resized(tensor: SavedTensor, theirs: np.ndarray) -> bool:

@@ -126,6 +126,7 @@ class BaseWeights:
             found = next(filter(None, map(repository.cached, (INDEX_NAME, _ONE_FILE))), None)
             if found is not None:
                 return found.parent
+        revision = f" --revision {self._revision}" if self._revision else ""
         raise ModelNotFoundError(
-            f"the weights of {self._model} are not on this machine: `hf download {self._model}` fetches them"
+            f"the weights of {self._model} are not on this machine: `hf download {self._model}{revision}` fetches them"
         )
