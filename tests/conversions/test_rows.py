@@ -9,11 +9,15 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from conversions.conftest import save  # noqa: E402
-from hypothesis import given  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
+from qlora_infer.adapters.served import write_served  # noqa: E402
 from qlora_infer.conversions.rows import ChangedRows, differing_rows  # noqa: E402
-from qlora_infer.errors import CorruptAdapterError, IncompatibleAdapterError  # noqa: E402
+from qlora_infer.errors import AdapterError, CorruptAdapterError, IncompatibleAdapterError  # noqa: E402
+from qlora_infer.files.manifest import read_manifest  # noqa: E402
+from qlora_infer.testing import write_adapter  # noqa: E402
 
 #: PEFT warns of tied weights, of modules that patterns name and it does not find, and of much else that is meant here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -143,8 +147,6 @@ def test_factors_and_rows_of_one_module_are_refused(tiny_bases, tmp_path):
     """PEFT cannot compute them either."""
     adapter = save(tiny_bases["qwen3"], peft.LoraConfig(**{**LORA, "target_modules": ["lm_head"]}), tmp_path / "a")
     tokens = save(tiny_bases["qwen3"], peft.LoraConfig(**LORA, trainable_token_indices=TOKENS), tmp_path / "b")
-    from safetensors.torch import load_file, save_file
-
     path = tokens / "adapter_model.safetensors"
     save_file({**load_file(path), **load_file(adapter / path.name)}, path)
     assert "both factors and rows of lm_head" in refusal(tiny_bases["qwen3"], tokens, tmp_path / "store")
@@ -160,6 +162,76 @@ def test_tokens_that_are_not_those_of_the_rows_are_corrupt(said, tiny_bases, tmp
     path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_token_indices": said}))
     with pytest.raises(CorruptAdapterError, match="trainable_token_indices"):
         tiny_bases["llama"].held_against(adapter, tmp_path / "store")
+
+
+KINDS = [
+    "model.embed_tokens.token_adapter.trainable_tokens_delta",
+    "lm_head.weight",
+    "model.norm.weight",
+    "lm_head.bias",
+]
+KINDS += [
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.lora_B.bias",
+    "weight",
+    "x.weight",
+    "a" * 400 + ".weight",
+]
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 600)
+    | st.text(max_size=3)
+    | st.sampled_from(["lm_head", "embed_tokens", "all"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["", "embed_tokens", "lm_head"]), inner)
+    ),
+    max_leaves=6,
+)
+FIELDS = [
+    "trainable_token_indices",
+    "modules_to_save",
+    "bias",
+    "lora_bias",
+    "ensure_weight_tying",
+    "peft_type",
+    "token_indices",
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tensors=st.dictionaries(
+        st.sampled_from(KINDS), st.sampled_from([(512, 128), (2, 128), (128,), (512,), (520, 128), (0,), (0, 128)])
+    ),
+    fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
+)
+def test_whatever_an_adapter_saves_is_served_or_refused(tensors, fields, tiny_bases, tmp_path_factory):
+    """Any tensors beside the factors, and any fields about them, end in a typed error or in a copy for vLLM."""
+    folder = write_adapter(
+        tmp_path_factory.mktemp("fuzz") / "a", modules={"model.layers.0.self_attn.q_proj": (128, 256)}
+    )
+    path = folder / "adapter_model.safetensors"
+    added = {f"base_model.model.{name}": torch.randn(shape) for name, shape in tensors.items()}
+    save_file({**load_file(path), **added}, path)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    try:
+        manifest, fit = tiny_bases["qwen3"].held_against(folder, folder.parent / "store", max_lora_rank=512)
+    except AdapterError:
+        return
+    served = write_served("x", manifest.folder, fit.placement, fit.conversion)
+    assert read_manifest("x", served).unsupported == ()
+
+
+def test_a_served_row_is_nearer_than_bfloat16_rounds():
+    """The base model's row plus the difference, each in bfloat16, as vLLM adds them; docs/adapters.md has the figures."""
+    torch.manual_seed(0)
+    for change in (0.001, 0.02, 0.1):
+        base = (torch.randn(1000, 512) * 0.02).bfloat16().float()
+        new = (base + torch.randn(1000, 512) * change).bfloat16().float()
+        served = (base + (new - base).bfloat16().float()).bfloat16().float()
+        assert ((served - new).norm(dim=1) / new.norm(dim=1)).mean() < 0.00135
 
 
 FLOATS = st.floats(-4, 4, width=32)

@@ -178,7 +178,7 @@ class AdapterVersion:
             int_id=self.int_id,
             source=self.source,
             digest=self.snapshot.digest,
-            rank=self.manifest.rank,
+            rank=max([self.manifest.rank, *(module.rank for module in self.fit.conversion.modules.values())]),
             num_modules=self.fit.num_modules,
             num_model_modules=self.fit.num_model_modules,
             num_bytes=self.num_bytes,
