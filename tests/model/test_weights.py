@@ -33,7 +33,7 @@ def test_a_module_is_found_by_its_name_behind_the_wrappers(prefix, tmp_path):
     for name in ("model.embed_tokens", "model.language_model.embed_tokens"):
         assert np.array_equal(base.tensor(name, "weight"), EMBEDDINGS)
     assert base.tensor("model.layers.0.self_attn.q_proj", "bias").dtype == "<f2"
-    with pytest.raises(ModelNotFoundError, match=r"0 tensors for model.norm.weight: is that module quantized"):
+    with pytest.raises(ModelNotFoundError, match="no tensor of that name"):
         base.tensor("model.norm", "weight")
 
 
@@ -87,7 +87,7 @@ def test_numbers_that_are_quantized_are_told(tmp_path):
     folder = write(tmp_path / "m", {}, model={"model.embed_tokens.weight": EMBEDDINGS})
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
-    with pytest.raises(ModelNotFoundError, match=r"quantized \(I32\)"):
+    with pytest.raises(ModelNotFoundError, match="quantized"):
         BaseWeights(str(folder)).tensor("model.embed_tokens", "weight")
     for model in ("org/model-GGUF:Q4_K_M", str(tmp_path / "x.gguf")):
         with pytest.raises(ModelNotFoundError, match="GGUF"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,7 @@ def convert(
 
 def _is_read_by_vllm(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
     """Return whether vLLM reads a config as PEFT does; it names bare parameters otherwise in patterns."""
-    if any(config.get(field, plain) not in (plain, None, []) for field, plain in _CONVERTED.items()):
+    if config.get("bias", "none") != "none" or config.get("lora_bias") or config.get("modules_to_save"):
         return False
     if not config.get("target_parameters"):
         return True
@@ -190,6 +191,9 @@ class _Comparison:
         parameter = "weight" if tokens is not None else tensor.kind
         theirs = self._base.tensor(module, parameter)
         has_rows = parameter == "weight" and theirs.ndim == 2 and (is_embedding(module) or is_head(module))
+        if tokens is not None and not has_rows:
+            self._others.append(f"{module}.{parameter}")
+            return
         if has_rows and _is_resized(tensor, theirs):
             self.reasons.append(
                 f"It has rows of {module} for tokens that the model lacks, which has {len(theirs)}: vLLM serves no new "
@@ -213,12 +217,17 @@ class _Comparison:
 
     def _differing(self, name: str, tensor: SavedTensor, theirs: np.ndarray) -> Sequence[int]:
         """Return the rows of an adapter's tensor that differ from the base model's; a vector has one."""
-        ours = map_tensors("", self._manifest.folder / WEIGHTS_NAME)[name]
+        ours = self._tensors[name]
         if tensor.tokens is not None:
             return differing_rows(ours, theirs[list(tensor.tokens)])
         if ours.ndim == 2:
             return differing_rows(ours, theirs)
         return differing_rows(ours.reshape(1, -1), theirs.reshape(1, -1))
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, np.ndarray]:
+        """The adapter's tensors."""
+        return map_tensors("", self._manifest.folder / WEIGHTS_NAME)
 
     def _is_tied(self, tensor: SavedTensor) -> bool:
         """Return whether PEFT makes the output layer follow an embedding.
@@ -253,7 +262,7 @@ class _Comparison:
         for why, names in self._unread.items():
             self.reasons.append(
                 f"It replaces {format_names(names)}, which must be compared with the base model's own, and these "
-                f"cannot be read: {why}."
+                f"cannot be had: {why}."
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,7 @@ class BaseWeights:
         self._model = model
         self._revision = revision
         self._token = token
+        self._mapped: dict[Path, Mapping[str, np.ndarray]] = {}
 
     def tensor(self, module: str, parameter: str) -> np.ndarray:
         """Return a module's parameter; bfloat16 as 16-bit integers.
@@ -62,23 +63,23 @@ class BaseWeights:
         """
         is_tied_head = parameter == "weight" and is_head(module) and self.ties_embeddings
         tails = _EMBEDDINGS if is_tied_head else {tail_of(module)}
-        names = [
-            name
-            for name in self._files
-            if name.endswith(f".{parameter}") and tail_of(name.removesuffix(f".{parameter}")) in tails
-        ]
+        names = [name for tail in tails for name in self._names.get(f"{tail}.{parameter}", ())]
         if len(names) != 1:
-            packed = "" if names or parameter != "weight" else ": is that module quantized?"
-            raise ModelNotFoundError(f"{self._model} has {len(names)} tensors for {module}.{parameter}{packed}")
-        file = self._files[names[0]]
-        try:
-            tensors = map_tensors(self._model, file)
-            dtype = read_header(self._model, file)[names[0]].dtype
-        except (CorruptAdapterError, OSError, KeyError, ValueError) as error:
-            raise ModelNotFoundError(f"{file} cannot be read: {error}") from error
+            how_many = "several tensors" if names else "no tensor"
+            raise ModelNotFoundError(f"{self._model} has {how_many} of that name (is that module quantized?)")
+        tensors = self._map(self._files[names[0]])
         if names[0] not in tensors:
-            raise ModelNotFoundError(f"{names[0]} of {self._model} is quantized ({dtype})")
+            raise ModelNotFoundError(f"{self._model} holds them quantized")
         return tensors[names[0]]
+
+    def _map(self, file: Path) -> Mapping[str, np.ndarray]:
+        """Map a file's tensors into memory; those of integers are left out."""
+        if file not in self._mapped:
+            try:
+                self._mapped[file] = map_tensors(self._model, file)
+            except (CorruptAdapterError, OSError, ValueError) as error:
+                raise ModelNotFoundError(f"{file} cannot be read: {error}") from error
+        return self._mapped[file]
 
     @cached_property
     def ties_embeddings(self) -> bool:
@@ -94,6 +95,15 @@ class BaseWeights:
                 return said
         # A class has a default of its own; an output layer that is not tied has a tensor.
         return not any(is_head(name.removesuffix(".weight")) for name in self._files)
+
+    @cached_property
+    def _names(self) -> Mapping[str, Sequence[str]]:
+        """The tensors by their names behind the wrappers."""
+        names: dict[str, list[str]] = {}
+        for name in self._files:
+            module, _, parameter = name.rpartition(".")
+            names.setdefault(f"{tail_of(module)}.{parameter}", []).append(name)
+        return names
 
     @cached_property
     def _files(self) -> Mapping[str, Path]:
