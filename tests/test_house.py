@@ -22,7 +22,7 @@ FLOORS = [
     "_vllm",
     "requests",
     "adapters",
-    "conversions",
+    "basewise",
     "model",
     "sources plan",
     "files",

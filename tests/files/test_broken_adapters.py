@@ -8,7 +8,7 @@ from broken_adapters import BROKEN, BrokenAdapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_infer.conversions.conversion import read_saved
+from qlora_infer.basewise.conversion import read_saved
 from qlora_infer.errors import AdapterError, IncompatibleAdapterError
 from qlora_infer.files.manifest import read_manifest
 from qlora_infer.files.safetensors import check_finite

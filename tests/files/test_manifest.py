@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qlora_infer.adapters.preflight import Fit, check
 from qlora_infer.adapters.served import write_served
 from qlora_infer.adapters.store import AdapterStore
-from qlora_infer.conversions.conversion import read_saved
+from qlora_infer.basewise.conversion import read_saved
 from qlora_infer.errors import AdapterError, AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.files.manifest import AdapterManifest, LoRAModule, read_manifest
 from qlora_infer.files.peft_config import MAX_MATCHES, read_config, scaling

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from attrs import field, frozen
 
 from qlora_infer.adapters.placement import Placement, place
+from qlora_infer.basewise.conversion import Conversion, convert
 from qlora_infer.config import ALLOWED_RANKS
-from qlora_infer.conversions.conversion import Conversion, convert
 from qlora_infer.display import format_names
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.files.manifest import AdapterManifest, LoRAModule

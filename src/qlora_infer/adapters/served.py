@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_infer.adapters.placement import Piece, Placement
-from qlora_infer.conversions.conversion import Conversion
+from qlora_infer.basewise.conversion import Conversion
 from qlora_infer.files.manifest import factor_of
 from qlora_infer.files.peft_config import module_alpha, plain_patterns, read_config
-from qlora_infer.files.safetensors import LazyTensor, map_tensors, write_tensors
+from qlora_infer.files.safetensors import Computed, map_tensors, write_tensors
 from qlora_infer.files.snapshot import CONFIG_NAME, SERVED_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import numpy as np
 
-    Factor = np.ndarray | LazyTensor
+    Factor = np.ndarray | Computed
 
 _PREFIX = "base_model.model."
 #: What stands behind a module's name.
@@ -71,8 +71,8 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
 def _turned(pair: Mapping[str, tuple[str, Factor]], rank: int) -> dict[str, tuple[str, Factor]]:
     """Return the factors of the transposed weights of all experts, in PEFT's layout: B's are A's."""
     (name, a), (_, b) = pair["A"], pair["B"]
-    assert not isinstance(a, LazyTensor)
-    assert not isinstance(b, LazyTensor)
+    assert not isinstance(a, Computed)
+    assert not isinstance(b, Computed)
     of_b = b.reshape(len(b), rank, -1).transpose(2, 1, 0).reshape(-1, len(b))
     of_a = a.reshape(-1, rank, a.shape[1]).transpose(2, 1, 0).reshape(a.shape[1], -1)
     return {"A": (name, of_b), "B": (name, of_a)}
@@ -80,28 +80,30 @@ def _turned(pair: Mapping[str, tuple[str, Factor]], rank: int) -> dict[str, tupl
 
 def _tensors(
     placement: Placement, factors: Mapping[str, Mapping[str, tuple[str, Factor]]]
-) -> Iterator[tuple[str, LazyTensor]]:
+) -> Iterator[tuple[str, Computed]]:
     """Yield each tensor of the copy with its name."""
     import numpy as np
 
-    any_dtype = next(iter(factors.values()))["A"][1].dtype
+    any_dtype = _dtype_of(next(iter(factors.values()))["A"][1])
     for name, piece in placement.pieces.items():
         shape = piece.module
         rank = shape.rank * max(1, shape.num_experts)
         shapes = {"A": (rank, shape.in_features), "B": (shape.out_features, rank)}
         for factor, cut in (("A", _cut_a), ("B", _cut_b)):
-            if piece.source is None:
-                spelling, dtype = _LINEAR, any_dtype
-                compute = partial(np.zeros, shapes[factor], any_dtype)
-            else:
+            spelling, dtype, compute = _LINEAR, any_dtype, partial(np.zeros, shapes[factor], any_dtype)
+            if piece.source is not None:
                 tensor_name, tensor = factors[piece.source][factor]
-                spelling, dtype = _EMBEDDING if ".lora_embedding_" in tensor_name else _LINEAR, tensor.dtype
-                compute = partial(_computed, cut, tensor, piece)
-            yield _PREFIX + name + spelling.format(factor), LazyTensor(dtype, shapes[factor], compute)
+                spelling = _EMBEDDING if ".lora_embedding_" in tensor_name else _LINEAR
+                dtype, compute = _dtype_of(tensor), partial(_computed, cut, tensor, piece)
+            yield _PREFIX + name + spelling.format(factor), Computed(shapes[factor], compute, dtype)
+
+
+def _dtype_of(tensor: Factor) -> str:
+    return tensor.dtype if isinstance(tensor, Computed) else tensor.dtype.str
 
 
 def _computed(cut: Callable[[np.ndarray, Piece], np.ndarray], tensor: Factor, piece: Piece) -> np.ndarray:
-    return cut(tensor.compute() if isinstance(tensor, LazyTensor) else tensor, piece)
+    return cut(tensor.compute() if isinstance(tensor, Computed) else tensor, piece)
 
 
 def _cut_a(a: np.ndarray, piece: Piece) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_infer.adapters.served import write_served
-from qlora_infer.conversions.conversion import read_saved
+from qlora_infer.basewise.conversion import read_saved
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,

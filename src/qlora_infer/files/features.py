@@ -9,7 +9,7 @@ from typing import Any
 #: ``corda_config`` and ``loftq_config`` are not looked at: PEFT leaves them there when it has converted an adapter.
 _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 
-#: Other types of PEFT's, which are LoRA together with the base model: ``conversions`` makes it of them.
+#: Other types of PEFT's, which are LoRA together with the base model: ``basewise`` makes it of them.
 CONVERTED_TYPES = frozenset({"TRAINABLE_TOKENS", "VERA"})
 
 #: A field of ``adapter_config.json`` and what to say when it is set.

@@ -46,7 +46,7 @@ _EMBEDDING = re.compile(
 # PEFT keeps a copy of the base weight beside the factors of these two; vLLM passes over it
 # (is_base_embedding_weights).
 _BASE_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>(?:.+\.)?(?:embed_tokens|lm_head))\.base_layer\.weight")
-# Tensors beside the factors that stand in the place of the base model's, or are VeRA's; ``conversions`` reads them.
+# Tensors beside the factors that stand in the place of the base model's, or are VeRA's; ``basewise`` reads them.
 _SAVED = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer|\.token_adapter)?"
     r"\.(?P<kind>weight|bias|trainable_tokens_delta|vera_lambda_[bd]|vera_[AB])"
@@ -109,6 +109,11 @@ class SavedTensor:
     shape: tuple[int, ...]
     tokens: tuple[int, ...] | None = None
 
+    @property
+    def is_lambda(self) -> bool:
+        """True of VeRA's vectors, of which a module has two."""
+        return self.kind.startswith("vera_lambda_")
+
 
 @frozen
 class AdapterManifest:
@@ -161,7 +166,7 @@ class AdapterManifest:
         """Return this manifest with the modules that have one of these tensors of zeros."""
         zeros = frozenset(tensors)
         modules = {factor.module for factor in map(factor_of, zeros) if factor is not None}
-        modules |= {self.saved[name].module for name in zeros & set(self.saved)} & set(self.modules)
+        modules |= {tensor.module for name, tensor in self.saved.items() if name in zeros and tensor.is_lambda}
         return evolve(self, zero_modules=frozenset(modules), zeros=zeros)
 
 
@@ -222,7 +227,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
 
 
 def _read_converted(adapter: str, folder: Path, config: Mapping[str, Any]) -> AdapterManifest:
-    """Read an adapter of another type than LoRA; ``conversions`` knows its fields and tensors."""
+    """Read an adapter of another type than LoRA; ``basewise`` knows its fields and tensors."""
     entries = read_header(adapter, weights_file(adapter, folder))
     saved, leftover = _pick_saved(list(entries), entries)
     return AdapterManifest(

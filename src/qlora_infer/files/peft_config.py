@@ -177,6 +177,10 @@ def with_plain_names(adapter: str, config: Mapping[str, Any], modules: Collectio
         CorruptAdapterError: A pattern is no regular expression, or they would take too long.
     """
     plain = dict(config)
+    if len(modules) * len(config.get("target_parameters") or ()) > MAX_MATCHES:
+        raise CorruptAdapterError(
+            adapter, f"'target_parameters' has too many names for {len(modules)} modules: write the ends of names"
+        )
     names = [pattern_name(config, module) for module in modules]
     for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         patterns: Mapping[str, Any] = config.get(field) or {}
@@ -318,8 +322,8 @@ def _parameters(config: Mapping[str, Any], module: str) -> list[str]:
     """Return the parameters of a module that ``target_parameters`` names (``_inject_parameters`` in PEFT 0.21)."""
     layer = module.removesuffix(".base_layer")
     targets: Sequence[str] = config["target_parameters"]
-    lasts = dict.fromkeys(map(_last_name, targets))
-    return [last for last in lasts if any(f".{layer}.{last}".endswith(f".{target}") for target in targets)]
+    named = (target for target in targets if f".{layer}.{_last_name(target)}".endswith(f".{target}"))
+    return list(dict.fromkeys(map(_last_name, named)))
 
 
 def vllms_pattern_name(module: str) -> str:

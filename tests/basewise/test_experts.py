@@ -6,7 +6,7 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from conversions.conftest import TinyBase, save  # noqa: E402
+from basewise.tiny_bases import TinyBase, save  # noqa: E402
 from models import catalog, tiny  # noqa: E402
 
 from qlora_infer.adapters.served import write_served  # noqa: E402

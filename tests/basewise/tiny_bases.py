@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from attrs import frozen
 
 from qlora_infer.adapters import preflight
@@ -59,22 +58,6 @@ class TinyBase:
         manifest, fit = self.held_against(adapter, store, **options)
         assert not fit.is_vllms_own(read_checkpoint(str(self.folder)).modules)
         return write_served("odd", manifest.folder, fit.placement, fit.conversion)
-
-
-@pytest.fixture(scope="session")
-def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyBase]:
-    """A Llama with an output layer of its own, and a Qwen3 without one; both in float32."""
-    for package in ("torch", "transformers", "peft"):
-        pytest.importorskip(package)
-    from models import catalog, tiny
-
-    bases = {}
-    for name in ("llama", "qwen3", "qwen3-moe"):
-        model = catalog.BY_NAME[name]
-        folder = tmp_path_factory.mktemp(name)
-        tiny.build(model, folder)
-        bases[name] = TinyBase(folder, model.architecture)
-    return bases
 
 
 def save(base: TinyBase, config: Any, folder: Path, *, change: Any = None) -> Path:

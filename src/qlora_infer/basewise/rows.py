@@ -17,7 +17,7 @@ from qlora_infer.display import format_names
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.added_tokens import as_id
 from qlora_infer.files.manifest import AdapterManifest, SavedTensor
-from qlora_infer.files.safetensors import LazyTensor, widen
+from qlora_infer.files.safetensors import Computed, as_floats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,24 +50,22 @@ class ChangedRows:
     size: int
     is_output: bool
 
-    def factors(self, tensor: np.ndarray, base: np.ndarray) -> tuple[LazyTensor, LazyTensor]:
+    def factors(self, tensor: np.ndarray, base: np.ndarray) -> tuple[Computed, Computed]:
         """Return A and B.
 
         Args:
             tensor: The adapter's tensor.
             base: The base model's weight.
         """
-        import numpy as np
-
         rank = len(self.rows)
-        difference = LazyTensor(np.dtype("<f4"), (rank, self.size), partial(self._difference, tensor, base))
-        choice = LazyTensor(np.dtype("<u2"), (rank, self.num_rows), self._choice)
+        difference = Computed((rank, self.size), partial(self._difference, tensor, base))
+        choice = Computed((rank, self.num_rows), self._choice, "<u2")
         if self.is_output:
             return difference, _transposed(choice)
         return choice, _transposed(difference)
 
     def _difference(self, tensor: np.ndarray, base: np.ndarray) -> np.ndarray:
-        new, old = (widen(rows).astype("<f4") for rows in (tensor[list(self.places)], base[list(self.rows)]))
+        new, old = (as_floats(rows).astype("<f4") for rows in (tensor[list(self.places)], base[list(self.rows)]))
         difference: np.ndarray = new - old
         return difference
 
@@ -79,7 +77,7 @@ class ChangedRows:
         return choice
 
 
-def _transposed(tensor: LazyTensor) -> LazyTensor:
+def _transposed(tensor: Computed) -> Computed:
     import numpy as np
 
     return evolve(tensor, shape=tensor.shape[::-1], compute=lambda: np.ascontiguousarray(tensor.compute().transpose()))
@@ -106,7 +104,7 @@ def _differ(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
         differ = np.ones(len(ours), bool)
         places = np.arange(len(ours))
-    one, other = widen(ours[places]), widen(theirs[places])
+    one, other = as_floats(ours[places]), as_floats(theirs[places])
     is_equal = (one == other) | (_rounded(one, theirs) == other) | (one == _rounded(other, ours))
     differ[places] = ~is_equal.all(axis=1)
     return differ

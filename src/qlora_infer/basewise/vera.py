@@ -17,7 +17,7 @@ from qlora_infer._packages import require
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.manifest import AdapterManifest, LoRAModule, SavedTensor
 from qlora_infer.files.peft_config import MAX_RANK
-from qlora_infer.files.safetensors import LazyTensor, widen
+from qlora_infer.files.safetensors import Computed, as_floats
 from qlora_infer.model.modules import ModelModules
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Vera:
 
     def factors(
         self, tensors: Mapping[str, np.ndarray], modules: Mapping[str, LoRAModule]
-    ) -> Iterator[tuple[str, tuple[LazyTensor, LazyTensor]]]:
+    ) -> Iterator[tuple[str, tuple[Computed, Computed]]]:
         """Yield each module's A, with lambda_d in it, and its B, with lambda_b, computed when they are written.
 
         Args:
@@ -73,7 +73,7 @@ class Vera:
         """Return A and B in float32, from the adapter's tensors or as PEFT draws them."""
         if self.tensors is None:
             return draw(self.rank, self.inputs, self.outputs, self.seed)
-        a, b = (widen(tensors[name]).astype("<f4") for name in self.tensors)
+        a, b = (as_floats(tensors[name]).astype("<f4") for name in self.tensors)
         return a, b
 
 
@@ -90,7 +90,7 @@ def read_vera(adapter: str, manifest: AdapterManifest) -> AdapterManifest:
         raise CorruptAdapterError(adapter, f"'projection_prng_key' must be a whole number, got {str(seed)[:40]!r}")
     lambdas: dict[str, dict[str, SavedTensor]] = {}
     for tensor in manifest.saved.values():
-        if tensor.kind.startswith("vera_lambda"):
+        if tensor.is_lambda:
             lambdas.setdefault(tensor.module, {})[tensor.kind] = tensor
     modules = {name: _module(adapter, name, pair, rank) for name, pair in lambdas.items()}
     read = evolve(manifest, rank=rank, modules=modules)
@@ -174,12 +174,11 @@ def draw(rank: int, inputs: int, outputs: int, seed: int) -> tuple[np.ndarray, n
     return uniform(rank, inputs), uniform(outputs, rank)
 
 
-def _scaled(scale: np.ndarray, matrix: np.ndarray) -> LazyTensor:
+def _scaled(scale: np.ndarray, matrix: np.ndarray) -> Computed:
     """Return a matrix with each row multiplied by a number."""
-    import numpy as np
 
     def product() -> np.ndarray:
-        scaled: np.ndarray = widen(scale).astype("<f4")[:, None] * matrix
+        scaled: np.ndarray = as_floats(scale).astype("<f4")[:, None] * matrix
         return scaled
 
-    return LazyTensor(np.dtype("<f4"), matrix.shape, product)
+    return Computed(matrix.shape, product)

@@ -8,13 +8,13 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from conversions.conftest import save  # noqa: E402
+from basewise.tiny_bases import save  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from qlora_infer.adapters.served import write_served  # noqa: E402
-from qlora_infer.conversions.rows import ChangedRows, differing_rows  # noqa: E402
+from qlora_infer.basewise.rows import ChangedRows, differing_rows  # noqa: E402
 from qlora_infer.errors import AdapterError, CorruptAdapterError, IncompatibleAdapterError  # noqa: E402
 from qlora_infer.files.manifest import read_manifest  # noqa: E402
 from qlora_infer.testing import write_adapter  # noqa: E402

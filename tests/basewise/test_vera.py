@@ -8,12 +8,12 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from conversions.conftest import save  # noqa: E402
+from basewise.tiny_bases import save  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from qlora_infer.conversions import vera  # noqa: E402
+from qlora_infer.basewise import vera  # noqa: E402
 from qlora_infer.errors import AdapterError, CorruptAdapterError, IncompatibleAdapterError  # noqa: E402
 from qlora_infer.files.safetensors import map_tensors  # noqa: E402
 

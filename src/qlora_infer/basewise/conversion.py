@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, field, frozen
 
+from qlora_infer.basewise import vera
+from qlora_infer.basewise.rows import ChangedRows, differing_rows, read_tokens
+from qlora_infer.basewise.vera import Vera
 from qlora_infer.config import ALLOWED_RANKS
-from qlora_infer.conversions import vera
-from qlora_infer.conversions.rows import ChangedRows, differing_rows, read_tokens
-from qlora_infer.conversions.vera import Vera
 from qlora_infer.display import format_names
 from qlora_infer.errors import ModelNotFoundError
 from qlora_infer.files.manifest import AdapterManifest, LoRAModule, SavedTensor
 from qlora_infer.files.peft_config import WRAPPERS, pattern_name, vllms_pattern_name
-from qlora_infer.files.safetensors import LazyTensor, map_tensors
+from qlora_infer.files.safetensors import Computed, map_tensors
 from qlora_infer.files.snapshot import WEIGHTS_NAME
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.model.weights import BaseWeights, is_embedding, is_head
@@ -59,7 +59,7 @@ class Conversion:
             parts.append(f"without {format_names(self.equal)}, which the base model has")
         return ", ".join(parts)
 
-    def factors(self, folder: Path) -> Iterator[tuple[str, tuple[LazyTensor, LazyTensor]]]:
+    def factors(self, folder: Path) -> Iterator[tuple[str, tuple[Computed, Computed]]]:
         """Yield A and B of each module that the adapter's file has none of.
 
         Args:

@@ -5,10 +5,12 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from conversions.conftest import TinyBase, save  # noqa: E402
+from basewise.tiny_bases import TinyBase, save  # noqa: E402
 from models import catalog, tiny  # noqa: E402
 
+from qlora_infer.adapters.store import AdapterStore  # noqa: E402
 from qlora_infer.errors import IncompatibleAdapterError  # noqa: E402
+from qlora_infer.sources.folder import FolderSource  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -35,6 +37,21 @@ def test_biases_that_change_nothing_are_left_out(options, qwen2, tmp_path):
     assert (qwen2.logits(adapter) - qwen2.logits(qwen2.served(adapter, tmp_path / "store"))).abs().max() < 1e-4
     _, fit = qwen2.held_against(adapter, tmp_path / "again")
     assert fit.conversion.equal
+
+
+def test_a_bias_of_zeros_does_not_make_its_module_one_that_changes_nothing(qwen2, tmp_path):
+    """Only zeros in A or B do."""
+
+    def change(model):
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+
+    adapter = save(qwen2, peft.LoraConfig(**LORA, bias="lora_only"), tmp_path / "a", change=change)
+    copies = AdapterStore(tmp_path / "store")
+    _, manifest, _ = copies.make("zero", 1, FolderSource(adapter), allow_pickle=False)
+    assert manifest.saved
+    assert not manifest.zero_modules
 
 
 def zero_lora_biases(model):
