@@ -22,6 +22,7 @@ FLOORS = [
     "_vllm",
     "requests",
     "adapters",
+    "basewise",
     "model",
     "sources plan",
     "conversions",

@@ -30,6 +30,7 @@ from qlora_infer.config import EngineConfig, LoraKernels, Startup
 from qlora_infer.display import Displayed, Table
 from qlora_infer.errors import EngineClosedError, EngineDeadError, EngineStartError, ForkedEngineError
 from qlora_infer.files.scratch import new_folder
+from qlora_infer.model.weights import BaseWeights
 from qlora_infer.plan.engine_plan import EnginePlan
 from qlora_infer.quantization import QuantizationStrategy
 from qlora_infer.requests.arguments import check_unknown, conversation_list, prompt_list
@@ -203,7 +204,14 @@ class QuantizedLoRAEngine(Displayed):
             restarts=config.restart == "on-failure",
         )
         self._memory, self._registry, self._driver = memory, registry, driver
-        self._loader = AdapterLoader(registry, memory, driver, model=config.model, vocabulary=self._backend.vocabulary)
+        self._loader = AdapterLoader(
+            registry,
+            memory,
+            driver,
+            model=config.model,
+            base=BaseWeights(config.model, revision=config.revision, token=config.token),
+            vocabulary=self._backend.vocabulary,
+        )
         self._known = known = KnownAdapters(
             known_adapters,
             registry,

@@ -24,6 +24,7 @@ from qlora_infer.files.peft_config import read_config
 from qlora_infer.files.scratch import scratch_folder
 from qlora_infer.files.snapshot import CONFIG_NAME
 from qlora_infer.model.checkpoint import read_checkpoint
+from qlora_infer.model.weights import BaseWeights
 from qlora_infer.sources.source import Source, parse_source
 
 
@@ -120,36 +121,38 @@ def inspect_adapter(
 def _inspect(
     source: str, base: str | None, base_revision: str | None, *, device: str, max_lora_rank: int, allow_pickle: bool
 ) -> Inspection:
-    found, manifest = _read(parse_source(source), allow_pickle=allow_pickle)
-    if base is None:
-        return evolve(found, reasons=manifest.unsupported)
-    checkpoint = read_checkpoint(base, revision=base_revision, device=device)
-    found = evolve(found, base=base, lineage=lineage(manifest.base_model, base), checked=checkpoint.checked)
-    if checkpoint.refusal:
-        return evolve(found, reasons=(checkpoint.refusal,))
-    try:
-        fit = preflight.check(str(source), manifest, checkpoint.modules, max_lora_rank=max_lora_rank)
-    except IncompatibleAdapterError as error:
-        return evolve(found, reasons=error.reasons)
+    parsed = parse_source(source)
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
+        found, manifest = _read(parsed, Path(folder), allow_pickle=allow_pickle)
+        if base is None:
+            return evolve(found, reasons=manifest.unsupported)
+        checkpoint = read_checkpoint(base, revision=base_revision, device=device)
+        found = evolve(found, base=base, lineage=lineage(manifest.base_model, base), checked=checkpoint.checked)
+        if checkpoint.refusal:
+            return evolve(found, reasons=(checkpoint.refusal,))
+        weights = BaseWeights(base, revision=base_revision)
+        try:
+            fit = preflight.check(str(source), manifest, checkpoint.modules, max_lora_rank=max_lora_rank, base=weights)
+        except IncompatibleAdapterError as error:
+            return evolve(found, reasons=error.reasons)
     return evolve(found, fit=str(fit))
 
 
-def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
-    """Everything that an engine would do with it up to the model, on a copy that is thrown away."""
+def _read(source: Source, folder: Path, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
+    """Everything that an engine would do with it up to the model, on a copy in a folder."""
     name = str(source)
-    with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
-        store = AdapterStore(Path(folder))
-        try:
-            snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=False)
-            pickled = False
-        except UnsafeAdapterError:
-            if not allow_pickle:
-                raise
-            snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=True)
-            pickled = True
-        finally:
-            store.close()
-        config = read_config(name, snapshot.folder / CONFIG_NAME)
+    store = AdapterStore(folder)
+    try:
+        snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=False)
+        pickled = False
+    except UnsafeAdapterError:
+        if not allow_pickle:
+            raise
+        snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=True)
+        pickled = True
+    finally:
+        store.close()
+    config = read_config(name, snapshot.folder / CONFIG_NAME)
     found = Inspection(
         source=name,
         digest=snapshot.digest,

@@ -9,16 +9,17 @@ from typing import Any
 #: ``corda_config`` and ``loftq_config`` are not looked at: PEFT leaves them there when it has converted an adapter.
 _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 
+#: Other types of PEFT's, which are LoRA together with the base model: ``basewise`` makes it of them.
+CONVERTED_TYPES = frozenset({"TRAINABLE_TOKENS", "VERA"})
+
 #: A field of ``adapter_config.json`` and what to say when it is set.
 _FIELDS = {
     "use_dora": "It uses DoRA, whose magnitudes vLLM does not apply: train with use_dora=False.",
-    "lora_bias": "It has LoRA biases (lora_bias), which vLLM does not apply: train with lora_bias=False.",
     "alora_invocation_tokens": "It is an activated LoRA (aLoRA), which vLLM does not run.",
     "layer_replication": "It replicates layers (layer_replication), which vLLM does not do.",
     "use_bdlora": "It is block-diagonal (BD-LoRA), which vLLM does not run.",
     "use_qalora": "It uses QALoRA, which vLLM does not run: train with use_qalora=False.",
     "kasa_config": "It uses KaSA, which changes the base model's weights: merge it with PEFT's merge_and_unload().",
-    "trainable_token_indices": "It trains single tokens (trainable_token_indices), which vLLM does not apply.",
     "megatron_config": "It was trained on Megatron's layers, whose tensors vLLM does not read.",
     "arrow_config": "It routes among adapters (Arrow), which vLLM does not do.",
     "enable_lora": "It adapts parts of a fused module (enable_lora), as PEFT 0.2 did: train it with a later PEFT.",
@@ -54,6 +55,8 @@ _KNOWN = frozenset(
 def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
     """Say, in a sentence each, what an ``adapter_config.json`` asks for that vLLM 0.32 refuses or ignores."""
     peft_type = str(config.get("peft_type", "LORA"))
+    if peft_type.upper() in CONVERTED_TYPES:
+        return
     if peft_type.upper() != "LORA":
         way_out = _WAY_OUT.get(peft_type.upper(), "")
         yield f"It is a {peft_type[:40]} adapter, and vLLM serves LoRA only. {way_out}".rstrip()
@@ -62,12 +65,6 @@ def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
         if config.get(field):
             yield sentence
     yield from _unknown_switches(config)
-    bias = config.get("bias", "none")
-    if bias != "none":
-        yield f"It trains biases (bias={str(bias)[:40]!r}), which vLLM does not apply: train with bias='none'."
-    if config.get("modules_to_save"):
-        saved = str(config["modules_to_save"])[:80]
-        yield f"It replaces whole modules (modules_to_save={saved}), which vLLM does not do when it generates text."
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
         yield (

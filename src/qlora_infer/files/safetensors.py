@@ -99,21 +99,23 @@ class Computed:
     """A tensor that is computed when it is written, so that no more than one is in memory.
 
     Attributes:
-        shape: Its dimensions; its numbers are float32.
+        shape: Its dimensions.
         compute: Returns it.
+        dtype: Its numbers, as numpy names them; ``"<u2"`` is bfloat16.
     """
 
     shape: tuple[int, ...]
     compute: Callable[[], np.ndarray]
+    dtype: str = "<f4"
 
     @property
     def nbytes(self) -> int:
         """Its size in the file."""
-        return math.prod(self.shape) * _SIZES["F32"]
+        return math.prod(self.shape) * int(self.dtype[-1])
 
     def tobytes(self) -> bytes:
         """Return its numbers as the file has them."""
-        return self.compute().astype("<f4").tobytes()
+        return self.compute().astype(self.dtype, copy=False).tobytes()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Computed]) -> None:
@@ -126,8 +128,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Computed]) -> N
     dtypes = {stored: name for name, stored in _FLOATING.items()}
     header = {}
     for name, tensor in tensors.items():
-        dtype = "F32" if isinstance(tensor, Computed) else dtypes[tensor.dtype.str]
-        header[name] = dtype, tensor.shape, tensor.nbytes
+        dtype = tensor.dtype if isinstance(tensor, Computed) else tensor.dtype.str
+        header[name] = dtypes[dtype], tensor.shape, tensor.nbytes
     with path.open("wb") as file:
         write_header(file, header)
         for tensor in tensors.values():
