@@ -20,7 +20,7 @@ from qlora_infer.testing import TINY_MODEL, write_adapter
 CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
 MODULES = dict(list(TINY_MODEL.items())[:3])
 
-fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -206,6 +206,27 @@ def test_factors_of_any_sizes_are_converted_as_they_are(sizes, seed, is_stacked,
     assert len(manifest.modules) == (num_experts if is_stacked else 1)
     for module in manifest.modules.values():
         assert (module.rank, module.in_features, module.out_features) == (rank, inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        ("mlx", ["a.q_proj.lora_a", "a.q_proj.lora_b", "a.q_proj.lora_A.weight"]),
+        (
+            "adalora",
+            ["base_model.model.a.lora_A", "a.lora_A", "a.lora_B", "a.lora_E", "base_model.model.a.lora_A.weight"],
+        ),
+    ],
+)
+def test_two_tensors_for_one_factor_are_refused(form, names, tmp_path):
+    """Of two tensors that would have one name none is lost in silence."""
+    folder = FORMS[form](tmp_path / "adapter")
+    shapes = {"lora_E": [4, 1], "lora_b": [8, 8], "lora_a": [8, 8], "lora_B": [8, 4]}
+    (folder / MLX_WEIGHTS).unlink(missing_ok=True)
+    entries = {name: ("F32", shapes.get(name.rpartition(".")[2], [4, 8])) for name in names}
+    (folder / WEIGHTS).write_bytes(safetensors(entries))
+    with pytest.raises(CorruptAdapterError, match="two tensors for one factor"):
+        convert("fuzz", folder)
 
 
 def test_many_experts_in_a_small_file_are_refused(tmp_path):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from qlora_infer.errors import CorruptAdapterError
-from qlora_infer.files.peft_config import MAX_RANK, plain_patterns
+from qlora_infer.files.peft_config import MAX_RANK, pattern_name, plain_patterns
 from qlora_infer.files.safetensors import Computed, TensorEntry, as_floats
 from qlora_infer.files.snapshot import CONFIG_NAME
 
@@ -43,7 +43,7 @@ class AdaLoRA:
 
     def convert(
         self, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-    ) -> tuple[Mapping[str, Any], Mapping[str, np.ndarray | Computed]]:
+    ) -> tuple[Mapping[str, Any], Sequence[tuple[str, np.ndarray | Computed]]]:
         """Multiply the rows of A with the singular values; ``Format`` has the arguments and errors."""
         init_r = config.get("init_r", _INIT_R)
         alpha = config.get("lora_alpha", _ALPHA)
@@ -52,11 +52,11 @@ class AdaLoRA:
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= 1e9:
             raise CorruptAdapterError(adapter, f"'lora_alpha' must be a finite number, got {str(alpha)[:40]!r}")
         modules: dict[str, dict[str, np.ndarray]] = {}
-        converted: dict[str, np.ndarray | Computed] = {}
+        converted: list[tuple[str, np.ndarray | Computed]] = []
         for name, tensor in tensors.items():
             match = _TENSOR.fullmatch(name)
-            if match is None:
-                converted[name] = tensor
+            if match is None or match["part"] in modules.get(match["module"], {}):
+                converted.append((name, tensor))
             else:
                 modules.setdefault(match["module"], {})[match["part"]] = tensor
         kept = _ranks(adapter, config)
@@ -66,12 +66,13 @@ class AdaLoRA:
             _check(adapter, module, parts, rank)
             if rank == 0:  # nothing is left of it
                 continue
-            ranks[module] = rank
+            ranks[pattern_name({}, module)] = rank
             # LoRA's scale is alpha / rank. Where alpha is not above 0, PEFT has the module's rank in its place.
             factor = rank / (init_r + 1e-5) * (1 if alpha > 0 else rank)
             a, e = parts["A"], parts["E"]
-            converted[f"base_model.model.{module}.lora_A.weight"] = Computed(a.shape, partial(_scaled, a, e, factor))
-            converted[f"base_model.model.{module}.lora_B.weight"] = parts["B"]
+            scaled = Computed(a.shape, partial(_scaled, a, e, factor))
+            prefix = f"base_model.model.{module}.lora_"
+            converted += [(f"{prefix}A.weight", scaled), (f"{prefix}B.weight", parts["B"])]
         default = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
         return {
             **{name: value for name, value in config.items() if name not in _FIELDS},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,8 +36,8 @@ class Format(Protocol):
 
     def convert(
         self, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-    ) -> tuple[Mapping[str, Any], Mapping[str, np.ndarray | Computed]]:
-        """Return the config and the tensors of the same adapter in PEFT's form.
+    ) -> tuple[Mapping[str, Any], Sequence[tuple[str, np.ndarray | Computed]]]:
+        """Return the config and the named tensors of the same adapter in PEFT's form.
 
         Args:
             adapter: The adapter's name, for messages.
@@ -94,7 +94,12 @@ def _tensors(adapter: str, path: Path, entries: Mapping[str, TensorEntry]) -> Ma
     return map_tensors(adapter, path)
 
 
-def _write(adapter: str, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray | Computed]) -> None:
+def _write(
+    adapter: str, folder: Path, config: Mapping[str, Any], named: Sequence[tuple[str, np.ndarray | Computed]]
+) -> None:
+    tensors = dict(named)
+    if len(tensors) < len(named):
+        raise CorruptAdapterError(adapter, f"{folder / WEIGHTS_NAME} has two tensors for one factor of a module")
     if not tensors:
         raise CorruptAdapterError(adapter, f"{folder / WEIGHTS_NAME} holds no factors of rank 1 or more")
     num_bytes = (folder / WEIGHTS_NAME).stat().st_size

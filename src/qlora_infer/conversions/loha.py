@@ -7,7 +7,7 @@ each row of W1b with each of W2b (the Khatri-Rao product).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,14 @@ from attrs import frozen
 
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.errors import CorruptAdapterError, IncompatibleAdapterError
-from qlora_infer.files.peft_config import largest_rank, module_alpha, module_rank, plain_patterns, with_plain_names
+from qlora_infer.files.peft_config import (
+    largest_rank,
+    module_alpha,
+    module_rank,
+    pattern_name,
+    plain_patterns,
+    with_plain_names,
+)
 from qlora_infer.files.safetensors import Computed, TensorEntry, as_floats
 from qlora_infer.files.snapshot import CONFIG_NAME
 
@@ -41,17 +48,17 @@ class LoHa:
 
     def convert(
         self, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-    ) -> tuple[Mapping[str, Any], Mapping[str, np.ndarray | Computed]]:
+    ) -> tuple[Mapping[str, Any], Sequence[tuple[str, np.ndarray | Computed]]]:
         """Multiply columns with columns, and rows with rows; ``Format`` has the arguments and errors."""
         plain = {name: value for name, value in config.items() if name not in _FIELDS}
         plain = {**plain, "peft_type": "LORA", "lora_alpha": config.get("alpha"), "use_rslora": False}
         largest_rank(adapter, plain)
         modules: dict[str, dict[str, np.ndarray]] = {}
-        converted: dict[str, np.ndarray | Computed] = {}
+        converted: list[tuple[str, np.ndarray | Computed]] = []
         for name, tensor in tensors.items():
             match = _TENSOR.fullmatch(name)
-            if match is None:
-                converted[name] = tensor
+            if match is None or match["part"] in modules.get(match["module"], {}):
+                converted.append((name, tensor))
             else:
                 modules.setdefault(match["module"], {})[match["part"]] = tensor
         resolved = with_plain_names(adapter, plain, modules)
@@ -59,11 +66,12 @@ class LoHa:
         for module, parts in modules.items():
             rank = module_rank(resolved, module)
             _check(adapter, module, parts, rank)
-            ranks[module], alphas[module] = rank**2, module_alpha(resolved, module) * rank
+            name = pattern_name({}, module)
+            ranks[name], alphas[name] = rank**2, module_alpha(resolved, module) * rank
             down = Computed((rank**2, parts["w1_b"].shape[1]), partial(_rows, parts["w1_b"], parts["w2_b"]))
             up = Computed((len(parts["w1_a"]), rank**2), partial(_columns, parts["w1_a"], parts["w2_a"]))
-            converted[f"base_model.model.{module}.lora_A.weight"] = down
-            converted[f"base_model.model.{module}.lora_B.weight"] = up
+            prefix = f"base_model.model.{module}.lora_"
+            converted += [(f"{prefix}A.weight", down), (f"{prefix}B.weight", up)]
         rank, alpha = plain["r"] ** 2, plain["lora_alpha"] * plain["r"]
         return {
             **plain,

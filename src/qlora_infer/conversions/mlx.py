@@ -10,7 +10,7 @@ transpose of ``lora_a``, B that of ``lora_b``, and alpha is scale times rank. Th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -43,25 +43,24 @@ class MLX:
 
     def matches(self, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> bool:
         """Return whether it is a config of theirs, none of which has ``peft_type``."""
-        is_old_vlm = {"rank", "alpha"} <= config.keys()
+        is_old_vlm = {"rank", "alpha"} <= config.keys() and any(name.endswith(".A") for name in tensors)
         return "peft_type" not in config and (
             is_old_vlm or not config.keys().isdisjoint(("fine_tune_type", "lora_parameters", "lora_layers"))
         )
 
     def convert(
         self, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-    ) -> tuple[Mapping[str, Any], Mapping[str, np.ndarray | Computed]]:
+    ) -> tuple[Mapping[str, Any], Sequence[tuple[str, np.ndarray | Computed]]]:
         """Transpose the factors, and write each expert's by itself; ``Format`` has the arguments and errors."""
         if config.get("fine_tune_type") == "full":
             way_out = "fuse it with 'mlx_lm fuse', and serve the model as the base"
             raise IncompatibleAdapterError(adapter, [f"It is a full fine-tune of MLX's, and no adapter: {way_out}."])
         rank, scale = _parameters(adapter, config)
         factors, others = _factors(tensors)
-        converted: dict[str, np.ndarray | Computed] = {_PREFIX + name: tensors[name] for name in others}
+        converted: list[tuple[str, np.ndarray | Computed]] = [(_PREFIX + name, tensors[name]) for name in others]
         has_magnitudes = False
         for module, pair in factors.items():
-            for name, tensor in _module_tensors(adapter, module, pair, rank):
-                converted[_PREFIX + name] = tensor
+            converted += [(_PREFIX + name, tensor) for name, tensor in _module_tensors(adapter, module, pair, rank)]
             has_magnitudes |= "m" in pair
             if len(converted) > MAX_TENSORS:
                 raise CorruptAdapterError(
@@ -73,7 +72,7 @@ class MLX:
             "base_model_name_or_path": model if isinstance(model, str) else None,
             "r": rank,
             "lora_alpha": scale * rank,
-            "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in converted}),
+            "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in converted}),
             "use_dora": has_magnitudes,
             "bias": "none",
             "task_type": "CAUSAL_LM",

@@ -7,7 +7,7 @@ Read in tinker-cookbook of 2026 (``weights/_adapter.py``, ``weights/_merge.py``)
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -34,14 +34,14 @@ class Tinker:
 
     def convert(
         self, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-    ) -> tuple[Mapping[str, Any], Mapping[str, np.ndarray | Computed]]:
+    ) -> tuple[Mapping[str, Any], Sequence[tuple[str, np.ndarray | Computed]]]:
         """Give each expert factors of its own; ``Format`` has the arguments and errors."""
-        converted: dict[str, np.ndarray | Computed] = {}
+        converted: list[tuple[str, np.ndarray | Computed]] = []
         stacked: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         for name, tensor in tensors.items():
             match = _TENSOR.fullmatch(name)
             if match is None:
-                converted[name] = tensor
+                converted.append((name, tensor))
             else:
                 stacked.setdefault((match["layer"], match["projection"]), {})[match["factor"]] = tensor
         for (layer, projection), pair in stacked.items():
@@ -54,8 +54,8 @@ class Tinker:
             for expert in range(num_experts):
                 for factor, tensor in pair.items():
                     one = tensor[0 if len(tensor) == 1 else expert]
-                    converted[f"{layer}.{expert}.{module}.lora_{factor}.weight"] = one
-        names = {name.partition(".lora_")[0].rpartition(".")[2] for name in converted}
+                    converted.append((f"{layer}.{expert}.{module}.lora_{factor}.weight", one))
+        names = {name.partition(".lora_")[0].rpartition(".")[2] for name, _ in converted}
         return {**config, "target_modules": config.get("target_modules") or sorted(names)}, converted
 
 

@@ -1,6 +1,6 @@
 """Downloads from fsspec's filesystems, whose errors are translated; only this file imports fsspec.
 
-A filesystem has neither commits nor, often, listings: the two files are asked for by their names, one after the other.
+A filesystem has neither commits nor, often, listings: the files are asked for by their names, one after the other.
 A folder that is written to meanwhile may give an old one and a new one: write a new version to a new folder.
 
 Messages never quote another library's words, which may have a secret in them. The error itself is the cause of ours
