@@ -1,9 +1,12 @@
 """A server's keys, limits, probes, metrics, log and end."""
 
+import asyncio
 import json
 import logging
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ pytest.importorskip("openai")
 
 import httpx
 import openai
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from served import ADMIN_KEY, ENDLESS, HELLO, KEY, ByteEngine, admin, client, running, served, wait_until, wire
 
@@ -179,3 +183,31 @@ def test_arguments_of_vllm_s_server(tmp_path):
     for refused in ("enable_log_requests", "trust_request_chat_template", "api_key", "no_such_argument"):
         with pytest.raises(ValueError, match=refused):
             server_arguments(ByteEngine.vllm_config, model="m", served_model_names=["m"], given={refused: True})
+
+
+def test_a_server_in_an_application_of_one_s_own(tmp_path):
+    """The page's code mounts it below a path, where each route still needs its own key."""
+    page = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(from qlora_infer.serve.application.*?)```", page, re.DOTALL)[1], names)
+
+    async def ask(engine):
+        app = FastAPI()
+        await names["mount"](app, engine)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://host/llm") as http:
+            http.headers["Authorization"] = f"Bearer {KEY}"
+            answer = await http.post("/v1/completions", json={"model": "base", "prompt": "a"})
+            refused = [(await http.get("/adapters")).status_code, (await http.delete("/adapters/x")).status_code]
+            del http.headers["Authorization"]
+            return (
+                answer.json(),
+                refused,
+                [(await http.get(path)).status_code for path in ("/health/ready", "/v1/models")],
+            )
+
+    with fake_engine(backend=ByteEngine()) as engine:
+        answer, refused, opened = asyncio.run(ask(engine))
+    assert answer["choices"][0]["text"] == "You said: a"
+    assert refused == [403, 403]
+    assert opened == [200, 401]

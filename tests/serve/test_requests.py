@@ -1,8 +1,10 @@
 """vLLM's own OpenAI application on this engine's requests, spoken to by OpenAI's client, on the fake engine."""
 
 import contextlib
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -200,3 +202,11 @@ def test_a_dead_engine_is_503_and_comes_back(tmp_path):
         assert ai.completions.create(model="pirate", prompt="x", max_tokens=2).choices[0].text == "word word"
         assert engine.stats().num_restarts == 1
         assert wire(url).get("/health").status_code == 200
+
+
+def test_the_code_of_the_page_runs(one_server, capsys):
+    """The client's code of docs/service.md runs, against a server with an adapter named pirate."""
+    page = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
+    code = re.search(r"```python\n(import openai.*?)```", page, re.DOTALL)[1]
+    exec(compile(code.replace("http://127.0.0.1:8000", one_server), "docs/service.md", "exec"), {})
+    assert "pirate says: user: Where is the treasure?" in capsys.readouterr().out

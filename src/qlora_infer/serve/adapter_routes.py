@@ -16,6 +16,7 @@ from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import QLoRAInferError
 from qlora_infer.serve.allowed import SourceNotAllowedError
+from qlora_infer.serve.keys import admin_only
 from qlora_infer.serve.settings import Settings
 
 #: A name in a path; adapters with other names are loaded and unloaded through vLLM's routes.
@@ -61,7 +62,7 @@ class AdapterRoutes:
 
     def router(self) -> APIRouter:
         """Return the routes."""
-        router = APIRouter()
+        router = APIRouter(dependencies=[admin_only(self._settings.admin_key)])
         router.add_api_route("/adapters", self.adapters, methods=["GET"])
         router.add_api_route("/adapters/{name}", self.load, methods=["PUT"])
         router.add_api_route("/adapters/{name}", self.unload, methods=["DELETE"], status_code=204)
