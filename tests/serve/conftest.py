@@ -1,16 +1,13 @@
 """vLLM's configuration of a tiny model, made once: it takes seconds."""
 
-import importlib.util
 import logging
 
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def byte_model(tmp_path_factory):
     """A checkpoint without weights, and vLLM's configuration of it for the fake engine."""
-    if importlib.util.find_spec("vllm") is None:  # the files that need it are skipped, the others run
-        return None
     from served import ByteEngine, write_model
     from tokenizers import Tokenizer
     from vllm import EngineArgs
@@ -24,7 +21,7 @@ def byte_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_server(tmp_path_factory):
+def one_server(tmp_path_factory, byte_model):
     """The URL of a server that several tests ask, with an adapter named pirate."""
     from served import served
 

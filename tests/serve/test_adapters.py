@@ -13,6 +13,8 @@ from served import HELLO, ByteEngine, admin, client, served, wait_until, wire
 
 from qlora_infer.testing import TINY_MODEL, write_adapter
 
+pytestmark = pytest.mark.usefixtures("byte_model")
+
 TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }} {% endfor %}<answer>"
 
 

@@ -21,6 +21,8 @@ from served import ADMIN_KEY, ENDLESS, HELLO, KEY, ByteEngine, admin, client, ru
 
 from qlora_infer.testing import fake_engine
 
+pytestmark = pytest.mark.usefixtures("byte_model")
+
 CLIENTS = (
     *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
     *("/tokenize", "/detokenize", "/load", "/adapters", "/adapters/pirate", "/v1/load_lora_adapter"),

@@ -15,6 +15,8 @@ import anthropic
 import openai
 from served import ENDLESS, HELLO, KEY, ByteEngine, client, served, wait_until, wire
 
+pytestmark = pytest.mark.usefixtures("byte_model")
+
 
 def test_openai_s_client_gets_answers_of_base_and_adapter(tmp_path):
     """``model`` is the base model, an adapter, or a version of it; text, usage and finish_reason are right."""
@@ -124,6 +126,17 @@ def test_a_full_queue_is_429_also_for_a_stream(tmp_path, stream):
             ai.completions.create(model="pirate", prompt="x", stream=stream)
         assert caught.value.response.headers["retry-after"] == "1"
         assert caught.value.body["type"] == "QueueFullError"
+
+
+def test_a_request_that_finds_room_for_some_of_its_prompts_leaves_nothing(tmp_path):
+    """What was queued of it before the queue was full is cancelled."""
+    backend = ByteEngine(reply=lambda prompt, adapter: ENDLESS, step_seconds=0.01)
+    options = {"max_waiting": 2}
+    with served(tmp_path, backend=backend, max_num_seqs=1, engine_options=options) as (url, engine), client(url) as ai:
+        with pytest.raises(openai.RateLimitError):
+            ai.completions.create(model="pirate", prompt=["x"] * 40, max_tokens=800)
+        wait_until(lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
+        assert backend.requests
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from qlora_infer.testing import fake_engine
 
 
 @pytest.fixture(scope="module")
-def app():
+def app(byte_model):
     with fake_engine(backend=ByteEngine()) as engine:
         yield asyncio.run(make_application(engine, served_model_names=["base", "other"]))
 

@@ -71,6 +71,12 @@ def serve(
     """
     from qlora_infer._vllm.openai.application import require_server
 
+    names = tuple(served_model_name or [model])
+    if taken := [name for name, _ in adapter or () if name in names]:
+        raise typer.BadParameter(
+            f"adapter {taken[0]!r} has the name of the base model: give --served-model-name another"
+        )
+    start.log_to_stderr(ctx)  # before vLLM is imported, which logs where it is told then
     require_server()
     from qlora_infer.serve.allowed import AllowedSources
     from qlora_infer.serve.server import run
@@ -78,7 +84,7 @@ def serve(
 
     allowed = AllowedSources(adapters_folder, tuple(allow_source or ()))
     settings = Settings(
-        model_names=tuple(served_model_name or [model]),
+        model_names=names,
         api_key=api_key,
         admin_key=admin_key,
         allowed=allowed,

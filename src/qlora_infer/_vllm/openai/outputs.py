@@ -27,14 +27,16 @@ class OutputWriter:
     lora_request: Any
     is_delta: bool
     _seen: dict[int, Completion] = field(factory=dict)
+    _prompt_token_ids: list[int] = field(factory=list)  # the same for all outputs, and maybe long
 
     def write(self, output: GenerationOutput) -> RequestOutput:
         """Return one output; of a stream, the completions that have something new."""
+        self._prompt_token_ids = self._prompt_token_ids or list(output.prompt_token_ids)
         completions = [completion for completion in output.completions if self._is_new(completion)]
         written = RequestOutput(
             request_id=self.request_id,
             prompt=output.prompt,
-            prompt_token_ids=list(output.prompt_token_ids),
+            prompt_token_ids=self._prompt_token_ids,
             prompt_logprobs=output.prompt_logprobs,
             outputs=[self._write(completion) for completion in completions],
             finished=output.finished,
