@@ -16,6 +16,7 @@ MODULES = {".".join(path.relative_to(HOUSE).with_suffix("").parts): path for pat
 FLOORS = [
     "__main__",
     "cli ray",
+    "serve",
     "__init__",
     "metrics testing",
     "engine",

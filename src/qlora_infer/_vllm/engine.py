@@ -121,6 +121,11 @@ class VLLMBackend:
         """The process ids of the engine's cores."""
         return tuple(process.pid for process in self._processes)
 
+    @property
+    def vllm_config(self) -> Any:
+        """vLLM's configuration of the running engine."""
+        return self._engine.vllm_config
+
     def platform(self) -> Platform:
         """Return the platform that vLLM runs on."""
         from qlora_infer.quantization import Platform

@@ -69,7 +69,7 @@ class _Row:
 
     prompt: Any  # text, token ids, or a conversation
     params: Any
-    adapter: str | None
+    adapter: str | AdapterVersion | None  # a version that the caller holds needs no loading
     priority: int
     timeout: float | None
     queued: float = field(factory=time.monotonic)
@@ -107,13 +107,14 @@ class Client:
         self,
         prompt: Any,
         sampling_params: Any,
-        adapter: str | None,
+        adapter: str | AdapterVersion | None,
         priority: int,
         timeout: float | None,
         *,
         block: bool,
+        stream: bool = True,
     ) -> RequestHandle:
-        """Queue one prompt, or one conversation, whose partial outputs may be read."""
+        """Queue one prompt, or one conversation; its partial outputs may be read, unless ``stream`` is false."""
         is_chat = is_conversation(prompt)
         row = _Row(
             prompt if is_chat else check_prompt(prompt),
@@ -122,9 +123,14 @@ class Client:
             check_priority(priority),
             check_timeout(timeout),
             is_chat=is_chat,
-            stream=True,
+            stream=stream,
         )
         return self._take(row, block=block)
+
+    @property
+    def is_open(self) -> bool:
+        """True if requests are accepted."""
+        return self._driver.is_open
 
     def generate(
         self,
@@ -245,9 +251,11 @@ class Client:
         return with_progress(outputs, total=total, num_adapters_waiting=self._driver.num_adapters_waiting)
 
     @contextmanager
-    def _in_use(self, names: Iterable[str | None]) -> Iterator[dict[str | None, AdapterVersion | None]]:
+    def _in_use(
+        self, names: Iterable[str | AdapterVersion | None]
+    ) -> Iterator[dict[str | AdapterVersion | None, AdapterVersion | None]]:
         """Yield the versions of those names that are loaded, and keep them from being freed meanwhile."""
-        versions: dict[str | None, AdapterVersion | None] = {}
+        versions: dict[str | AdapterVersion | None, AdapterVersion | None] = {}
         try:
             for name in dict.fromkeys(names):
                 with suppress(_ToBeLoaded):
@@ -257,12 +265,12 @@ class Client:
             for version in versions.values():
                 self._adapters.release(version)
 
-    def _acquire(self, name: str | None) -> AdapterVersion | None:
+    def _acquire(self, name: str | AdapterVersion | None) -> AdapterVersion | None:
         """Return the version that answers; raise ``_ToBeLoaded`` where the adapter is known and not loaded."""
         try:
             return self._adapters.acquire(name)
         except AdapterNotLoadedError as error:
-            if self._known.knows(error.adapter):
+            if isinstance(name, str) and self._known.knows(name):
                 raise _ToBeLoaded from None
             raise self._known.unknown(error) from None
 
@@ -318,7 +326,7 @@ class Client:
 
     def _await_adapter(self, row: _Row, *, block: bool = True) -> RequestHandle:
         """Take a request whose adapter is still to be loaded."""
-        assert row.adapter is not None
+        assert isinstance(row.adapter, str)
         request = GenerationRequest(
             self._new_id(),
             "" if row.is_chat else row.prompt,
