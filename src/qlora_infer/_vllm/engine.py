@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import field, frozen
 
 from qlora_infer._vllm import environment, guarded_core, shared_memory, start_fault, torchvision_package
+from qlora_infer._vllm.asking import chat
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -48,10 +49,13 @@ from qlora_infer.sources import secrets
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
+    from qlora_infer.chat.conversation import Conversation
+    from qlora_infer.chat.template import ContentFormat
     from qlora_infer.config import EngineConfig
     from qlora_infer.files.extras import Extras
     from qlora_infer.plan.engine_plan import EnginePlan
     from qlora_infer.quantization import Platform
+    from qlora_infer.requests.arguments import PromptInput
 
 logger = logging.getLogger("qlora_infer")
 
@@ -105,8 +109,9 @@ class VLLMBackend:
 
     def __init__(self) -> None:
         self._engine: Any = None
-        # These two outlive the engine, so that a call after its end fails for that reason and no other.
+        # These three outlive the engine, so that a call after its end fails for that reason and no other.
         self._tokenizer: Any = None
+        self._renderer: Any = None
         self._default_sampling_params: Mapping[str, Any] = {}
         self._processes: Sequence[Any] = ()
         self._shared: set[str] = set()
@@ -114,6 +119,7 @@ class VLLMBackend:
         self._requests: dict[str, _Begun] = {}
         self._being_read: dict[AdapterVersion, None] = {}  # in the order of their calls
         self._scheduler = _SchedulerLog()
+        self._warned_of_two_bos = False
         self.max_num_seqs = 0
 
     @property
@@ -172,6 +178,7 @@ class VLLMBackend:
         self._engine.logger_manager = self._scheduler = _SchedulerLog()
         self.max_num_seqs = self._engine.vllm_config.scheduler_config.max_num_seqs
         self._tokenizer = self._engine.get_tokenizer()
+        self._renderer = self._engine.renderer
         self._default_sampling_params = self._engine.model_config.get_diff_sampling_param()
         self._processes = self._engine.engine_core.resources.engine_manager.processes
         self._shared = shared_memory.segments_of(self.pids)
@@ -222,12 +229,15 @@ class VLLMBackend:
         """Return the vocabulary of the model's tokenizer."""
         return dict(self._tokenizer.get_vocab())
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the conversation as text, ending where the assistant's answer begins."""
-        try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-        except Exception as error:
-            raise ValueError(f"the model's chat template cannot write these messages: {error}") from error
+    def render_chat(self, conversation: Conversation) -> PromptInput:
+        """Return the conversation as ``vllm.LLM.chat`` writes it."""
+        return chat.render(self._renderer, conversation)
+
+    def parse_chat(
+        self, conversation: Conversation, template: str, content_format: ContentFormat
+    ) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]:
+        """Return the messages as vLLM hands them to a template, and the media in them."""
+        return chat.parse(self._renderer, conversation, template, content_format)
 
     def lora_modules(self) -> ModelModules:
         """Ask the workers; with pipeline parallelism each has its own layers."""
@@ -364,10 +374,26 @@ class VLLMBackend:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         renderer = self._engine.renderer
-        prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
         params = renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=request.add_special_tokens)
+        prompt: Any
+        if isinstance(request.prompt, str):
+            prompt = {"prompt": request.prompt, **request.media}
+        else:
+            prompt = {"prompt_token_ids": list(request.prompt), **request.media}
         (rendered,) = renderer.render_cmpl([parse_model_prompt(self._engine.model_config, prompt)], params)
+        if request.add_special_tokens and isinstance(request.prompt, str):
+            self._warn_of_two_bos(rendered["prompt_token_ids"])
         return rendered
+
+    def _warn_of_two_bos(self, token_ids: Sequence[int]) -> None:
+        bos = self._tokenizer.bos_token_id if self._tokenizer is not None else None
+        if bos is not None and list(token_ids[:2]) == [bos, bos] and not self._warned_of_two_bos:
+            self._warned_of_two_bos = True
+            logger.warning(
+                "a prompt begins with two %s: its text has one, and the tokenizer adds another. For text that a chat "
+                "template has written, set add_special_tokens=False",
+                self._tokenizer.bos_token,
+            )
 
     def _output(self, output: Any) -> GenerationOutput:
         begun = self._requests[output.request_id]

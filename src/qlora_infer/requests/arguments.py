@@ -4,10 +4,85 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self, TypeAlias
+
+from attrs import field, frozen
+
+from qlora_infer.chat.conversation import Conversation, is_conversation
+
+#: What a prompt in the form of vLLM's mappings may have beside its text or tokens.
+MEDIA_FIELDS = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "cache_salt")
+#: What a conversation in the form of a mapping may have beside its messages.
+CHAT_FIELDS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 
 # Sequences of whole numbers, which are no token ids.
 _BYTES = (bytes, bytearray, memoryview)
+_NO_MEDIA: Mapping[str, Any] = {}
+
+
+@frozen(eq=False)
+class PromptInput:
+    """A prompt that is written.
+
+    Attributes:
+        prompt: Text, or token ids.
+        media: What vLLM takes beside it, such as ``multi_modal_data``.
+    """
+
+    prompt: str | tuple[int, ...]
+    media: Mapping[str, Any] = field(default=_NO_MEDIA, repr=False)
+
+    @classmethod
+    def of(cls, prompt: Mapping[str, Any]) -> Self:
+        """Read one of vLLM's mappings.
+
+        Raises:
+            TypeError: It has no text and no token ids, or something that is not among ``MEDIA_FIELDS``.
+        """
+        media = {name: value for name, value in prompt.items() if name in MEDIA_FIELDS}
+        given = [value for name in ("prompt_token_ids", "prompt") if (value := prompt.get(name)) is not None]
+        unknown = set(prompt) - {*media, "prompt", "prompt_token_ids"}
+        if unknown or not given:
+            raise TypeError(
+                f"a prompt's mapping has 'prompt' or 'prompt_token_ids', and {', '.join(MEDIA_FIELDS)}; "
+                f"this one has {', '.join(map(repr, prompt))}"
+            )
+        return cls(check_text(given[0]), media)
+
+
+AnyPrompt: TypeAlias = PromptInput | Conversation
+
+
+def check_prompt(prompt: Any) -> AnyPrompt:
+    """Return one prompt: text, token ids, a conversation, or a mapping with one of these.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: It is a conversation whose arguments contradict each other.
+    """
+    if is_conversation(prompt):
+        return Conversation.of(prompt)
+    if not isinstance(prompt, Mapping):
+        return PromptInput(check_text(prompt))
+    if "messages" not in prompt:
+        return PromptInput.of(prompt)
+    if unknown := set(prompt) - {"messages", *CHAT_FIELDS}:
+        raise TypeError(f"a conversation's mapping has 'messages' and {', '.join(CHAT_FIELDS)}, not {unknown}")
+    return Conversation.of(**prompt)
+
+
+def check_text(prompt: Any) -> str | tuple[int, ...]:
+    """Return a text or token ids; raise ``TypeError`` for anything else."""
+    if isinstance(prompt, str):
+        return prompt
+    if (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, _BYTES)
+        and prompt
+        and set(map(type, prompt)) == {int}  # not isinstance: True is no token
+    ):
+        return tuple(prompt)
+    raise TypeError(f"a prompt must be a string, a list of token ids, or a mapping, got {str(prompt)[:80]!r}")
 
 
 def check_unknown(method: str, unknown: Mapping[str, object]) -> None:
@@ -19,41 +94,27 @@ def check_unknown(method: str, unknown: Mapping[str, object]) -> None:
         )
 
 
-def check_prompt(prompt: Any) -> str | tuple[int, ...]:
-    """Return one prompt, a text or token ids; raise ``TypeError`` for anything else."""
-    if isinstance(prompt, str):
-        return prompt
-    if (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, _BYTES)
-        and prompt
-        and set(map(type, prompt)) == {int}  # not isinstance: True is no token
-    ):
-        return tuple(prompt)
-    raise TypeError(f"a prompt must be a string or a list of token ids, got {str(prompt)[:80]!r}")
-
-
-def is_conversation(prompt: Any) -> bool:
-    """Return whether a prompt is a list of messages."""
-    return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
-
-
-def prompt_list(prompts: Any) -> list[str | tuple[int, ...]]:
-    """Return a list of prompts, of one or several; raise ``TypeError`` for anything else."""
-    if isinstance(prompts, str):
-        return [prompts]
+def prompt_list(prompts: Any) -> list[AnyPrompt]:
+    """Return a list of prompts, of one or several; raise as ``check_prompt`` does."""
+    if isinstance(prompts, str | Mapping):
+        return [check_prompt(prompts)]
     if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
-        raise TypeError(f"prompts must be a string, token ids, or a list of them, got {type(prompts).__name__}")
+        raise TypeError(
+            f"prompts must be a string, token ids, a mapping, or a list of them, got {type(prompts).__name__}"
+        )
     if prompts and type(prompts[0]) is int:
         return [check_prompt(prompts)]
+    if any(isinstance(prompt, Mapping) and "role" in prompt for prompt in prompts):
+        raise TypeError("messages are no prompts: engine.chat takes a conversation, or a list of them")
     return [check_prompt(prompt) for prompt in prompts]
 
 
-def conversation_list(messages: Any) -> Sequence[Sequence[Mapping[str, Any]]]:
-    """Return a list of conversations, of one or several; raise ``TypeError`` for anything else."""
+def conversation_list(messages: Any, **arguments: Any) -> list[Conversation]:
+    """Return a list of conversations, of one or several, with the same arguments; raise as ``Conversation.of``."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise TypeError(f"messages must be a conversation or a list of them, got {str(messages)[:80]!r}")
-    return [messages] if isinstance(messages[0], Mapping) else messages
+    several = [messages] if isinstance(messages[0], Mapping) else messages
+    return [Conversation.of(each, **arguments) for each in several]
 
 
 def one_per_prompt(argument: str, value: Any, num_prompts: int) -> list[Any]:

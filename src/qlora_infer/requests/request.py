@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from attrs import field, frozen
@@ -13,8 +13,8 @@ from qlora_infer.display import BASE_MODEL, Cell, Displayed, DisplayedCollection
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
 
-#: Text, or token ids.
-Prompt = str | Sequence[int]
+#: Text, token ids, or one of vLLM's mappings: ``{"prompt": …, "multi_modal_data": {"image": …}}``.
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 @frozen(eq=False)
@@ -33,6 +33,7 @@ class GenerationRequest:
         queued: When the request was made, in seconds of ``time.monotonic()``.
         index: The prompt's place among those of one call.
         awaited: The name of the adapter where ``adapter`` is not there: it is being loaded, or cannot be.
+        media: What vLLM takes beside the prompt, such as ``multi_modal_data``.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class GenerationRequest:
     queued: float = field(factory=time.monotonic)
     index: int = 0
     awaited: str | None = None
+    media: Mapping[str, Any] = field(factory=dict, repr=False)
 
     @property
     def adapter_name(self) -> str | None:
