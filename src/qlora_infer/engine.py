@@ -99,6 +99,10 @@ class QuantizedLoRAEngine(Displayed):
         revision: The model's branch, tag or commit on the Hub.
         token: The Hub's access token, for the model and for adapters without one of their own. Never printed.
         engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
+        reasoning_parser: The name of the parser of vLLM that finds the thoughts in answers (``"qwen3"``,
+            ``"deepseek_r1"``): ``output.reasoning``, and ``output.content`` without them.
+        tool_call_parser: The name of the parser of vLLM that finds calls of tools (``"hermes"``, ``"llama3_json"``) in
+            answers to ``chat`` with ``tools``: ``output.tool_calls``.
         policy: ``"fair"`` shares the engine among adapters, so that none starves behind a busy one; see
             docs/scheduling.md. ``"fcfs"`` serves requests strictly in the order in which they came.
         max_waiting: Requests that may wait at a time; ``add_request`` then blocks or raises. ``None`` for no limit.
@@ -146,6 +150,8 @@ class QuantizedLoRAEngine(Displayed):
         revision: str | None = None,
         token: str | None = None,
         engine_args: Mapping[str, Any] | None = None,
+        reasoning_parser: str | None = None,
+        tool_call_parser: str | None = None,
         policy: Policy = "fair",
         max_waiting: int | None = None,
         restart: Literal["never", "on-failure"] = "never",
@@ -173,6 +179,8 @@ class QuantizedLoRAEngine(Displayed):
             revision=revision,
             token=token,
             engine_args=engine_args or {},
+            reasoning_parser=reasoning_parser,
+            tool_call_parser=tool_call_parser,
             policy=policy,
             max_waiting=max_waiting,
             restart=restart,

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import field, frozen
 
 from qlora_infer._vllm import environment, guarded_core, shared_memory, start_fault, torchvision_package
-from qlora_infer._vllm.asking import chat
+from qlora_infer._vllm.asking import chat, parsers
+from qlora_infer._vllm.asking.sampling import SamplingReader
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -44,7 +45,7 @@ from qlora_infer.errors import (
 from qlora_infer.files import scratch
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.requests.backend import StepOutput
-from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
+from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, Parsed, RequestTimes
 from qlora_infer.sources import secrets
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ UNKNOWN_ARCHITECTURE = re.compile(
     r"|Transformers does not recognize this architecture",
     re.DOTALL,
 )
+
+
+#: vLLM's core ends a request with an error and without a word where its grammar does not compile
+#: (``v1/core/sched/scheduler.py`` in 0.32.0, ``grammar_compile_error_reqs``).
+_WHY_ERROR = "its structured_outputs do not compile, or what it reads could not be loaded; vLLM's log has the reason"
 
 
 @frozen
@@ -112,7 +118,8 @@ class VLLMBackend:
         # These three outlive the engine, so that a call after its end fails for that reason and no other.
         self._tokenizer: Any = None
         self._renderer: Any = None
-        self._default_sampling_params: Mapping[str, Any] = {}
+        self._sampling = SamplingReader({})
+        self._parser: parsers.AnswerParser | None = None
         self._processes: Sequence[Any] = ()
         self._shared: set[str] = set()
         self._sockets: Path | None = None
@@ -158,6 +165,7 @@ class VLLMBackend:
         from vllm import EngineArgs
 
         engine_args = plan.engine_args
+        parsers.check_names(engine_args.get("reasoning_parser"), plan.tool_call_parser)
         self._sockets = scratch.new_folder("sockets-")
         with (
             _shielded_from_ctrl_c(),
@@ -179,9 +187,11 @@ class VLLMBackend:
         self.max_num_seqs = self._engine.vllm_config.scheduler_config.max_num_seqs
         self._tokenizer = self._engine.get_tokenizer()
         self._renderer = self._engine.renderer
-        self._default_sampling_params = self._engine.model_config.get_diff_sampling_param()
+        defaults = self._engine.model_config.get_diff_sampling_param()
+        self._sampling = SamplingReader(defaults, self._engine.vllm_config, self._tokenizer)
         self._processes = self._engine.engine_core.resources.engine_manager.processes
         self._shared = shared_memory.segments_of(self.pids)
+        self._parser = parsers.AnswerParser.of(self._engine.vllm_config, self._tokenizer, plan.tool_call_parser)
         threading.Thread(
             target=_report_death,
             args=(self._engine.engine_core, self._processes),
@@ -197,29 +207,12 @@ class VLLMBackend:
 
     def sampling_params(self, params: object, extras: Extras | None = None) -> Any:
         """vLLM's ``SamplingParams``, with the stop tokens of the adapter as vLLM adds those of the model."""
-        made = self._sampling_params(params, extras.sampling_defaults if extras else {})
+        made = self._sampling.read(params, extras.sampling_defaults if extras else {})
         if extras is None or not extras.stop_token_ids:
             return made
         made = made.clone()
         made.update_from_generation_config({"eos_token_id": list(extras.stop_token_ids)})
         return made
-
-    def _sampling_params(self, params: object, defaults: Mapping[str, Any]) -> Any:
-        from vllm import SamplingParams
-
-        if isinstance(params, SamplingParams):
-            return params.clone()  # whoever gave it may change it for the next request
-        if params is None:
-            params = {}
-        if not isinstance(params, Mapping):
-            raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
-        unknown = sorted(set(params) - set(SamplingParams.__struct_fields__))
-        if unknown:
-            raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
-        try:
-            return SamplingParams(**{**self._default_sampling_params, **defaults, **params})
-        except Exception as error:
-            raise ValueError(f"sampling_params: {error}") from error
 
     def special_tokens(self) -> Mapping[str, str]:
         """Return the special tokens of the model's tokenizer."""
@@ -309,6 +302,8 @@ class VLLMBackend:
             adapter = request.adapter
             try:
                 rendered = self._render(request)
+                if self._parser is not None and self._parser.keeps_special_tokens(request.conversation):
+                    params.skip_special_tokens = False
                 self._engine.add_request(
                     request.request_id,
                     rendered,
@@ -400,11 +395,18 @@ class VLLMBackend:
         request = begun.request
         if output.finished:
             del self._requests[output.request_id]
+        if any(completion.finish_reason == "error" for completion in output.outputs):
+            return GenerationOutput.failed(request, RequestRejectedError(f"vLLM cannot run this request: {_WHY_ERROR}"))
         # Of several completions of a streamed request vLLM tells only the one that has changed.
-        begun.completions.update((completion.index, _completion(completion)) for completion in output.outputs)
+        prompt_token_ids = tuple(output.prompt_token_ids or ())
+        for each in output.outputs:
+            parsed = None
+            if self._parser is not None and each.finish_reason is not None:
+                parsed = self._parser.parse(each.text, each.token_ids, prompt_token_ids, request.conversation)
+            begun.completions[each.index] = _completion(each, parsed)
         return GenerationOutput.of(
             request,
-            prompt_token_ids=tuple(output.prompt_token_ids or ()),
+            prompt_token_ids=prompt_token_ids,
             completions=tuple(completion for _, completion in sorted(begun.completions.items())),
             prompt_logprobs=output.prompt_logprobs,
             finished=output.finished,
@@ -567,7 +569,7 @@ def _free_host_memory() -> int:
         return free
 
 
-def _completion(completion: Any) -> Completion:
+def _completion(completion: Any, parsed: Parsed | None) -> Completion:
     return Completion(
         index=completion.index,
         text=completion.text,
@@ -576,6 +578,7 @@ def _completion(completion: Any) -> Completion:
         stop_reason=completion.stop_reason,
         logprobs=completion.logprobs,
         cumulative_logprob=completion.cumulative_logprob,
+        parsed=parsed,
     )
 
 

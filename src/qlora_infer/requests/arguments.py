@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
 from attrs import field, frozen
@@ -14,6 +15,21 @@ from qlora_infer.chat.conversation import Conversation, is_conversation
 MEDIA_FIELDS = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "cache_salt")
 #: What a conversation in the form of a mapping may have beside its messages.
 CHAT_FIELDS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+
+#: What an answer may have to look like, as vLLM 0.32's ``StructuredOutputsParams`` names it.
+STRUCTURES = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_STRUCTURE_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+
+# The fields of older versions and of other libraries, and what to write here.
+_OTHER_NAMES = {
+    **{f"guided_{name}": f'write {{"structured_outputs": {{"{name}": …}}}}' for name in STRUCTURES},
+    **dict.fromkeys(("guided_decoding", "response_format"), 'write {"structured_outputs": {"json": schema}}'),
+    "guided_decoding_backend": 'write engine_args={"structured_outputs_config": {"backend": …}} for the engine',
+    "guided_whitespace_pattern": 'write {"structured_outputs": {"whitespace_pattern": …, …}}',
+    **dict.fromkeys(("max_new_tokens", "max_completion_tokens", "max_length"), "write 'max_tokens'"),
+    "num_return_sequences": "write 'n'",
+    "do_sample": "'temperature': 0.0 takes the most probable token",
+}
 
 # Sequences of whole numbers, which are no token ids.
 _BYTES = (bytes, bytearray, memoryview)
@@ -154,3 +170,31 @@ def check_timeout(timeout: Any) -> float | None:
     if not timeout > 0:
         raise ValueError(f"timeout must be more than 0 seconds, got {timeout!r}")
     return float(timeout)
+
+
+def check_sampling_fields(params: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ``TypeError`` for fields that ``SamplingParams`` does not have, with the name that it has for them."""
+    for name in params:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = _OTHER_NAMES.get(name) or (f"did you mean {near[0]!r}?" if near else "")
+        raise TypeError(f"SamplingParams has no field {name!r}{': ' if hint else ''}{hint}")
+
+
+def check_structured_outputs(value: Any) -> None:
+    """Check a mapping of what answers must look like: one of ``STRUCTURES``, and vLLM's options.
+
+    Raises:
+        TypeError: It is no mapping, or has a field that there is not.
+        ValueError: It has none of ``STRUCTURES``, or several.
+    """
+    form = f'{{"json": schema}}, with one of {", ".join(STRUCTURES)}'
+    if not isinstance(value, Mapping):
+        raise TypeError(f"structured_outputs must be a mapping such as {form}, got {str(value)[:80]!r}")
+    if unknown := [name for name in value if name not in (*STRUCTURES, *_STRUCTURE_OPTIONS)]:
+        raise TypeError(f"structured_outputs has no field {unknown[0]!r}: it is a mapping such as {form}")
+    if len([name for name in STRUCTURES if value.get(name) is not None]) != 1:
+        raise ValueError(
+            f"structured_outputs must be a mapping such as {form} and no more, got {str(dict(value))[:80]}"
+        )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from attrs import field, frozen
 
+from qlora_infer.chat.conversation import Conversation
 from qlora_infer.chat.template import content_format, render
 from qlora_infer.errors import AdapterError, AdapterNotLoadedError, EngineDeadError, RequestError
 from qlora_infer.requests.arguments import (
@@ -324,6 +325,7 @@ class Client:
             written.prompt,
             made[key],
             media=written.media,
+            conversation=row.prompt if isinstance(row.prompt, Conversation) else None,
             adapter=version,
             stream=row.stream,
             # A template writes the special tokens itself.

@@ -15,7 +15,7 @@ from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import AdapterError, AdapterLoadError, EngineDeadError, RequestRejectedError
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.quantization import Platform
-from qlora_infer.requests.arguments import PromptInput
+from qlora_infer.requests.arguments import PromptInput, check_sampling_fields, check_structured_outputs
 from qlora_infer.requests.backend import StepOutput
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 from qlora_infer.testing._adapter import TINY_MODEL
@@ -188,9 +188,9 @@ class FakeEngine:
                 return copy.copy(params)
             raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
         params = {**(extras.sampling_defaults if extras else {}), **(params or {})}
-        unknown = sorted(set(params) - _SAMPLING_FIELDS)
-        if unknown:
-            raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
+        check_sampling_fields(params, _SAMPLING_FIELDS)
+        if params.get("structured_outputs") is not None:
+            check_structured_outputs(params["structured_outputs"])
         followed = FakeSamplingParams(**{name: value for name, value in params.items() if name in _FOLLOWED_FIELDS})
         if followed.n < 1 or (followed.max_tokens is not None and followed.max_tokens < 1):
             raise ValueError("sampling_params: max_tokens and n must be at least 1")

@@ -29,14 +29,14 @@ def render(renderer: Any, conversation: Conversation) -> PromptInput:
 
     config = renderer.model_config
     variables = {
-        **_plain(conversation.chat_template_kwargs),
+        **plain(conversation.chat_template_kwargs),
         "add_generation_prompt": conversation.add_generation_prompt,
         "continue_final_message": conversation.continue_final_message,
         # Templates of mistral-common write tokens, and no text.
         "tokenize": is_mistral_tokenizer(renderer.tokenizer) or config.enable_prompt_embeds,
     }
     if conversation.tools is not None:
-        variables["tools"] = _plain(conversation.tools)
+        variables["tools"] = plain(conversation.tools)
     messages = _messages(config, conversation)
     try:
         _, prompt = renderer.render_messages(messages, ChatParams(chat_template_kwargs=variables))
@@ -72,7 +72,7 @@ def _messages(config: Any, conversation: Conversation) -> Any:
     """Return a copy of the messages, in which vLLM may write, when all media in them may be read."""
     for url in _urls(conversation.messages):
         _check_url(config, url)
-    return _plain(conversation.messages)
+    return plain(conversation.messages)
 
 
 def _urls(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
@@ -95,10 +95,10 @@ def _check_url(config: Any, url: Any) -> None:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Copy mappings and sequences as dicts and lists, which is what vLLM looks for, and leave the rest as it is."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
