@@ -19,6 +19,7 @@ from vllm.entrypoints.common.offline import OfflineInferenceMixin
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers import hf
 
+from qlora_infer._vllm.asking import chat
 from qlora_infer._vllm.engine import VLLMBackend
 
 REFUSED = "refused"
@@ -46,11 +47,11 @@ def our_tokens(renderer, arguments, *, own_template=None):
 
 def vllms_tokens(renderer, arguments, template):
     """The tokens that ``vllm.LLM.chat`` hands to its engine."""
-    chat = SimpleNamespace(renderer=renderer, model_config=renderer.model_config, chat_template=None)
+    llm = SimpleNamespace(renderer=renderer, model_config=renderer.model_config, chat_template=None)
     arguments = json.loads(json.dumps(arguments))  # vLLM writes in them
     try:
         (made,) = OfflineInferenceMixin._preprocess_chat(
-            chat, [arguments.pop("messages")], chat_template=template, **arguments
+            llm, [arguments.pop("messages")], chat_template=template, **arguments
         )
     except (ValueError, VLLMValidationError):
         return REFUSED
@@ -131,6 +132,31 @@ def test_text_that_has_a_bos_is_warned_of(renderer, caplog):
     once = backend._render(GenerationRequest("0", "<s>hi", None, add_special_tokens=False))["prompt_token_ids"]
     assert once == backend._render(GenerationRequest("0", "hi", None))["prompt_token_ids"]
     assert len(caplog.records) == 1
+
+
+def test_all_parts_of_vllms_are_known():
+    """A part that may hold an address, and that the check does not know, would be fetched."""
+    from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
+
+    known = {*chat._ADDRESSES, *chat._MEDIA, *TEXT_PART_TYPES}
+    assert set(MM_PARSER_MAP) - known == {
+        "input_image",
+        "prompt_embeds",
+        "tool_reference",
+    }  # the first has an image_url
+
+
+@pytest.mark.parametrize(
+    "part", [{"image_url": "data:image/png;base64,AA"}, {"type": "input_audio", "input_audio": {}}]
+)
+def test_a_model_that_reads_text_only_says_so(renderer, part):
+    """An image or a sound for it is an error with its name, for the model's template and for an adapter's."""
+    backend = backend_of(renderer)
+    conversation = Conversation.of([{"role": "user", "content": [part]}])
+    with pytest.raises(ValueError, match="reads text only: it cannot be given a"):
+        backend.render_chat(conversation)
+    with pytest.raises(ValueError, match="reads text only"):
+        backend.parse_chat(conversation, TEMPLATES["Qwen-VL"], "openai")
 
 
 @pytest.mark.parametrize("url", ["http://host/a.png", "HTTPS://host/a.png", " http://host/a.png", "ftp://host/a.png"])

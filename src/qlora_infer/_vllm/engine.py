@@ -369,6 +369,8 @@ class VLLMBackend:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         renderer = self._engine.renderer
+        for kind in request.media.get("multi_modal_data") or ():
+            chat.check_senses(self._engine.model_config, kind)
         params = renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=request.add_special_tokens)
         prompt: Any
         if isinstance(request.prompt, str):

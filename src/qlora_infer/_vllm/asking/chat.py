@@ -13,6 +13,11 @@ from qlora_infer.chat.conversation import Conversation
 from qlora_infer.chat.template import ContentFormat
 from qlora_infer.requests.arguments import PromptInput
 
+#: The fields of OpenAI's and vLLM's content parts that are not text (``MM_PARSER_MAP`` in ``chat_utils.py``).
+_ADDRESSES = ("image_url", "audio_url", "video_url")
+_MEDIA = ("image_pil", "image_embeds", "audio_embeds", "video_embeds", "input_audio")
+_KINDS = {"image": "an image", "audio": "audio", "input": "audio", "video": "a video"}
+
 
 def render(renderer: Any, conversation: Conversation) -> PromptInput:
     """Write a conversation with the model's own template, as ``vllm.LLM.chat`` does.
@@ -70,19 +75,27 @@ def parse(
 
 def _messages(config: Any, conversation: Conversation) -> Any:
     """Return a copy of the messages, in which vLLM may write, when all media in them may be read."""
-    for url in _urls(conversation.messages):
-        _check_url(config, url)
+    for name, value in _media(conversation.messages):
+        if name in _ADDRESSES:
+            _check_url(config, value.get("url") if isinstance(value, Mapping) else value)
+        check_senses(config, name.partition("_")[0])
     return plain(conversation.messages)
 
 
-def _urls(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+def _media(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of parts that stand for something other than text, such as ``image_url``, and their values."""
     for message in messages:
         content = message.get("content")
         for part in content if isinstance(content, Sequence) else ():
             for name in part if isinstance(part, Mapping) else ():
-                if name.endswith("_url"):
-                    value = part[name]
-                    yield value.get("url") if isinstance(value, Mapping) else value
+                if name in _ADDRESSES or name in _MEDIA:
+                    yield name, part[name]
+
+
+def check_senses(config: Any, kind: str) -> None:
+    """Raise ``ValueError`` if a model that reads text only is given something else."""
+    if not config.is_multimodal_model:
+        raise ValueError(f"{config.model} reads text only: it cannot be given {_KINDS.get(kind, kind)}")
 
 
 def _check_url(config: Any, url: Any) -> None:
