@@ -10,7 +10,7 @@ from mlx_adapters import effects, factors, rounded, save_safetensors, write_mlx
 
 from qlora_infer.cli.app import app
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError, IncompatibleAdapterError
-from qlora_infer.testing import TINY_MODEL, fake_engine
+from qlora_infer.testing import TINY_MODEL, fake_engine, write_adapter
 
 
 def converted(folder, into):
@@ -72,6 +72,14 @@ def test_weights_under_pefts_name_are_taken_too(tmp_path):
     folder = write_mlx(tmp_path / "mlx")
     (folder / "adapters.safetensors").rename(folder / "adapter_model.safetensors")
     assert_same(converted(folder, tmp_path / "copy"), effects(factors(), 20.0))
+
+
+def test_a_config_for_mlx_and_peft_is_read_as_what_its_tensors_are(tmp_path):
+    """Programs write the fields of both: MLX's names of tensors make it MLX's, PEFT's make it PEFT's."""
+    fields = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    assert_same(converted(write_mlx(tmp_path / "mlx", scale=3.0, **fields), tmp_path / "a"), effects(factors(), 3.0))
+    of_peft = write_adapter(tmp_path / "peft", fine_tune_type="lora", lora_parameters={"rank": 8, "scale": 3.0})
+    assert make_copy(of_peft, tmp_path / "b")[0].format == "PEFT"
 
 
 @pytest.mark.parametrize("is_flat", [False, True], ids=["stacked", "before October 2025"])
@@ -166,8 +174,8 @@ def test_what_cannot_be_converted_says_why(fields, error, match, tmp_path):
 def test_tensors_that_are_no_factors_are_named(tmp_path):
     """Norms that were trained, too, would be lost: the adapter is refused with their names."""
     tensors = factors() | {"model.norm.weight": np.ones(64, "f4")}
-    _, manifest, _ = make_copy(write_mlx(tmp_path / "mlx", tensors), tmp_path / "copy")
-    assert "model.norm.weight" in manifest.unsupported[0]
+    with fake_engine() as engine, pytest.raises(IncompatibleAdapterError, match=r"model\.norm"):
+        engine.load_adapter("pirate", write_mlx(tmp_path / "mlx", tensors))
 
 
 def test_inspect_adapter_shows_the_format_and_refuses_as_the_engine_does(tmp_path, capsys):

@@ -42,11 +42,11 @@ class MLX:
     name: str = "MLX"
 
     def matches(self, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> bool:
-        """Return whether it is a config of theirs, none of which has ``peft_type``."""
+        """Return whether it is a config of theirs; one with ``peft_type`` is, if another program wrote it for both."""
         is_old_vlm = {"rank", "alpha"} <= config.keys() and any(name.endswith(".A") for name in tensors)
-        return "peft_type" not in config and (
-            is_old_vlm or not config.keys().isdisjoint(("fine_tune_type", "lora_parameters", "lora_layers"))
-        )
+        is_new = not config.keys().isdisjoint(("fine_tune_type", "lora_parameters", "lora_layers"))
+        is_pefts = "peft_type" in config and not any(name.endswith(".lora_a") for name in tensors)
+        return (is_new or is_old_vlm) and not is_pefts
 
     def convert(
         self, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
