@@ -29,7 +29,7 @@ _FIELDS = {
 
 # PEFT 0.21's other methods, and the way out of each: ``supports_lora_conversion`` is true of the layers of the first.
 _WAYS_OUT = {
-    "C3A DELORA FOURIERFT GRALORA LOHA LOKR MISS PSOFT RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT": (
+    "C3A DELORA FOURIERFT GRALORA LOHA LOKR MISS PSOFT RANDLORA TINYLORA UNILORA VBLORA WAVEFT": (
         "PEFT's peft.save_as_lora(folder, model, rank=...) makes a LoRA of it, the nearer the higher the rank: load "
         "that."
     ),
