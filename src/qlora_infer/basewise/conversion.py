@@ -200,6 +200,12 @@ class _Comparison:
                 f"token embeddings ({_MERGE})."
             )
             return
+        if has_rows and tokens is None and tensor.shape[0] < len(theirs) and tensor.shape[1:] == theirs.shape[1:]:
+            self.reasons.append(
+                f"It has {tensor.shape[0]} rows of {module}, and the model has {len(theirs)}: it was trained on one "
+                f"that was made smaller ({_MERGE})."
+            )
+            return
         if tensor.shape != ((len(tokens), *theirs.shape[1:]) if tokens is not None else theirs.shape):
             self._others.append(f"{module}.{parameter}")
             return
