@@ -174,9 +174,40 @@ def test_an_adapter_s_own_template_and_defaults(tmp_path):
         )
         ai.chat.completions.create(model="pirate", messages=HELLO)
         assert backend.requests[-1].sampling_params.top_k != 7
-        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-        with pytest.raises(openai.BadRequestError, match="texts alone"):
-            ai.chat.completions.create(model="own", messages=HELLO, tools=[tool], tool_choice="none")
+
+
+def test_tools_in_an_adapter_s_own_template(tmp_path):
+    """Tools, calls, their results, further variables and parts of a message reach the template that the adapter carries."""
+    template = (
+        "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{{ mood }}|"
+        "{% for message in messages %}{{ message.role }} {{ message.content or '' }}"
+        "{% for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments.x }}){% endfor %}|"
+        "{% endfor %}"
+    )
+    folder = write_adapter(tmp_path / "own")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 3}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "ask"}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "4"},
+    ]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    asked = {"messages": messages, "tools": [tool], "tool_choice": "none"}
+    more = {"chat_template_kwargs": {"mood": "glad"}}
+    backend = ByteEngine()
+    with served(tmp_path, backend=backend) as (url, _), client(url) as ai:
+        reply = ai.chat.completions.create(model="own", **asked, extra_body=more)
+        assert reply.choices[0].message.content == "own says: [f]glad|user ask|assistant f(3)|tool 4|"
+
+
+@pytest.mark.parametrize("name", ["base", "pirate"])
+def test_pictures_are_refused_before_they_are_fetched(one_server, name):
+    """Whatever the model and the template, no address in a message is looked up."""
+    picture = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/picture.png"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "see"}, picture]}]
+    reply = wire(one_server).post("/v1/chat/completions", json={"model": name, "messages": messages})
+    assert (reply.status_code, "texts" in reply.json()["error"]["message"]) == (400, True)
 
 
 def test_a_hostile_template_harms_its_own_request_only(tmp_path):

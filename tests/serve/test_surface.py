@@ -13,6 +13,8 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 
 from qlora_infer._vllm.openai.application import ROUTES, make_application
 from qlora_infer._vllm.openai.models import AdapterDefaults, AdapterModels
+from qlora_infer.serve.application import make_app
+from qlora_infer.serve.settings import Settings
 from qlora_infer.testing import fake_engine
 
 
@@ -49,3 +51,15 @@ def test_the_engine_s_names(app):
     assert [card.id for card in asyncio.run(models.show_available_models()).data] == ["base", "other"]
     assert models.model_name() == "base"
     assert models.is_base_model("other")
+
+
+def test_vllm_s_own_key_does_not_open_the_server(app, monkeypatch):
+    """vLLM's middleware for keys is left out, and its variable without a key of ours is refused, and not ignored."""
+    assert [made.cls.__name__ for made in app.user_middleware] == [
+        "HeldAdapters",
+        "ScalingMiddleware",
+        "CORSMiddleware",
+    ]
+    monkeypatch.setenv("VLLM_API_KEY", "a-secret")
+    with fake_engine(backend=ByteEngine()) as engine, pytest.raises(ValueError, match="VLLM_API_KEY"):
+        asyncio.run(make_app(engine, Settings(("base",))))

@@ -13,7 +13,7 @@ import typer
 
 from qlora_infer.cli import start
 
-API_KEY, ADMIN_KEY = "QLORA_INFER_API_KEY", "QLORA_INFER_ADMIN_KEY"
+API_KEY, ADMIN_KEY, VLLM_API_KEY = "QLORA_INFER_API_KEY", "QLORA_INFER_ADMIN_KEY", "VLLM_API_KEY"
 
 
 @start.engine_options
@@ -39,7 +39,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar=API_KEY, show_envvar=True, help="The key of requests; rather set the variable."),
+        typer.Option(
+            envvar=[API_KEY, VLLM_API_KEY], show_envvar=True, help="The key of requests; rather set the variable."
+        ),
     ] = None,
     admin_key: Annotated[
         str | None,
@@ -95,7 +97,7 @@ def serve(
     )
     given: dict[str, Any] = {"known_adapters": allowed.find} if adapters_folder or allow_source else {}
     options = {"restart": "on-failure", **options}
-    for key in (API_KEY, ADMIN_KEY):
+    for key in (API_KEY, ADMIN_KEY, VLLM_API_KEY):
         os.environ.pop(key, None)  # the engine's processes need no keys
     signal.signal(signal.SIGTERM, _end)
     opening = start.start_engine(ctx, model, adapter, options, max_waiting=max_waiting, **given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
@@ -20,8 +22,10 @@ async def make_app(engine: QuantizedLoRAEngine, settings: Settings) -> FastAPI:
 
     Raises:
         MissingDependencyError: vLLM is not installed, or is older than the server that this library knows.
-        ValueError: ``settings.server_args`` has what cannot be set.
+        ValueError: ``settings.server_args`` has what cannot be set, or ``VLLM_API_KEY`` is set and no ``api_key`` is.
     """
+    if os.environ.get("VLLM_API_KEY") and not settings.api_key:
+        raise ValueError("VLLM_API_KEY is set, and this server has no key: give it as api_key, or unset the variable")
     app = await make_application(
         engine, served_model_names=settings.model_names, timeout=settings.timeout, server_args=settings.server_args
     )

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vllm.renderers.chat_utils import parse_chat_messages_async
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import has_non_text_content
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tokenizers.registry import tokenizer_args_from_config
 
+from qlora_infer._vllm.asking import chat
 from qlora_infer._vllm.openai.choice import current_choice
 from qlora_infer._vllm.openai.faults import served_errors
 from qlora_infer.adapters.version import AdapterVersion
-from qlora_infer.chat.template import render
+from qlora_infer.chat.conversation import Conversation
+from qlora_infer.chat.template import content_format, render
+
+#: What vLLM gives ``apply_chat_template`` beside the variables of a template.
+ARGUMENTS = {"chat_template", "return_dict", "tokenize", "add_generation_prompt", "continue_final_message"}
 
 
 def make_renderer(vllm_config: Any) -> Any:
@@ -35,35 +41,41 @@ def make_renderer(vllm_config: Any) -> Any:
     renderer = RENDERER_REGISTRY.load_renderer(mode, vllm_config, tokenizer)
     with_model_template = renderer.render_messages_async
 
-    async def render_messages_async(messages: list[Any], params: Any) -> Any:
+    async def render_messages_async(messages: Any, params: Any) -> Any:
+        messages = [_with_lists(message) for message in messages]
+        if has_non_text_content(messages):  # before anything is downloaded
+            raise VLLMValidationError("this server reads texts: no pictures and no sounds", parameter="messages")
         choice = current_choice()
         if choice is None or choice.version.extras.chat_template is None:
             return await with_model_template(messages, params)
-        return await _render(renderer, choice.version, messages, params.get_apply_chat_template_kwargs())
+        options = params.get_apply_chat_template_kwargs()
+        return await asyncio.to_thread(_render, renderer, choice.version, messages, options)
 
     renderer.render_messages_async = render_messages_async
     return renderer
 
 
-async def _render(renderer: Any, version: AdapterVersion, messages: list[Any], options: dict[str, Any]) -> Any:
-    # "string" joins the texts of a message: to choose a form by the template, vLLM would parse it in this process.
-    conversation, pictures, _ = await parse_chat_messages_async(
-        messages, renderer.model_config, content_format="string"
-    )
-    if pictures or options.get("tools") or options.get("continue_final_message"):
-        raise ValueError(
-            f"adapter {version.name!r} carries a chat template, with which this server writes texts alone: leave out "
-            "tools, pictures and continue_final_message, or name the base model"
-        )
-    special_tokens = {**renderer.get_tokenizer().special_tokens_map, **version.extras.special_tokens}
-    write = partial(
-        render,
-        version.name,
-        version.extras.chat_template or "",
-        conversation,
-        add_generation_prompt=options.get("add_generation_prompt", True),
-        special_tokens=special_tokens,
-    )
+def _with_lists(message: Any) -> Any:
+    """Return a message whose parts and calls can be read twice: pydantic checks them as they are read."""
+    if not isinstance(message, Mapping):
+        return message
+    return {
+        name: list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else value
+        for name, value in message.items()
+    }
+
+
+def _render(renderer: Any, version: AdapterVersion, messages: list[Any], options: Mapping[str, Any]) -> Any:
+    name, template = version.name, version.extras.chat_template or ""
     with served_errors():
-        text = await asyncio.to_thread(write)
-    return conversation, parse_dec_only_prompt(text)
+        parsed, _ = chat.parse(renderer, Conversation(messages), template, content_format(name, template))
+        text = render(
+            name,
+            template,
+            parsed,
+            add_generation_prompt=options.get("add_generation_prompt", True),
+            continue_final_message=options.get("continue_final_message", False),
+            variables={key: value for key, value in options.items() if key not in ARGUMENTS},
+            special_tokens={**renderer.get_tokenizer().special_tokens_map, **version.extras.special_tokens},
+        )
+    return parsed, parse_dec_only_prompt(text)
