@@ -18,7 +18,7 @@ HI = [{"role": "user", "content": "hi"}]
 @pytest.fixture
 def engine(tmp_path):
     """An engine with an adapter that carries a template, whose answers are its prompts."""
-    folder = write_adapter("own", tmp_path / "own")
+    folder = write_adapter(tmp_path / "own")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     with fake_engine(backend=FakeEngine(reply=lambda prompt, adapter: prompt), adapters={"own": folder}) as engine:
         yield engine
