@@ -57,7 +57,7 @@ def test_a_mapping_holds_a_conversation_with_its_arguments(engine):
 
 def test_a_mapping_holds_text_or_tokens(engine):
     """vLLM's own mappings are prompts."""
-    outputs = engine.generate([{"prompt": "hi"}, {"prompt_token_ids": [1, 2]}], use_tqdm=False)
+    outputs = engine.generate([{"prompt": "hi", "messages": None}, {"prompt_token_ids": [1, 2]}], use_tqdm=False)
     assert [output.prompt for output in outputs] == ["hi", None]
     assert outputs[1].prompt_token_ids == (1, 2)
 

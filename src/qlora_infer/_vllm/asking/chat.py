@@ -88,7 +88,7 @@ def _media(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
         content = message.get("content")
         for part in content if isinstance(content, Sequence) else ():
             for name in part if isinstance(part, Mapping) else ():
-                if name in _ADDRESSES or name in _MEDIA:
+                if (name in _ADDRESSES or name in _MEDIA) and part[name] is not None:
                     yield name, part[name]
 
 
