@@ -159,7 +159,8 @@ def test_a_request_keeps_the_version_that_it_found(tmp_path):
 def test_an_adapter_s_own_template_and_defaults(tmp_path):
     """A chat is written with the template that the adapter carries, in another process, and sampled as it says."""
     folder = write_adapter(tmp_path / "own")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    template = TEMPLATE + "{% if tools %} {{ tools[0].function.name }} {{ mood }}{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "top_k": 7}))
     backend = ByteEngine()
     with served(tmp_path, backend=backend) as (url, _), client(url) as ai:
@@ -175,8 +176,15 @@ def test_an_adapter_s_own_template_and_defaults(tmp_path):
         ai.chat.completions.create(model="pirate", messages=HELLO)
         assert backend.requests[-1].sampling_params.top_k != 7
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-        with pytest.raises(openai.BadRequestError, match="texts alone"):
-            ai.chat.completions.create(model="own", messages=HELLO, tools=[tool], tool_choice="none")
+        more = {"chat_template_kwargs": {"mood": "calm"}}
+        reply = ai.chat.completions.create(
+            model="own", messages=HELLO, tools=[tool], tool_choice="none", extra_body=more
+        )
+        assert reply.choices[0].message.content.endswith("<answer> f calm")
+        begun = [*HELLO, {"role": "assistant", "content": "it is"}]
+        more = {"continue_final_message": True, "add_generation_prompt": False}
+        reply = ai.chat.completions.create(model="own", messages=begun, extra_body=more)
+        assert reply.choices[0].message.content.endswith("<assistant> it is")
 
 
 def test_a_hostile_template_harms_its_own_request_only(tmp_path):

@@ -17,10 +17,14 @@ from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tokenizers.registry import tokenizer_args_from_config
 
+from qlora_infer._vllm.asking.chat import with_known_roles
 from qlora_infer._vllm.openai.choice import current_choice
 from qlora_infer._vllm.openai.faults import served_errors
 from qlora_infer.adapters.version import AdapterVersion
-from qlora_infer.chat.template import render
+from qlora_infer.chat.template import content_format, render
+
+#: The arguments of ``apply_chat_template`` that are no variables of a template.
+_NOT_VARIABLES = ("add_generation_prompt", "continue_final_message", "chat_template", "return_dict", "tokenize")
 
 
 def make_renderer(vllm_config: Any) -> Any:
@@ -46,23 +50,25 @@ def make_renderer(vllm_config: Any) -> Any:
 
 
 async def _render(renderer: Any, version: AdapterVersion, messages: list[Any], options: dict[str, Any]) -> Any:
-    # "string" joins the texts of a message: to choose a form by the template, vLLM would parse it in this process.
-    conversation, pictures, _ = await parse_chat_messages_async(
-        messages, renderer.model_config, content_format="string"
-    )
-    if pictures or options.get("tools") or options.get("continue_final_message"):
+    template = version.extras.chat_template or ""
+    with served_errors():
+        form = await asyncio.to_thread(content_format, version.name, template)
+    conversation, pictures, _ = await parse_chat_messages_async(messages, renderer.model_config, content_format=form)
+    if pictures:
         raise ValueError(
             f"adapter {version.name!r} carries a chat template, with which this server writes texts alone: leave out "
-            "tools, pictures and continue_final_message, or name the base model"
+            "pictures, or name the base model"
         )
-    special_tokens = {**renderer.get_tokenizer().special_tokens_map, **version.extras.special_tokens}
+    conversation = with_known_roles(conversation, template)
     write = partial(
         render,
         version.name,
-        version.extras.chat_template or "",
+        template,
         conversation,
         add_generation_prompt=options.get("add_generation_prompt", True),
-        special_tokens=special_tokens,
+        continue_final_message=bool(options.get("continue_final_message")),
+        variables={name: value for name, value in options.items() if name not in _NOT_VARIABLES},
+        special_tokens={**renderer.get_tokenizer().special_tokens_map, **version.extras.special_tokens},
     )
     with served_errors():
         text = await asyncio.to_thread(write)
