@@ -55,8 +55,7 @@ class RequestTracer:
             return None  # no SDK is configured, yet
         try:
             epoch = time.time() - time.monotonic()
-            # A conversation's template has written the special tokens.
-            operation = "text_completion" if request.add_special_tokens else "chat"
+            operation = "text_completion" if request.conversation is None else "chat"
             attributes = {"gen_ai.operation.name": operation, **self._attributes(request)}
             span = self._tracer.start_span(
                 f"{operation} {self.model}", attributes=attributes, start_time=_ns(request.queued + epoch)

@@ -90,7 +90,10 @@ def parser_of(renderer, *, reasoning="", tools=None):
     return AnswerParser.of(config, renderer.tokenizer, tools)
 
 
-def parse(parser, text, conversation=None):
+TALK = Conversation.of([{"role": "user", "content": "hi"}])
+
+
+def parse(parser, text, conversation=TALK):
     return parser.parse(text, parser.tokenizer.encode(text, add_special_tokens=False), [1], conversation)
 
 

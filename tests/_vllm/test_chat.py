@@ -159,6 +159,14 @@ def test_a_model_that_reads_text_only_says_so(renderer, part):
         backend.parse_chat(conversation, TEMPLATES["Qwen-VL"], "openai")
 
 
+def test_fields_without_a_value_are_not_there(renderer):
+    """Arrow gives each part of a content the fields of all, with nulls."""
+    part = {"type": "text", "text": "hi", "image_url": None}
+    assert our_tokens(
+        renderer, {"messages": [{"role": "user", "content": [part], "tool_calls": None, "name": None}]}
+    ) == (our_tokens(renderer, {"messages": [{"role": "user", "content": "hi"}]}))
+
+
 @pytest.mark.parametrize("url", ["http://host/a.png", "HTTPS://host/a.png", " http://host/a.png", "ftp://host/a.png"])
 @pytest.mark.parametrize(
     "part",

@@ -18,7 +18,7 @@ HI = [{"role": "user", "content": "hi"}]
 @pytest.fixture
 def engine(tmp_path):
     """An engine with an adapter that carries a template, whose answers are its prompts."""
-    folder = write_adapter("own", tmp_path / "own")
+    folder = write_adapter(tmp_path / "own")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     with fake_engine(backend=FakeEngine(reply=lambda prompt, adapter: prompt), adapters={"own": folder}) as engine:
         yield engine
@@ -57,7 +57,7 @@ def test_a_mapping_holds_a_conversation_with_its_arguments(engine):
 
 def test_a_mapping_holds_text_or_tokens(engine):
     """vLLM's own mappings are prompts."""
-    outputs = engine.generate([{"prompt": "hi"}, {"prompt_token_ids": [1, 2]}], use_tqdm=False)
+    outputs = engine.generate([{"prompt": "hi", "messages": None}, {"prompt_token_ids": [1, 2]}], use_tqdm=False)
     assert [output.prompt for output in outputs] == ["hi", None]
     assert outputs[1].prompt_token_ids == (1, 2)
 

@@ -28,6 +28,7 @@ from qlora_infer import (
 )
 from qlora_infer.ray import AdapterServer, GenerationStage, build_app
 from qlora_infer.ray.server import STATUSES
+from qlora_infer.ray.stage import _without_nulls
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 pytestmark = pytest.mark.timeout(300)
@@ -167,6 +168,14 @@ def test_conversations_and_token_ids_are_prompts_too():
     assert stage.answer(pa.table({"prompt": [[1, 2]]}))["num_prompt_tokens"].to_pylist() == [2]
 
 
+def test_a_structure_of_one_row_has_no_nulls_of_others():
+    """Arrow gives each row the fields of all, also inside of structured_outputs and its schema."""
+    schemas = [{"type": "object", "properties": {"a": {"type": "string"}}}, {"enum": [1, None]}]
+    params = pa.array([{"structured_outputs": {"json": schema}, "seed": None} for schema in schemas]).to_pylist()
+    assert params[1]["structured_outputs"]["json"]["type"] is None
+    assert [_without_nulls(each) for each in params] == [{"structured_outputs": {"json": schema}} for schema in schemas]
+
+
 def test_the_stage_refuses_what_it_cannot_read():
     """A batch in another format, and a dataset without prompts, are told what is missing."""
     stage = GenerationStage(fake_engine)
@@ -294,6 +303,7 @@ def test_answers_streams_and_errors_of_a_replica(serving, url, adapters, tmp_pat
         (400, "RequestRejectedError", post(url, None, "word " * 60, stream=True)),
         (400, "ValueError", post(url, None, "ahoy", sampling_params={"max_tokens": 0})),
         (400, "ValueError", post(url, None, "ahoy", temperature=0)),
+        (400, "ValueError", post(url, None, {"prompt": "ahoy", "multi_modal_data": {"image": [[0.0]]}})),
         (400, "ValueError", httpx.post(url, content=b"ahoy", timeout=120)),
     ]
     for status, error_type, answer in wrong:

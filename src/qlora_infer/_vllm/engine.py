@@ -307,7 +307,8 @@ class VLLMBackend:
             adapter = request.adapter
             try:
                 rendered = self._render(request)
-                if self._parser is not None and self._parser.keeps_special_tokens(request.conversation):
+                conversation = request.conversation
+                if self._parser is not None and conversation and self._parser.keeps_special_tokens(conversation):
                     params.skip_special_tokens = False
                 self._engine.add_request(
                     request.request_id,
@@ -408,7 +409,7 @@ class VLLMBackend:
         prompt_token_ids = tuple(output.prompt_token_ids or ())
         for each in output.outputs:
             parsed = None
-            if self._parser is not None and each.finish_reason is not None:
+            if self._parser is not None and request.conversation is not None and each.finish_reason is not None:
                 parsed = self._parser.parse(each.text, each.token_ids, prompt_token_ids, request.conversation)
             begun.completions[each.index] = _completion(each, parsed)
         return GenerationOutput.of(

@@ -189,6 +189,9 @@ class _Answers:
             "num_prompt_tokens": len(output.prompt_token_ids),
             "num_tokens": output.num_tokens,
         }
+        if output.completions[0].parsed is not None:
+            calls = [call.to_message() for call in output.tool_calls]
+            fields |= {"content": output.content, "reasoning": output.reasoning, "tool_calls": calls}
         if len(output.completions) > 1:
             fields["texts"] = [completion.text for completion in output.completions]
         write_record(self._file, line.record(**fields))

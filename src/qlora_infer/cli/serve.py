@@ -60,7 +60,7 @@ def serve(
         typer.Option(
             metavar="JSON",
             parser=start.json_object,
-            help='Further arguments of `vllm serve`, such as \'{"tool_call_parser": "hermes"}\'.',
+            help='Further arguments of `vllm serve`, such as \'{"response_role": "helper"}\'.',
         ),
     ] = None,
     *,

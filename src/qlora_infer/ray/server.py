@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from qlora_infer import errors
 from qlora_infer.adapters.version import LoadedAdapter
 from qlora_infer.ray.replica import EngineFactory
+from qlora_infer.requests.arguments import MEDIA_FIELDS
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.request import GenerationOutput
 
@@ -181,6 +182,10 @@ def _parse(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
         sampling_params, streamed = fields.pop("sampling_params", None), fields.pop("stream", False)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("the body must be a JSON object with the field 'prompt'") from None
+    if isinstance(prompt, dict) and (media := sorted(set(MEDIA_FIELDS) & set(prompt))):
+        raise ValueError(
+            f"the prompt has {media[0]!r}, which is for callers in Python: send images as parts of messages"
+        )
     if fields:
         raise ValueError(f"the body has unknown fields: {', '.join(sorted(fields))}")
     return prompt, sampling_params, bool(streamed)

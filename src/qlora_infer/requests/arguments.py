@@ -80,6 +80,7 @@ def check_prompt(prompt: Any) -> AnyPrompt:
         return Conversation.of(prompt)
     if not isinstance(prompt, Mapping):
         return PromptInput(check_text(prompt))
+    prompt = {name: value for name, value in prompt.items() if value is not None}  # Arrow gives a row all rows' fields
     if "messages" not in prompt:
         return PromptInput.of(prompt)
     if unknown := set(prompt) - {"messages", *CHAT_FIELDS}:

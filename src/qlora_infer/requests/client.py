@@ -79,6 +79,10 @@ class _Row:
     stream: bool = False
     add_special_tokens: bool = True
 
+    @property
+    def conversation(self) -> Conversation | None:
+        return self.prompt if isinstance(self.prompt, Conversation) else None
+
 
 _Made: TypeAlias = "dict[tuple[int, AdapterVersion | None], Any]"
 
@@ -333,7 +337,7 @@ class Client:
             written.prompt,
             made[key],
             media=written.media,
-            conversation=row.prompt if isinstance(row.prompt, Conversation) else None,
+            conversation=row.conversation,
             adapter=version,
             stream=row.stream,
             # A template writes the special tokens itself.
@@ -357,6 +361,7 @@ class Client:
             queued=row.queued,
             index=row.index,
             awaited=row.adapter,
+            conversation=row.conversation,
         )
         handle = self._submit(request, block=block)
         self._known.request(row.adapter, partial(self._complete, handle._pending, row))

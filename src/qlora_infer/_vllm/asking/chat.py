@@ -63,14 +63,20 @@ def parse(
     messages = _messages(config, conversation)
     try:
         parsed, data, uuids = hf.parse_chat_messages(messages, config, content_format=content_format)
-        if any(message["role"] == "developer" for message in parsed) and not hf._detect_developer_role_support(
-            template
-        ):
-            parsed = hf._consolidate_system_messages(hf._convert_developer_to_system(parsed))
+        parsed = with_known_roles(parsed, template)
     except Exception as error:
         raise ValueError(f"these messages cannot be read: {error}") from error
     media = {"multi_modal_data": data, "multi_modal_uuids": uuids}
     return parsed, {name: value for name, value in media.items() if value is not None}
+
+
+def with_known_roles(messages: list[Any], template: str) -> list[Any]:
+    """Return parsed messages, those of a developer as the system's where the template has no such role."""
+    from vllm.renderers import hf
+
+    if any(message["role"] == "developer" for message in messages) and not hf._detect_developer_role_support(template):
+        return list(hf._consolidate_system_messages(hf._convert_developer_to_system(messages)))
+    return messages
 
 
 def _messages(config: Any, conversation: Conversation) -> Any:
@@ -88,7 +94,7 @@ def _media(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
         content = message.get("content")
         for part in content if isinstance(content, Sequence) else ():
             for name in part if isinstance(part, Mapping) else ():
-                if name in _ADDRESSES or name in _MEDIA:
+                if (name in _ADDRESSES or name in _MEDIA) and part[name] is not None:
                     yield name, part[name]
 
 

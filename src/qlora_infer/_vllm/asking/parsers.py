@@ -72,14 +72,14 @@ class AnswerParser:
             raise ValueError(str(error)) from error
         return cls(parser_class, tokenizer, config) if parser_class is not None else None
 
-    def keeps_special_tokens(self, conversation: Conversation | None) -> bool:
+    def keeps_special_tokens(self, conversation: Conversation) -> bool:
         """Return whether the parser finds its marks among special tokens, which an answer's text must then have."""
         request = _chat_request(conversation)
         adjusted = self._parser(request, conversation).adjust_request(request)
         return adjusted.skip_special_tokens is False
 
     def parse(
-        self, text: str, token_ids: Sequence[int], prompt_token_ids: Sequence[int], conversation: Conversation | None
+        self, text: str, token_ids: Sequence[int], prompt_token_ids: Sequence[int], conversation: Conversation
     ) -> Parsed:
         """Parse a whole answer; one that the parser fails on is all content."""
         request = _chat_request(conversation)
@@ -94,19 +94,19 @@ class AnswerParser:
             return Parsed(content=text)
         return Parsed(content or "", reasoning or None, tuple(_tool_call(call) for call in calls or ()))
 
-    def _parser(self, request: Any, conversation: Conversation | None) -> Any:
-        variables = plain(conversation.chat_template_kwargs) if conversation is not None else {}
+    def _parser(self, request: Any, conversation: Conversation) -> Any:
+        variables = plain(conversation.chat_template_kwargs)
         return self.parser_class(
             self.tokenizer, request.tools, chat_template_kwargs=variables, model_config=self.model_config
         )
 
 
-def _chat_request(conversation: Conversation | None) -> Any:
+def _chat_request(conversation: Conversation) -> Any:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     # Of the messages, parsers read nothing; what vLLM's protocol would refuse in them is no matter here.
     fields: dict[str, Any] = {"messages": [{"role": "user", "content": ""}]}
-    if conversation is not None and conversation.tools:
+    if conversation.tools:
         fields |= {"tools": plain(conversation.tools), "tool_choice": "auto"}
     return ChatCompletionRequest(**fields)
 

@@ -69,8 +69,12 @@ async def make_application(
 
     config = vllm_config(engine)
     client = AdapterEngineClient(engine._client, config, timeout=timeout)
+    parsers = {"tool_call_parser": engine.plan.tool_call_parser} if engine.plan.tool_call_parser is not None else {}
     arguments = server_arguments(
-        config, model=engine._config.model, served_model_names=served_model_names, given=server_args or {}
+        config,
+        model=engine._config.model,
+        served_model_names=served_model_names,
+        given={**parsers, **(server_args or {})},
     )
     tasks = await client.get_supported_tasks()
     app: FastAPI = build_app(arguments, tasks, client.model_config)
