@@ -120,6 +120,39 @@ def test_an_adapter_of_another_architecture_is_told_so():
         assert words in text
 
 
+def test_another_architecture_is_named_only_where_names_and_sizes_are_another_s():
+    """Sizes of this model under other names, and names of this model in other sizes, are no other architecture."""
+    (other_names,) = reasons(manifest({"net.block.0.q": (576, 576)}))
+    (other_sizes,) = reasons(manifest({"net.layers.0.self_attn.q_proj": (64, 64)}))
+    (other_both,) = reasons(manifest({"net.block.0.q": (64, 64)}))
+    assert "None of its 1 modules" in other_names
+    assert "trained on" not in other_names
+    assert other_sizes.endswith("Their sizes differ, too: it was trained on another model.")
+    assert other_both.endswith("Their sizes differ, too: it was trained on another architecture.")
+
+
+def test_a_resized_vocabulary_is_no_other_size():
+    """An embedding of another vocabulary has new tokens; one of another width is of another model."""
+    model = ModelModules({"model.embed_tokens": ModuleShape(1000, 64), "lm_head": ModuleShape(64, 1000)})
+    for modules, words in (
+        ({"model.embed_tokens": (1008, 64)}, "its vocabulary was resized"),
+        ({"lm_head": (64, 1008)}, "its vocabulary was resized"),
+        ({"lm_head": (32, 1000)}, "a model of another size"),
+    ):
+        with pytest.raises(IncompatibleAdapterError, match=words):
+            check("pirate", manifest(modules), model, max_lora_rank=8)
+
+
+def test_another_number_of_experts_is_told():
+    """The sizes of a layer of experts may be the model's, and their number not."""
+    layer = "model.layers.0.mlp.experts"
+    model = ModelModules({layer: ModuleShape(8, 16, 4), f"{layer}.base_layer": ModuleShape(16, 32, 4)})
+    module = LoRAModule(8, 8, 16, num_experts=2)
+    adapter = AdapterManifest(Path("adapter"), None, 8, {layer: module}, (), 0)
+    with pytest.raises(IncompatibleAdapterError, match="experts has factors of 2 experts in it, of 4 in the model"):
+        check("pirate", adapter, model, max_lora_rank=8)
+
+
 def test_every_reason_is_in_one_error():
     """Unsupported features, rank, unknown modules and shapes are told together, in this order."""
     modules = {**SMOLLM2, "model.layers.0.mlp.up_proj": (576, 576), "model.layers.40.mlp.up_proj": (576, 1536)}

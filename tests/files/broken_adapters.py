@@ -241,7 +241,7 @@ BROKEN: tuple[BrokenAdapter, ...] = (
                   CorruptAdapterError, "not valid JSON"),
     BrokenAdapter("no-rank", config_without("r"), CorruptAdapterError, "no 'r'"),
     BrokenAdapter("no-alpha", config_without("lora_alpha"), CorruptAdapterError, "no 'lora_alpha'"),
-    BrokenAdapter("no-targets", config_without("target_modules"), CorruptAdapterError, "no 'target_modules'"),
+    BrokenAdapter("targets-are-a-number", config_with(target_modules=3), CorruptAdapterError, "'target_modules' must be"),
     BrokenAdapter("rank-zero", config_with(r=0), CorruptAdapterError, "'r' must be"),
     BrokenAdapter("rank-negative", config_with(r=-4), CorruptAdapterError, "'r' must be"),
     BrokenAdapter("rank-text", config_with(r="eight"), CorruptAdapterError, "'r' must be"),

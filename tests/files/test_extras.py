@@ -29,7 +29,10 @@ from qlora_infer.errors import (
     UnsafeAdapterError,
 )
 from qlora_infer.files import added_tokens, extras
+from qlora_infer.files import content as adapter_content
+from qlora_infer.files.content import copy_adapter
 from qlora_infer.files.extras import Extras, check_tokens, read_extras, with_model_tokens
+from qlora_infer.testing import write_adapter
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
@@ -425,11 +428,44 @@ def test_the_ends_of_the_ranges_are_those_of_vllm() -> None:
 
 @pytest.mark.parametrize("name", extras.MAX_BYTES)
 def test_each_file_is_read_up_to_its_limit(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of any size costs no more memory than its limit."""
+    """A file of any size costs no more memory than its limit, and is left out; strict refuses it."""
     monkeypatch.setitem(extras.MAX_BYTES, name, 100)
     (tmp_path / name).write_bytes(b"{" + b" " * 100)
+    found = read_extras("large", tmp_path)
+    assert (found.left_out, found.file_names) == ({name: f"{name} is too large: it may have 100 bytes"}, ())
     with pytest.raises(CorruptAdapterError, match="too large: it may have 100 bytes"):
-        read_extras("large", tmp_path)
+        read_extras("large", tmp_path, strict=True)
+
+
+@pytest.mark.parametrize("name", extras.MAX_BYTES)
+def test_another_file_in_a_file_s_place_is_left_out(tmp_path: Path, name: str) -> None:
+    """A Git LFS pointer, or a web page, is neither a template nor JSON; strict refuses it."""
+    for content, words in (
+        ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("<!DOCTYPE html>", "web page"),
+    ):
+        (tmp_path / name).write_text(content)
+        found = read_extras("pointer", tmp_path)
+        assert words in found.left_out[name]
+        assert (found.chat_template, found.file_names) == (None, ())
+        with pytest.raises(CorruptAdapterError, match=words):
+            read_extras("pointer", tmp_path, strict=True)
+
+
+@pytest.mark.parametrize("name", extras.MAX_BYTES)
+def test_a_file_that_is_too_large_is_not_copied(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of it takes no room, and says that it is too large; so does a link that leads nowhere."""
+    for module in (extras, adapter_content):
+        monkeypatch.setattr(module, "MAX_BYTES", {**extras.MAX_BYTES, name: 1 << 20})
+    source = write_adapter(tmp_path / "source")
+    (source / name).write_bytes(b" " * ((1 << 20) + 1))
+    copy_adapter("large", source, tmp_path / "copy", allow_pickle=False)
+    assert (tmp_path / "copy" / name).stat().st_blocks == 0
+    assert "too large" in read_extras("large", tmp_path / "copy").left_out[name]
+    (source / name).unlink()
+    (source / name).symlink_to("nowhere")
+    copy_adapter("large", source, tmp_path / "again", allow_pickle=False)
+    assert "leads nowhere" in read_extras("large", tmp_path / "again").left_out[name]
 
 
 @pytest.mark.parametrize("name", extras.MAX_BYTES)
@@ -451,11 +487,11 @@ def test_no_file_is_a_link_that_leaves_the_folder(tmp_path: Path, name: str) -> 
     (inside / name).rmdir()
     (inside / name).symlink_to("nowhere")
     with pytest.raises(CorruptAdapterError, match="leads nowhere"):
-        read_extras("broken", inside)
+        read_extras("broken", inside, strict=True)
     (inside / name).unlink()
     (inside / name).symlink_to(name)
     with pytest.raises(CorruptAdapterError, match="leads nowhere"):
-        read_extras("loop", inside)
+        read_extras("loop", inside, strict=True)
 
 
 def test_links_within_the_folder_and_in_the_hubs_cache_are_followed(tmp_path: Path) -> None:

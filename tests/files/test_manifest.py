@@ -62,8 +62,10 @@ def load_with_vllm(folder: Path) -> Any:
     """What vLLM's worker does with an adapter's files, on the model above; no engine is started."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("vllm")
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.peft_helper import PEFTHelper
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, as vLLM imports it
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
 
     config = PEFTHelper.from_local_dir(str(folder), max_position_embeddings=2048)
     config.validate_legal(SimpleNamespace(max_lora_rank=64))
@@ -444,6 +446,32 @@ def test_nothing_is_accepted_that_vllm_refuses_or_reads_otherwise(fault, tmp_pat
 
 
 # What is hostile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", r".*\.(q|v)_proj", "(unclosed", r"([\w.]+)+-", "x" * 5000, []])
+def test_any_target_modules_are_plain_names_for_vllm(targets, tmp_path):
+    """The tensors have the modules: what the config says of them is never matched, and vLLM gets their names."""
+    source = write_adapter(
+        tmp_path / "source", modules=FEW, rank=4, target_modules=targets, exclude_modules="(", layers_pattern=7
+    )
+    store = AdapterStore(tmp_path / "store")
+    snapshot, manifest, _ = store.make("x", 1, parse_source(str(source)), allow_pickle=False)
+    written = read_config("x", snapshot.folder / CONFIG)["target_modules"]
+    assert written == (targets if isinstance(targets, list) else sorted({name.rpartition(".")[2] for name in FEW}))
+    assert manifest.modules.keys() == FEW.keys()
+    assert shapes_in_vllm(snapshot.folder) == {name: (4, *shape) for name, shape in FEW.items()}
+
+
+def test_an_adapter_without_target_modules_is_read(tmp_path):
+    """vLLM needs the field, which its copy then has."""
+    source = write_adapter(tmp_path / "source", modules=FEW, rank=4)
+    config = json.loads((source / CONFIG).read_text())
+    del config["target_modules"]
+    (source / CONFIG).write_text(json.dumps(config))
+    snapshot, _, _ = AdapterStore(tmp_path / "store").make("x", 1, parse_source(str(source)), allow_pickle=False)
+    assert shapes_in_vllm(snapshot.folder) == {name: (4, *shape) for name, shape in FEW.items()}
+    with pytest.raises(ValueError, match="target_modules"):
+        load_with_vllm(source)
 
 
 @pytest.mark.parametrize(

@@ -163,12 +163,21 @@ def test_a_compressed_answer_is_not_unpacked_beyond_its_limit(server, folder):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
-def test_an_answer_without_an_end_is_left_at_the_limit_of_its_file(server, folder):
-    """Files beside the weights have limits of their own, and a server that says no length is held to them."""
+def test_an_answer_without_an_end_is_left_at_the_limit_of_its_file(server, caplog):
+    """Files beside the weights have limits of their own, and a server that says no length is held to them.
+
+    The adapter is loaded without such a file; strict refuses it.
+    """
     name, max_bytes = min(MAX_BYTES.items(), key=lambda item: item[1])
     server.raw[f"/pirate/{name}"] = answer(bytes(max_bytes + 1), "Connection: close")
-    with pytest.raises(CorruptAdapterError, match=f"{name} is too large"):
-        download(server, folder)
+    with fake_engine() as engine:
+        with pytest.raises(CorruptAdapterError, match=f"{name} is too large"):
+            engine.load_adapter("strict", f"{server.url}/pirate", strict=True)
+        assert engine.load_adapter("pirate", f"{server.url}/pirate").carries == ()
+        copy = engine._registry.current("pirate").path
+        assert sorted(path.name for path in copy.iterdir()) == sorted([CONFIG, WEIGHTS, name])
+        assert (copy / name).stat().st_blocks == 0
+    assert f"without {name}: {name} is too large" in caplog.text
 
 
 # Other bytes --------------------------------------------------------------------------------------------------------

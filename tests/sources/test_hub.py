@@ -245,6 +245,11 @@ def test_a_source_on_the_hub_brings_only_what_an_engine_reads(repository, tmp_pa
         ("org/repo:sub", r"org/repo has no adapter_config\.json in the subfolder 'sub'; is it an adapter"),
         ("org/many", r"org/many has no adapter_config\.json in its root; .* inside it: name org/many:a, org/many:b/c$"),
         ("org/many:a", r"org/many has no adapter_model\.safetensors in the subfolder 'a'"),
+        (
+            "org/whole",
+            r"org/whole has no adapter_config\.json in its root; it is a whole model .*serve it as the base model",
+        ),
+        ("org/whole:unet", r"in the subfolder 'unet'; diffusion_pytorch_model\.safetensors is of an image model"),
         ("org/two--dashes", "'org/two--dashes' cannot be a repository's name"),
     ],
 )
@@ -252,6 +257,9 @@ def test_what_is_not_there_is_named(hub, repository, source, match):
     """A missing repository, revision, subfolder or file is an error that says which of them it is."""
     hub.repositories["org/many"] = Repository()
     hub.repositories["org/many"].commit({f"a/{CONFIG}": b"{}", f"b/c/{CONFIG}": b"{}", "model.safetensors": b"x"})
+    hub.repositories["org/whole"] = Repository()
+    whole = {"config.json": b"{}", "model.safetensors": b"x", "unet/diffusion_pytorch_model.safetensors": b"x"}
+    hub.repositories["org/whole"].commit(whole)
     with pytest.raises(AdapterNotFoundError, match=match):
         resolve(source)
     assert hub.downloads() == []

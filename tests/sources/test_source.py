@@ -6,11 +6,12 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_infer import FolderSource, HubSource, TensorSource, parse_source
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError, UnsafeAdapterError
+from qlora_infer.files.kinds.folder import next_step
 from qlora_infer.testing import fake_engine, write_adapter
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)
@@ -198,6 +199,15 @@ def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
         assert engine.load_adapter("x", tmp_path / "all" / "pirate").rank == 8
         with pytest.raises(AdapterNotFoundError, match="is a file"):
             engine.load_adapter("y", tmp_path / "all" / "pirate" / "adapter_config.json")
+
+
+@given(names=st.lists(st.text(max_size=40), max_size=8), tensors=st.lists(st.text(max_size=40), max_size=4))
+@settings(deadline=None)
+def test_any_names_of_files_give_a_next_step(names, tensors):
+    """Whatever stands in a folder, the message about it is one that can be printed."""
+    step = next_step([], names, tensors)
+    assert step
+    assert step.isprintable() or not all(map(str.isprintable, tensors))
 
 
 @pytest.mark.parametrize(

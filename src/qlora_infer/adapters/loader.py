@@ -13,7 +13,6 @@ from qlora_infer.adapters.memory import HostMemory
 from qlora_infer.adapters.registry import AdapterRegistry
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter
 from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadError
-from qlora_infer.files.extras import check_tokens, with_model_tokens
 from qlora_infer.files.lineage import lineage
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.model.weights import BaseWeights
@@ -154,17 +153,16 @@ class AdapterLoader:
                 current.allow_pickle = version.allow_pickle
             return current.record()
         try:
-            version.fit = preflight.check(
+            version.fit, version.extras = preflight.check_with_extras(
                 version.name,
                 version.manifest,
+                version.extras,
                 self.model_modules,
+                vocabulary=self._vocabulary,
                 max_lora_rank=self.max_lora_rank,
                 base=self._base,
+                strict=strict,
             )
-            if version.extras.file_names:
-                vocabulary = self._vocabulary()
-                check_tokens(version.name, version.extras, vocabulary, strict=strict)
-                version.extras = with_model_tokens(version.extras, vocabulary)
             with self._registry.in_use(version):  # its copy stays
                 if not version.fit.is_vllms_own(self.model_modules):
                     self._registry.serve(version)
@@ -261,13 +259,12 @@ class AdapterLoader:
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)
         if version.snapshot.format != "PEFT":
             logger.info("adapter %r was converted to PEFT's LoRA from %s", version.name, version.snapshot.format)
-        applied = version.fit.placement.sources
-        if applied <= version.manifest.zero_modules:
+        if version.fit.changes_nothing(version.manifest):
             logger.warning(
                 "adapter %r changes nothing: lora_A or lora_B is all zeros in each of the %d modules that are applied. "
                 "Was it saved before its training began?",
                 version.name,
-                len(applied),
+                version.fit.num_modules,
             )
         trained_on = version.manifest.base_model
         if version.lineage == "quantized":

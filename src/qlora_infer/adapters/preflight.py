@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from attrs import field, frozen
 
@@ -13,6 +13,7 @@ from qlora_infer.basewise.conversion import Conversion, convert
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.display import format_names
 from qlora_infer.errors import IncompatibleAdapterError
+from qlora_infer.files.extras import Extras, check_tokens, with_model_tokens
 from qlora_infer.files.manifest import AdapterManifest, LoRAModule
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.model.weights import BaseWeights
@@ -25,6 +26,10 @@ MAX_COMPARED = 2000
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _EXPERTS = re.compile(r"\.experts(\.|$)")
+
+#: Modules one side of which is the vocabulary.
+_EMBEDDINGS = frozenset({"embed_tokens", "wte"})
+_HEADS = frozenset({"lm_head", "embed_out"})
 
 
 @frozen
@@ -50,6 +55,10 @@ class Fit:
         """Return whether vLLM would read all of it so by itself, from the adapter's own files."""
         return not (self.stripped or self.conversion.is_needed) and self.placement.is_vllms_own(model)
 
+    def changes_nothing(self, manifest: AdapterManifest) -> bool:
+        """Return whether A or B is all zeros in each module that is applied."""
+        return self.placement.sources <= manifest.zero_modules
+
     def __str__(self) -> str:
         applied = f"applied to {self.num_modules} of {self.num_model_modules} modules"
         if self.stripped:
@@ -69,6 +78,12 @@ def lora_rank_for(ranks: Iterable[int]) -> int:
     """
     needed = max(ranks)
     return next((rank for rank in ALLOWED_RANKS if rank >= needed), ALLOWED_RANKS[-1])
+
+
+def reasons_on_any_model(manifest: AdapterManifest) -> tuple[str, ...]:
+    """Return why no engine can serve an adapter, whatever its model; empty where one may."""
+    foreign = [manifest.foreign] if manifest.foreign else []
+    return *manifest.unsupported, *foreign, *_rank_reasons(manifest, ALLOWED_RANKS[-1])
 
 
 def check(
@@ -98,7 +113,9 @@ def check(
     modules = conversion.modules
     reasons = [*manifest.unsupported, *_rank_reasons(manifest, max_lora_rank), *faults]
     placement = place(modules, model)
-    if modules or not reasons:
+    if manifest.foreign and not placement.pieces:
+        reasons.append(manifest.foreign)
+    elif modules or not reasons:
         reasons += _absence_reasons(placement, modules, model)
         reasons += _repetition_reasons(placement)
         reasons += _shape_reasons(placement, model)
@@ -106,6 +123,43 @@ def check(
         raise IncompatibleAdapterError(adapter, reasons)
     stripped = *placement.wrappers, *filter(None, [manifest.name_in_tensors[:80]])
     return Fit(len(placement.sources), len(model.shapes), placement, stripped, conversion)
+
+
+def check_with_extras(
+    adapter: str,
+    manifest: AdapterManifest,
+    extras: Extras,
+    model: ModelModules,
+    *,
+    vocabulary: Callable[[], Mapping[str, int] | None],
+    max_lora_rank: int,
+    base: BaseWeights | None = None,
+    strict: bool = False,
+) -> tuple[Fit, Extras]:
+    """Hold an adapter and what it carries against a model: the whole verdict, of an engine and of ``inspect-adapter``.
+
+    Args:
+        adapter: The adapter's name, for the message.
+        manifest: What the adapter's files contain.
+        extras: What it carries.
+        model: The modules of the running model, or of a checkpoint.
+        vocabulary: Returns the tokens of the model's tokenizer; ``None`` where any token is known.
+        max_lora_rank: The largest rank that the engine has room for.
+        base: The base model's tensors, for an adapter that is LoRA only together with them.
+        strict: Refuse stop tokens that the model does not have.
+
+    Returns:
+        How it fits, and what it carries, fitted to the model's tokens.
+
+    Raises:
+        IncompatibleAdapterError: It does not fit; ``reasons`` holds every reason.
+    """
+    fit = check(adapter, manifest, model, max_lora_rank=max_lora_rank, base=base)
+    if extras.file_names:
+        tokens = vocabulary()
+        check_tokens(adapter, extras, tokens, strict=strict)
+        extras = with_model_tokens(extras, tokens)
+    return fit, extras
 
 
 def _rank_reasons(manifest: AdapterManifest, max_lora_rank: int) -> Iterator[str]:
@@ -151,11 +205,14 @@ def _absence_reasons(placement: Placement, modules: Mapping[str, LoRAModule], mo
 
 
 def _names_beside(unknown: Sequence[str], modules: Mapping[str, LoRAModule], model: ModelModules) -> str:
-    """Name a module of the adapter and the model's nearest; call it another architecture where the sizes say so."""
+    """Name a module of the adapter and the model's nearest, and say so where names and sizes are another model's."""
     beside = f"it has {format_names(unknown)}; the model has {_nearest(unknown[0], list(model.shapes))}"
     sizes = {(shape.in_features, shape.out_features) for shape in model.shapes.values()}
     if any((modules[name].in_features, modules[name].out_features) in sizes for name in unknown):
         return beside
+    kinds = {name.rpartition(".")[2] for name in model.shapes}
+    if any(name.rpartition(".")[2] in kinds for name in unknown):
+        return f"{beside}. Their sizes differ, too: it was trained on another model"
     return f"{beside}. Their sizes differ, too: it was trained on another architecture"
 
 
@@ -180,13 +237,29 @@ def _shape_reasons(placement: Placement, model: ModelModules) -> Iterator[str]:
             kind = (name.rpartition(".")[2], module, shape)
             differing[kind] = differing.get(kind, 0) + 1
     for (name, module, shape), count in list(differing.items())[:MAX_KINDS]:
-        yield (
-            f"{name} has {module.in_features} inputs and {module.out_features} outputs in it, "
-            f"{shape.in_features} and {shape.out_features} in the model ({count} modules): "
-            "it was trained on a model of another size."
-        )
+        yield _shape_reason(name, module, shape, count)
     if len(differing) > MAX_KINDS:
         yield f"{len(differing) - MAX_KINDS} other kinds of modules have other shapes than the model's, too."
+
+
+def _shape_reason(name: str, module: LoRAModule, shape: ModuleShape, count: int) -> str:
+    if module.num_experts != shape.num_experts:
+        return (
+            f"{name} has factors of {module.num_experts or 'no'} experts in it, of {shape.num_experts or 'no'} in the "
+            f"model ({count} modules): it was trained on a model of another size."
+        )
+    is_vocabulary = (name in _EMBEDDINGS and module.out_features == shape.out_features) or (
+        name in _HEADS and module.in_features == shape.in_features
+    )
+    why = (
+        "its vocabulary was resized, or is another model's: train it without new tokens"
+        if is_vocabulary
+        else "it was trained on a model of another size"
+    )
+    return (
+        f"{name} has {module.in_features} inputs and {module.out_features} outputs in it, "
+        f"{shape.in_features} and {shape.out_features} in the model ({count} modules): {why}."
+    )
 
 
 def _format_layers(model: ModelModules) -> str:

@@ -16,15 +16,19 @@ from attrs import asdict, evolve, frozen
 from qlora_infer.adapters import preflight
 from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.config import ALLOWED_RANKS
-from qlora_infer.errors import IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
+from qlora_infer.errors import AdapterError, IncompatibleAdapterError, QLoRAInferError, UnsafeAdapterError
 from qlora_infer.files.extras import Extras
+from qlora_infer.files.kinds.training import MAX_CARD_BYTES, Training
 from qlora_infer.files.lineage import lineage
-from qlora_infer.files.manifest import AdapterManifest
+from qlora_infer.files.manifest import AdapterManifest, check_file
 from qlora_infer.files.peft_config import read_config
+from qlora_infer.files.safetensors import read_metadata
 from qlora_infer.files.scratch import scratch_folder
-from qlora_infer.files.snapshot import CONFIG_NAME
+from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 from qlora_infer.model.checkpoint import read_checkpoint
+from qlora_infer.model.vocabulary import read_vocabulary
 from qlora_infer.model.weights import BaseWeights
+from qlora_infer.sources.folder import FolderSource
 from qlora_infer.sources.source import Source, parse_source
 
 
@@ -49,8 +53,13 @@ class Inspection:
         rank: The largest rank of its modules.
         alpha: ``lora_alpha``.
         modules: The kinds of modules that it changes, such as ``q_proj``, and how many of each.
+        num_zero_modules: How many of them A or B of zeros leaves as they are.
         num_bytes: The size of its tensors.
         base_model: The model that it says it was trained on.
+        task: PEFT's task type, such as ``CAUSAL_LM``.
+        training_class: The class of the model that it was trained on.
+        tools: The trainers that left their names.
+        peft_version: The version of PEFT that saved it.
         carries: What it has beside its weights, in words.
         left_out: What of that is invalid and not followed, with the reason.
         format: The format that it is in: ``"PEFT"``, or one that was converted.
@@ -59,6 +68,7 @@ class Inspection:
         lineage: How that compares with ``base_model``.
         checked: What was checked of that model.
         fit: How much of that model it changes, and what of it is left out.
+        changes_nothing: Whether A or B is all zeros in each module that is applied.
         reasons: Why it cannot be served (on ``base``, where one is given); empty where nothing stands against it.
     """
 
@@ -67,8 +77,13 @@ class Inspection:
     rank: int
     alpha: float | None
     modules: dict[str, int]
+    num_zero_modules: int
     num_bytes: int
     base_model: str | None
+    task: str
+    training_class: str
+    tools: tuple[str, ...]
+    peft_version: str
     carries: tuple[str, ...]
     format: str
     pickled: bool
@@ -77,6 +92,7 @@ class Inspection:
     lineage: str | None = None
     checked: str | None = None
     fit: str | None = None
+    changes_nothing: bool = False
     reasons: tuple[str, ...] = ()
 
 
@@ -96,8 +112,8 @@ def inspect_adapter(
 ) -> None:
     """Tell what an adapter is, and whether it fits a base model, without loading a model.
 
-    Every check that load_adapter makes before a model is asked is made here. Ends with 0 when nothing stands against
-    the adapter, with 1 when it cannot be served (on this base), with 2 when it or the base cannot be read.
+    Every check that load_adapter makes is made here, with the same words. Ends with 0 when nothing stands against the
+    adapter, with 1 when it cannot be served (on this base, or on any), with 2 when it or the base cannot be read.
     """
     try:
         found = _inspect(
@@ -123,22 +139,36 @@ def _inspect(
 ) -> Inspection:
     parsed = parse_source(source)
     with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
-        found, manifest = _read(parsed, Path(folder), allow_pickle=allow_pickle)
+        found, manifest, extras = _read(parsed, Path(folder), allow_pickle=allow_pickle)
         if base is None:
-            return evolve(found, reasons=manifest.unsupported)
+            nothing = bool(manifest.modules) and set(manifest.modules) <= manifest.zero_modules
+            return evolve(found, changes_nothing=nothing, reasons=preflight.reasons_on_any_model(manifest))
         checkpoint = read_checkpoint(base, revision=base_revision, device=device)
-        found = evolve(found, base=base, lineage=lineage(manifest.base_model, base), checked=checkpoint.checked)
+        vocabulary = read_vocabulary(base, revision=base_revision) if extras.file_names else None
+        checked = checkpoint.checked
+        if extras.file_names:
+            checked += (
+                f"; {'no tokenizer.json was found' if vocabulary is None else 'the tokens of its tokenizer.json'}"
+            )
+        found = evolve(found, base=base, lineage=lineage(manifest.base_model, base), checked=checked)
         if checkpoint.refusal:
             return evolve(found, reasons=(checkpoint.refusal,))
-        weights = BaseWeights(base, revision=base_revision)
         try:
-            fit = preflight.check(str(source), manifest, checkpoint.modules, max_lora_rank=max_lora_rank, base=weights)
+            fit, extras = preflight.check_with_extras(
+                source,
+                manifest,
+                extras,
+                checkpoint.modules,
+                vocabulary=lambda: vocabulary,
+                max_lora_rank=max_lora_rank,
+                base=BaseWeights(base, revision=base_revision),
+            )
         except IncompatibleAdapterError as error:
             return evolve(found, reasons=error.reasons)
-    return evolve(found, fit=str(fit))
+    return evolve(found, fit=str(fit), changes_nothing=fit.changes_nothing(manifest), left_out=dict(extras.left_out))
 
 
-def _read(source: Source, folder: Path, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
+def _read(source: Source, folder: Path, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest, Extras]:
     """Everything that an engine would do with it up to the model, on a copy in a folder."""
     name = str(source)
     store = AdapterStore(folder)
@@ -153,20 +183,38 @@ def _read(source: Source, folder: Path, *, allow_pickle: bool) -> tuple[Inspecti
     finally:
         store.close()
     config = read_config(name, snapshot.folder / CONFIG_NAME)
+    training = Training.of(config, read_metadata(name, snapshot.folder / WEIGHTS_NAME), _model_card(source))
     found = Inspection(
         source=name,
         digest=snapshot.digest,
         rank=manifest.rank,
         alpha=config.get("lora_alpha"),
         modules=dict(Counter(module.rpartition(".")[2] for module in manifest.modules)),
+        num_zero_modules=len(manifest.zero_modules),
         num_bytes=manifest.num_bytes,
         base_model=manifest.base_model,
+        task=training.task,
+        training_class=training.model_class,
+        tools=training.tools,
+        peft_version=training.peft_version,
         carries=tuple(_carries(extras)),
         format=snapshot.format,
         pickled=pickled,
         left_out=dict(extras.left_out),
     )
-    return found, manifest
+    return found, manifest, extras
+
+
+def _model_card(source: Source) -> str:
+    """Return the beginning of a local folder's README.md; no engine reads or copies it."""
+    if not isinstance(source, FolderSource):
+        return ""
+    folder = Path(source.path).expanduser()
+    try:
+        with check_file("README.md", folder, "README.md").open("rb") as file:
+            return file.read(MAX_CARD_BYTES).decode(errors="replace")
+    except (AdapterError, OSError):
+        return ""
 
 
 def _carries(extras: Extras) -> Iterator[str]:
@@ -189,6 +237,14 @@ def _lines(found: Inspection) -> Iterator[str]:
     yield f"modules     {sum(found.modules.values())}: {modules or 'none'}"
     yield f"size        {found.num_bytes} bytes"
     yield f"trained on  {found.base_model or 'it does not say'}"
+    saved_by = [*found.tools, *([f"PEFT {found.peft_version}"] if found.peft_version else [])]
+    for title, text in (("task", found.task), ("class", found.training_class), ("saved by", ", ".join(saved_by))):
+        if text:
+            yield f"{title:<12}{text}"
+    if found.changes_nothing:
+        yield "changes     nothing: lora_A or lora_B is all zeros in each of its modules"
+    elif found.num_zero_modules:
+        yield f"changes     nothing in {found.num_zero_modules} modules, where lora_A or lora_B is all zeros"
     yield f"carries     {', '.join(found.carries) or 'nothing beside its weights'}"
     for part, reason in found.left_out.items():
         yield f"left out    {part}: {reason}"

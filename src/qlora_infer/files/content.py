@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora_infer.errors import CorruptAdapterError
-from qlora_infer.files.extras import MAX_BYTES, extra_file
+from qlora_infer.files.extras import MAX_BYTES, extra_file, mark_too_large
 from qlora_infer.files.manifest import check_file, weights_files
 from qlora_infer.files.peft_config import MAX_CONFIG_BYTES
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
@@ -21,6 +21,9 @@ _CHUNK = 1 << 22
 def copy_adapter(adapter: str, source: Path, into: Path, *, allow_pickle: bool) -> None:
     """Copy an adapter's files, and no others, into the new folder ``into``; nothing in them is read.
 
+    Of a file beside config and weights that is too large, or a link that leads nowhere, the copy says only that:
+    ``read_extras`` leaves it out.
+
     Args:
         adapter: The adapter's name, for messages.
         source: The folder with the files.
@@ -32,18 +35,24 @@ def copy_adapter(adapter: str, source: Path, into: Path, *, allow_pickle: bool) 
         AdapterSourceError: A file may not be read by this user.
         UnsafeAdapterError: A file is a link that leaves the folder, or no regular file; or the weights are a pickle
             only, and ``allow_pickle`` is false.
-        CorruptAdapterError: A file is too large for an adapter's, or changed while it was copied.
+        CorruptAdapterError: Config or weights are too large for an adapter's, or a file changed while it was copied.
         OSError: A file is gone, or cannot be copied.
     """
     limits = {check_file(adapter, source, CONFIG_NAME): MAX_CONFIG_BYTES}
+    broken_links = []
     for name, max_bytes in MAX_BYTES.items():
-        if path := extra_file(adapter, source, name):
-            limits[path] = max_bytes
+        try:
+            if path := extra_file(adapter, source, name):
+                limits[path] = max_bytes
+        except CorruptAdapterError:
+            broken_links.append(name)
     weights = weights_files(adapter, source, allow_pickle=allow_pickle)
     before = _stamps([*limits, *weights])
     into.mkdir(parents=True)
     for path, max_bytes in limits.items():
         _copy(adapter, path, into / path.name, max_bytes)
+    for name in broken_links:
+        (into / name).symlink_to(name)
     left = MAX_WEIGHTS_BYTES
     for path in weights:
         _copy(adapter, path, into / path.name, left)
@@ -73,13 +82,13 @@ def digest_of(folder: Path, *, extras: Sequence[str] = ()) -> str:
 def _copy(adapter: str, source: Path, target: Path, max_bytes: int) -> None:
     num_bytes = 0
     with source.open("rb") as reader, target.open("xb") as writer:
-        while chunk := reader.read(_CHUNK):
+        while num_bytes <= max_bytes and (chunk := reader.read(_CHUNK)):
             num_bytes += len(chunk)
-            if num_bytes > max_bytes:
-                raise CorruptAdapterError(
-                    adapter, f"{source} is too large: it has at most {max_bytes} bytes in an adapter"
-                )
             writer.write(chunk)
+    if num_bytes > max_bytes and source.name in MAX_BYTES:
+        mark_too_large(target, max_bytes)
+    elif num_bytes > max_bytes:
+        raise CorruptAdapterError(adapter, f"{source} is too large: it has at most {max_bytes} bytes in an adapter")
 
 
 def _stamps(paths: Iterable[Path]) -> list[tuple[int, int, int]]:

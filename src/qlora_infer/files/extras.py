@@ -22,9 +22,11 @@ from qlora_infer.errors import (
     AdapterSourceError,
     CorruptAdapterError,
     IncompatibleAdapterError,
+    UnsafeAdapterError,
 )
 from qlora_infer.files.added_tokens import added_tokens_part, read_decoder, read_encoder, read_list
 from qlora_infer.files.generation_defaults import format_value, sampling_defaults, stop_token_ids
+from qlora_infer.files.kinds.pointer import in_place_of
 from qlora_infer.files.manifest import check_file
 from qlora_infer.files.peft_config import parse_json
 
@@ -62,7 +64,8 @@ class Extras:
             ``with_model_tokens`` finds them.
         special_tokens: The tokens that its ``tokenizer_config.json`` gives a role, such as ``eos_token``; its chat
             template is written for these.
-        file_names: The files that it has, the digest of which belongs to its version.
+        file_names: The files that it has, the digest of which belongs to its version; none that is too large, a link
+            that leads nowhere, or in whose place another stands.
         left_out: What of these files is invalid and not followed: a file, or the part of one, with the reason.
     """
 
@@ -92,12 +95,13 @@ def read_extras(adapter: str, folder: Path, *, strict: bool = False) -> Extras:
         strict: Raise for an invalid file instead of leaving it out.
 
     Raises:
-        CorruptAdapterError: A file is too large; or, if ``strict``, malformed, or holds a value that it may not have.
+        CorruptAdapterError: If ``strict``, a file is too large or malformed, or holds a value that it may not have.
         UnsafeAdapterError: A file is a link that leaves the folder, or no regular file.
         AdapterSourceError: A file may not be or cannot be read.
     """
-    files = {name: content for name in MAX_BYTES if (content := _read(adapter, folder, name)) is not None}
-    reader = _Reader(adapter, folder, files, strict)
+    reader = _Reader(adapter, folder, strict)
+    for name in MAX_BYTES:
+        reader.read(name)
     tokenizer_config: Mapping[str, Any] = {}
     with reader.part(TOKENIZER_CONFIG_NAME):
         tokenizer_config = reader.mapping(TOKENIZER_CONFIG_NAME)
@@ -112,7 +116,7 @@ def read_extras(adapter: str, folder: Path, *, strict: bool = False) -> Extras:
         stop_token_ids=stop_ids,
         added_tokens=reader.added_tokens(tokenizer_config),
         special_tokens=reader.special_tokens(tokenizer_config),
-        file_names=tuple(files),
+        file_names=tuple(reader.files),
         left_out=reader.left_out,
     )
 
@@ -154,6 +158,12 @@ def extra_file(adapter: str, folder: Path, name: str) -> Path | None:
         raise CorruptAdapterError(adapter, f"{folder / name} is a link that leads nowhere") from error
 
 
+def mark_too_large(path: Path, max_bytes: int) -> None:
+    """Replace a copy of one of these files by a hole of more bytes than it may have: ``read_extras`` leaves it out."""
+    with path.open("wb") as file:
+        file.truncate(max_bytes + 1)
+
+
 def _read(adapter: str, folder: Path, name: str) -> bytes | None:
     """Return a file's bytes; nothing where there is no such file."""
     path = extra_file(adapter, folder, name)
@@ -167,6 +177,8 @@ def _read(adapter: str, folder: Path, name: str) -> bytes | None:
         raise AdapterSourceError(adapter, f"{path} could not be read: {error}") from error
     if len(content) > MAX_BYTES[name]:
         raise CorruptAdapterError(adapter, f"{path} is too large: it may have {MAX_BYTES[name]} bytes")
+    if other := in_place_of(content):
+        raise CorruptAdapterError(adapter, f"{path}: {other}")
     return content
 
 
@@ -176,9 +188,16 @@ class _Reader:
 
     adapter: str
     folder: Path
-    files: Mapping[str, bytes]
     strict: bool
+    files: dict[str, bytes] = field(factory=dict, init=False)
     left_out: dict[str, str] = field(factory=dict, init=False)
+
+    def read(self, name: str) -> None:
+        """Take a file's content, if there is such a file and it can be read."""
+        with self.part(name):
+            content = _read(self.adapter, self.folder, name)
+            if content is not None:
+                self.files[name] = content
 
     @contextmanager
     def part(self, name: str, part: str = "") -> Iterator[None]:
@@ -186,13 +205,15 @@ class _Reader:
         path = self.folder / name
         try:
             yield
+        except UnsafeAdapterError:
+            raise
         except ValueError as error:
             corrupt = isinstance(error, CorruptAdapterError)
             if self.strict and corrupt:
                 raise
             if self.strict:
                 raise CorruptAdapterError(self.adapter, f"{path}: {error}") from error
-            reason = str(error).replace(str(path), name)
+            reason = str(error).removeprefix(f"{path}: ").replace(str(path), name)
             self.left_out[f"{part} of {name}" if part else name] = reason
 
     def mapping(self, name: str) -> Mapping[str, Any]:

@@ -12,6 +12,14 @@ _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
 #: Other types of PEFT's, which are LoRA together with the base model: ``basewise`` makes it of them.
 CONVERTED_TYPES = frozenset({"TRAINABLE_TOKENS", "VERA"})
 
+#: PEFT's task types whose models give no text, and what these are.
+_TASKS = {
+    "SEQ_CLS": "is a classifier of texts",
+    "TOKEN_CLS": "is a classifier of tokens",
+    "QUESTION_ANS": "marks answers in a text",
+    "FEATURE_EXTRACTION": "makes embeddings, as with sentence-transformers",
+}
+
 #: A field of ``adapter_config.json`` and what to say when it is set.
 _FIELDS = {
     "use_dora": "It uses DoRA, whose magnitudes vLLM does not apply: train with use_dora=False.",
@@ -61,6 +69,11 @@ def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
         way_out = _WAY_OUT.get(peft_type.upper(), "")
         yield f"It is a {peft_type[:40]} adapter, and vLLM serves LoRA only. {way_out}".rstrip()
         return
+    if does := _TASKS.get(str(config.get("task_type")).upper()):
+        yield (
+            f"It {does} (task_type={config['task_type']!r}), and this engine gives text: run it with PEFT, or write "
+            "task_type 'CAUSAL_LM' if it was trained to continue text."
+        )
     for field, sentence in _FIELDS.items():
         if config.get(field):
             yield sentence

@@ -22,6 +22,8 @@ from attrs import evolve, field, frozen
 from qlora_infer.display import format_names
 from qlora_infer.errors import AdapterNotFoundError, AdapterSourceError, CorruptAdapterError, UnsafeAdapterError
 from qlora_infer.files.features import CONVERTED_TYPES, unsupported_features
+from qlora_infer.files.kinds.folder import MAX_NAMES, next_step
+from qlora_infer.files.kinds.tensors import foreign_kind, format_strays
 from qlora_infer.files.peft_config import (
     MAX_NAME_LENGTH,
     base_model,
@@ -32,7 +34,7 @@ from qlora_infer.files.peft_config import (
     scaling,
     with_plain_names,
 )
-from qlora_infer.files.safetensors import TensorEntry, read_header
+from qlora_infer.files.safetensors import NOT_GATHERED, TensorEntry, read_header
 from qlora_infer.files.snapshot import CONFIG_NAME, INDEX_NAMES, WEIGHTS_NAME, weights_names
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
@@ -126,6 +128,7 @@ class AdapterManifest:
         modules: Its modules by their name in the model, such as ``"model.layers.0.self_attn.q_proj"``. VeRA's have 0
             inputs, because only the model tells how many.
         unsupported: What it asks for that vLLM cannot run, each a sentence.
+        foreign: A sentence about the kind of model that it adapts, where its names are those of no language model.
         num_bytes: The size of its tensors.
         scaled_by_pattern: The modules whose scale ``rank_pattern`` or ``alpha_pattern`` changes.
         zero_modules: The modules whose A or B is all zeros, so that they change nothing; they stand in the numbers,
@@ -144,6 +147,7 @@ class AdapterManifest:
     modules: Mapping[str, LoRAModule]
     unsupported: tuple[str, ...]
     num_bytes: int
+    foreign: str = ""
     scaled_by_pattern: tuple[str, ...] = ()
     zero_modules: frozenset[str] = frozenset()
     name_in_tensors: str = ""
@@ -209,8 +213,9 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         if not unsupported:
             raise
         leftover = []
-    if leftover:
-        unsupported.append(_format_leftover(leftover))
+    foreign = foreign_kind(list(modules or leftover), config)
+    if leftover and not (foreign and not modules):
+        unsupported.append(format_strays(leftover, num_factors=len(modules)))
     return AdapterManifest(
         folder=folder,
         base_model=base_model(config),
@@ -218,6 +223,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         modules=modules,
         unsupported=tuple(unsupported),
         num_bytes=sum(entry.num_bytes for entry in entries.values()),
+        foreign=foreign,
         scaled_by_pattern=tuple(_scaled_by_pattern(plain_config, modules)),
         name_in_tensors=name_in_tensors,
         plain_config=None if plain_config is config else plain_config,
@@ -235,7 +241,7 @@ def _read_converted(adapter: str, folder: Path, config: Mapping[str, Any]) -> Ad
         base_model=base_model(config),
         rank=0,
         modules={},
-        unsupported=(_format_leftover(leftover),) if leftover else (),
+        unsupported=(format_strays(leftover, num_factors=len(saved)),) if leftover else (),
         num_bytes=sum(entry.num_bytes for entry in entries.values()),
         config=config,
         saved=saved,
@@ -323,7 +329,9 @@ def weights_files(adapter: str, folder: Path, *, allow_pickle: bool = False) -> 
         raise AdapterNotFoundError(
             adapter, f"{folder} has {INDEX_NAMES[0]} and none of the files that it names: copy them there"
         )
-    return [check_file(adapter, folder, name) for name in found or [WEIGHTS_NAME]]
+    if not found:
+        raise AdapterNotFoundError(adapter, f"{folder} has no {WEIGHTS_NAME}; {next_step([], names[:MAX_NAMES])}")
+    return [check_file(adapter, folder, name) for name in found]
 
 
 def check_one_adapter(adapter: str, tensors: Iterable[str]) -> str:
@@ -367,7 +375,11 @@ def _check_factor(adapter: str, name: str, entry: TensorEntry) -> None:
         raise CorruptAdapterError(adapter, f"a tensor's name has {len(name)} characters: {name[:80]}…")
     if not entry.is_floating:
         raise CorruptAdapterError(adapter, f"{name} holds {entry.dtype}; a factor holds floating-point numbers")
-    if len(entry.shape) != 2 or 0 in entry.shape:
+    if 0 in entry.shape:
+        raise CorruptAdapterError(
+            adapter, f"{name} has the shape {list(entry.shape)}, which holds no numbers; {NOT_GATHERED}"
+        )
+    if len(entry.shape) != 2:
         raise CorruptAdapterError(adapter, f"{name} has the shape {list(entry.shape)}; a factor is a matrix")
 
 
@@ -411,8 +423,3 @@ def _scaled_by_pattern(config: Mapping[str, Any], modules: Mapping[str, LoRAModu
         for name, module in modules.items():
             if not math.isclose(scaling(config, name, module.rank), everywhere):
                 yield name
-
-
-def _format_leftover(names: list[str]) -> str:
-    beginning = f"It has {len(names)} tensors that are no LoRA factors and would be lost"
-    return f"{beginning}: {format_names(names)}; vLLM serves LoRA factors only."

@@ -13,12 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora_infer.display import format_names
 from qlora_infer.errors import CorruptAdapterError
+from qlora_infer.files.kinds.pointer import in_place_of
 from qlora_infer.files.snapshot import CONFIG_NAME
 from qlora_infer.sandbox.patterns import MATCH_SECONDS, first_matches, suffix_match
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16
+
+# Fields of every model's config.json in transformers, and of every adapter's in PEFT.
+_OF_MODEL = frozenset({"architectures", "model_type", "transformers_version"})
+_OF_PEFT = frozenset({"peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path", "task_type"})
 
 #: Real names have some 60 characters; vLLM and this file match patterns against them.
 MAX_NAME_LENGTH = 256
@@ -53,6 +59,12 @@ def read_config(adapter: str, path: Path) -> dict[str, Any]:
     config = parse_json(adapter, path, content)
     if not isinstance(config, dict):
         raise CorruptAdapterError(adapter, f"{path} must hold a JSON object, not a {type(config).__name__}")
+    if _OF_MODEL & set(config) and not _OF_PEFT & set(config):
+        raise CorruptAdapterError(
+            adapter,
+            f"{path} is a model's own config.json ({format_names(sorted(_OF_MODEL & set(config)))}), not an adapter's: "
+            "serve a whole model as the base, or copy the adapter_config.json there that PEFT wrote",
+        )
     _check_types(adapter, config)
     return config
 
@@ -71,6 +83,8 @@ def parse_json(adapter: str, path: Path, content: bytes, *, any_keys: bool = Fal
     Raises:
         CorruptAdapterError: It is not such JSON as an adapter may have.
     """
+    if other := in_place_of(content):
+        raise CorruptAdapterError(adapter, f"{path} is not valid JSON: {other}")
     if content.count(b"{") + content.count(b"[") > MAX_JSON_NESTS:
         raise CorruptAdapterError(adapter, f"{path} has more than {MAX_JSON_NESTS} objects and lists")
     try:
@@ -122,9 +136,7 @@ def largest_rank(adapter: str, config: Mapping[str, Any]) -> int:
     Raises:
         CorruptAdapterError: A field is missing or has a value that it may not have.
     """
-    # One of bare parameters may name no modules; that it is not served is said in features.py.
-    needed = ("r", "lora_alpha") if config.get("target_parameters") else ("r", "lora_alpha", "target_modules")
-    for name in needed:
+    for name in ("r", "lora_alpha"):
         if config.get(name) is None:
             raise CorruptAdapterError(adapter, f"{CONFIG_NAME} has no {name!r}")
     targets = config.get("target_modules")
@@ -171,12 +183,15 @@ def with_plain_names(adapter: str, config: Mapping[str, Any], modules: Collectio
     """Return a config whose patterns are cheap to match with an adapter's modules, here and in vLLM's engine core.
 
     It is the same one where they are so already. Other patterns are resolved as PEFT resolves them, and the plain names
-    of the modules that they matched take their place.
+    of the modules that they matched take their place. An expression in ``target_modules`` is not matched at all: the
+    tensors have the modules that it matched in training, and vLLM 0.32.0 needs the field and reads no more of it.
 
     Raises:
         CorruptAdapterError: A pattern is no regular expression, or they would take too long.
     """
     plain = dict(config)
+    if not isinstance(config.get("target_modules"), list):
+        plain["target_modules"] = sorted({_last_name(module) for module in modules})
     if len(modules) * len(config.get("target_parameters") or ()) > MAX_MATCHES:
         raise CorruptAdapterError(
             adapter, f"'target_parameters' has too many names for {len(modules)} modules: write the ends of names"

@@ -15,6 +15,7 @@ from attrs import field, frozen
 
 from qlora_infer.display import format_names
 from qlora_infer.errors import CorruptAdapterError
+from qlora_infer.files.kinds.pointer import NUM_FIRST_BYTES, in_place_of
 from qlora_infer.files.peft_config import parse_json
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ _FLOATING = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 #: The largest number of float16, the narrowest dtype that a model computes in.
 _LARGEST = 65504.0
 _CHUNK = 1 << 22
+
+#: The next step for weights without numbers: DeepSpeed's ZeRO-3 leaves each process a part, and a file nothing.
+NOT_GATHERED = (
+    "did its trainer gather them? With DeepSpeed ZeRO-3 train with stage3_gather_16bit_weights_on_model_save, or run "
+    "the checkpoint's zero_to_fp32.py"
+)
 
 
 @frozen
@@ -73,6 +80,16 @@ def read_header(adapter: str, path: Path) -> Mapping[str, TensorEntry]:
         CorruptAdapterError: It does not.
     """
     return _read(adapter, path)[0]
+
+
+def read_metadata(adapter: str, path: Path) -> Mapping[str, str]:
+    """Return the texts that a file's writer left in its header.
+
+    Raises:
+        CorruptAdapterError: The header cannot be read.
+    """
+    found: Mapping[str, str] = parse_json(adapter, path, _header(adapter, path).content).get("__metadata__") or {}
+    return found
 
 
 def map_tensors(adapter: str, path: Path) -> dict[str, np.ndarray]:
@@ -214,20 +231,29 @@ def _is_zero(numbers: np.ndarray) -> bool:
 
 
 def _read(adapter: str, path: Path) -> tuple[Mapping[str, TensorEntry], int]:
-    """Return the header and the position where the tensors begin."""
+    """Return the tensors by name and the position where they begin."""
+    header = _header(adapter, path)
+    length = len(header.content)
+    parse = _known_entries if length <= _MAX_KNOWN_BYTES else _entries
+    return parse(header), 8 + length
+
+
+def _header(adapter: str, path: Path) -> _Header:
     status = path.stat()
     size = status.st_size
     if not stat.S_ISREG(status.st_mode):  # opened, a pipe would wait for a writer
         raise _corrupt(adapter, path, "it is no regular file")
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        beginning = file.read(NUM_FIRST_BYTES)
+        if other := in_place_of(beginning):
+            raise _corrupt(adapter, path, other)
+        length = int.from_bytes(beginning[:8], "little")
         if size < 8 or length > size - 8:
             raise _corrupt(adapter, path, f"its header ends at byte {8 + length} of {size}")
         if length > MAX_HEADER_BYTES:
             raise _corrupt(adapter, path, f"its header has {length} bytes, {MAX_HEADER_BYTES} are allowed")
-        header = _Header(file.read(length), size - 8 - length, adapter, path)
-    parse = _known_entries if length <= _MAX_KNOWN_BYTES else _entries
-    return parse(header), 8 + length
+        file.seek(8)
+        return _Header(file.read(length), size - 8 - length, adapter, path)
 
 
 @frozen
@@ -254,7 +280,7 @@ def _entries(header: _Header) -> Mapping[str, TensorEntry]:
         raise header.corrupt("its header is no object")
     parsed.pop("__metadata__", None)
     if not parsed:
-        raise header.corrupt("it holds no tensors")
+        raise header.corrupt(f"it holds no tensors; {NOT_GATHERED}")
     if len(parsed) > MAX_TENSORS:
         raise header.corrupt(f"it holds {len(parsed)} tensors, {MAX_TENSORS} are allowed")
     entries = {name: _entry(name, value, header) for name, value in parsed.items()}

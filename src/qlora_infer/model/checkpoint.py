@@ -316,7 +316,6 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _left_open(name: str, architecture: Architecture, modules: ModelModules, device: str) -> Iterator[str]:
-    yield "its tokenizer was not looked at"
     if architecture.experts and device != "cpu":
         yield "adapters of experts are for GPUs only"
     if architecture.reason:

@@ -35,7 +35,7 @@ from qlora_infer.errors import (
     UnsafeAdapterError,
 )
 from qlora_infer.files.content import MAX_WEIGHTS_BYTES
-from qlora_infer.files.extras import MAX_BYTES
+from qlora_infer.files.extras import MAX_BYTES, mark_too_large
 from qlora_infer.files.peft_config import MAX_CONFIG_BYTES
 from qlora_infer.files.snapshot import CONFIG_NAME, INDEX_NAMES, MLX_NAME, PICKLE_NAMES, WEIGHTS_NAME, where_else
 from qlora_infer.sources.secrets import without_secrets
@@ -102,7 +102,7 @@ def download_adapter(
         AdapterAccessError: The filesystem asks for credentials, or for others.
         AdapterDownloadError: The connection failed, broke, hung, or was too slow.
         UnsafeAdapterError: The weights are a pickle only, and ``allow_pickle`` is false.
-        CorruptAdapterError: A file is larger than an adapter's may be.
+        CorruptAdapterError: Config or weights are larger than an adapter's may be.
         MissingDependencyError: fsspec needs another package for this kind of URL.
     """
     token = token and token.strip()
@@ -179,10 +179,11 @@ class _Folder:
         try:
             with part.open("wb") as writer:
                 while chunk := _in_time(lambda: _read(file)):
-                    num_bytes += writer.write(chunk)
+                    num_bytes += len(chunk)
                     if num_bytes > max_bytes:
                         what = f"{self.url.below(name)} is too large: it has at most {max_bytes} bytes in an adapter"
                         raise CorruptAdapterError(self.adapter, what)
+                    writer.write(chunk)
         finally:
             _start(file.close)  # not waited for: where reading hangs, this may hang, too
         part.rename(folder / name)
@@ -191,6 +192,9 @@ class _Folder:
         """Copy a file that may be missing; stores also refuse what does not exist, to those who may not list."""
         try:
             self.fetch(name, folder, max_bytes)
+        except CorruptAdapterError:
+            (folder / f"{name}.part").unlink()
+            mark_too_large(folder / name, max_bytes)
         except Exception as error:
             if not isinstance(error, (*_NOT_THERE, PermissionError)) and _status(error) not in (403, 410):
                 raise

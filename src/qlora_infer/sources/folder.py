@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from attrs import field, frozen
 
-from qlora_infer.errors import AdapterNotFoundError
+from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError
 from qlora_infer.files.content import copy_adapter
-from qlora_infer.files.snapshot import CONFIG_NAME, where_else
+from qlora_infer.files.kinds.folder import MAX_NAMES, next_step
+from qlora_infer.files.safetensors import read_header
+from qlora_infer.files.snapshot import CONFIG_NAME
 
 
 def is_written_as_path(text: str) -> bool:
@@ -52,7 +56,7 @@ class FolderSource:
             AdapterNotFoundError: There is no such folder, or it has no adapter.
             UnsafeAdapterError: A file is a link that leaves the folder, or no regular file; or the weights are a
                 pickle, and ``allow_pickle`` is false.
-            CorruptAdapterError: A file is too large for an adapter's, or changed while it was copied.
+            CorruptAdapterError: Config or weights are too large for an adapter's, or a file changed meanwhile.
             AdapterSourceError: A file may not be read by this user.
         """
         copy_adapter(adapter, self._folder(adapter), into, allow_pickle=allow_pickle)
@@ -76,7 +80,18 @@ class FolderSource:
         # A link that leads nowhere is named where links are checked.
         if not os.path.lexists(folder / CONFIG_NAME):
             inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_NAME}"))
-            raise AdapterNotFoundError(adapter, f"{folder} has no {CONFIG_NAME}; {where_else(inside)}")
+            names = [path.name for path in islice(folder.iterdir(), MAX_NAMES)]
+            step = next_step(inside, names, _tensors_in(adapter, folder, names))
+            raise AdapterNotFoundError(adapter, f"{folder} has no {CONFIG_NAME}; {step}")
 
     def __str__(self) -> str:
         return self.path
+
+
+def _tensors_in(adapter: str, folder: Path, names: Sequence[str]) -> Sequence[str]:
+    """Return the names of the tensors in a folder's only safetensors file; none where that is broken, or a link."""
+    found = [name for name in names if name.endswith(".safetensors") and not (folder / name).is_symlink()]
+    try:
+        return list(read_header(adapter, folder / found[0])) if len(found) == 1 else []
+    except (OSError, CorruptAdapterError):
+        return []

@@ -17,14 +17,8 @@ from attrs.validators import instance_of, optional
 
 from qlora_infer.errors import AdapterNotFoundError, UnsafeAdapterError
 from qlora_infer.files.content import copy_adapter
-from qlora_infer.files.snapshot import (
-    CONFIG_NAME,
-    PICKLE_NAMES,
-    WEIGHTS_NAME,
-    has_all_shards,
-    weights_names,
-    where_else,
-)
+from qlora_infer.files.kinds.folder import next_step
+from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, has_all_shards, weights_names
 from qlora_infer.sources.repository import Repository
 
 PICKLE_NAME = PICKLE_NAMES[0]
@@ -151,14 +145,19 @@ def _adapter_files(
 ) -> list[str]:
     """Return the paths of an adapter's files in the repository: the config first, the weights last."""
     names = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    in_folder = {name.partition("/")[0] for name in names}
     place = f"the subfolder {prefix[:-1]!r}" if prefix else "its root"
     if CONFIG_NAME not in names:
         inside = sorted(path.removesuffix(f"/{CONFIG_NAME}") for path in paths if path.endswith(f"/{CONFIG_NAME}"))
         inside = [f"{repository}:{subfolder}" for subfolder in inside]
-        raise AdapterNotFoundError(adapter, f"{repository} has no {CONFIG_NAME} in {place}; {where_else(inside)}")
+        raise AdapterNotFoundError(
+            adapter, f"{repository} has no {CONFIG_NAME} in {place}; {next_step(inside, in_folder)}"
+        )
     weights = weights_names(names, allow_pickle=allow_pickle)
     if not weights and PICKLE_NAME not in names:
-        raise AdapterNotFoundError(adapter, f"{repository} has no {WEIGHTS_NAME} in {place}")
+        raise AdapterNotFoundError(
+            adapter, f"{repository} has no {WEIGHTS_NAME} in {place}; {next_step([], in_folder)}"
+        )
     if not weights:
         raise UnsafeAdapterError(
             adapter,

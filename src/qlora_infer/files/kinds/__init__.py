@@ -1,0 +1,1 @@
+"""The kinds of things that people name as adapters, and how an adapter was trained."""
