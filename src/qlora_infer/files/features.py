@@ -14,7 +14,6 @@ CONVERTED_TYPES = frozenset({"TRAINABLE_TOKENS", "VERA"})
 
 #: A field of ``adapter_config.json`` and what to say when it is set.
 _FIELDS = {
-    "use_dora": "It uses DoRA, whose magnitudes vLLM does not apply: train with use_dora=False.",
     "alora_invocation_tokens": "It is an activated LoRA (aLoRA), which vLLM does not run.",
     "layer_replication": "It replicates layers (layer_replication), which vLLM does not do.",
     "use_bdlora": "It is block-diagonal (BD-LoRA), which vLLM does not run.",
