@@ -316,3 +316,14 @@ def test_an_engine_that_cannot_apply_dora_says_why(change, why):
     else:
         layer.tp_size = 2
     assert why in dora.why_not(manager)
+
+
+def test_loads_take_a_share_of_the_time_between_steps(monkeypatch):
+    """A fifth of the time since they could go on before, but never less than 10 ms or more than 50."""
+    of_model, now = DoRA(manager_of({"o_proj": layer_of((WIDTH,), torch.Generator().manual_seed(0))})), [100.0]
+    monkeypatch.setattr(dora.time, "monotonic", lambda: now[0])
+    taken = []
+    for seconds in (60, 0.001, 0.1, 60):
+        now[0] += seconds
+        taken.append(of_model.end_of_turn() - now[0])
+    assert taken == pytest.approx([0.05, 0.01, 0.02, 0.05])

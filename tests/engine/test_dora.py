@@ -108,7 +108,6 @@ def test_a_dora_adapter_answers_as_peft_computes(engine, engines, record_propert
     record_property(
         "distance", f"{found[middle]:.3f} {found[most]:.3f}, {from_lora[middle]:.3f}, {from_base[middle]:.3f}"
     )
-    print(form, f"{found[middle]:.3f} {found[most]:.3f}, {from_lora[middle]:.3f}, {from_base[middle]:.3f}")
     assert found[most] < PEFT_TOLERANCE
     assert 5 * found[middle] < min(from_lora[middle], from_base[middle])
 

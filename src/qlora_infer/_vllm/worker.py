@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -79,7 +78,7 @@ class WorkerExtension:
         """
         loaded = self.model_runner.lora_manager._adapter_manager._registered_adapters
         ended: dict[int, str | None] = {}
-        until = time.monotonic() + dora.SECONDS_IN_A_STEP
+        until = self._qlora_dora.end_of_turn() if self._qlora_dora is not None else 0.0
         for name, int_id, path in adapters:
             if int_id in loaded:
                 ended[int_id] = None

@@ -28,10 +28,11 @@ from qlora_infer._vllm.lora_layers import join_slices
 
 Vector = npt.NDArray[np.floating]
 
-#: Seconds between two steps that loads may take together; one product may last longer.
-SECONDS_IN_A_STEP = 0.01
+#: The share of time that loads may take from steps, and their least and most seconds between two of them. One product
+#: may last longer.
+SHARE, LEAST_SECONDS, MOST_SECONDS = 0.2, 0.01, 0.05
 #: Multiplications of a product, and the most rows that it has: more rows are more efficient, and last longer.
-PRODUCT_UP_TO, MOST_ROWS = 2**27, 256
+PRODUCT_UP_TO, MOST_ROWS = 2**29, 256
 
 
 def why_not(manager: Any) -> str:
@@ -54,6 +55,7 @@ class DoRA:
         self._manager = manager
         self._squares: dict[str, Vector] = {}
         self._begun: dict[int, Iterator[None]] = {}
+        self._last_turn = 0.0
         self._activate = manager.activate_adapter
         manager.activate_adapter = self._activate_with_gains
 
@@ -62,8 +64,15 @@ class DoRA:
         for wrapper in set(self._manager.punica_wrapper_mapping.values()) if adapter.magnitudes else ():
             wrapper.compile_gains(self._manager.lora_config.lora_dtype)
 
+    def end_of_turn(self) -> float:
+        """Return until when loads may go on between two steps, as a time of ``time.monotonic()``."""
+        now = time.monotonic()
+        seconds = min(max(SHARE * (now - self._last_turn), LEAST_SECONDS), MOST_SECONDS)
+        self._last_turn = now
+        return now + seconds
+
     def advance(self, adapter: Any, until: float) -> bool:
-        """Go on with an adapter's gains until a time of ``time.monotonic()``; return whether it has them all.
+        """Go on with an adapter's gains until the turn ends; return whether it has them all.
 
         Raises:
             ValueError: A row of a weight and its adapter is 0, so that it has no direction, or DoRA is not applied to
