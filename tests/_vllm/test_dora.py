@@ -290,7 +290,7 @@ def test_a_row_without_a_direction_is_an_error():
     of_model = DoRA(manager_of({"o_proj": layer}))
     adapter = adapter_of({"o_proj": SimpleNamespace(lora_a=a, lora_b=b)}, {"o_proj": torch.ones(WIDTH)})
     for _ in range(2):
-        with pytest.raises(ValueError, match="a row of o_proj is 0"):
+        with pytest.raises(ValueError, match="a row of o_proj has the norm 0"):
             finish(of_model, adapter)
     adapter.magnitudes = {}
     assert of_model.advance(adapter, until=0)
@@ -327,3 +327,20 @@ def test_loads_take_a_share_of_the_time_between_steps(monkeypatch):
         now[0] += seconds
         taken.append(of_model.end_of_turn() - now[0])
     assert taken == pytest.approx([0.05, 0.01, 0.02, 0.05])
+
+
+def test_an_adapter_that_vllm_read_by_itself_has_its_gains_before_it_is_used():
+    """Whoever brought it, no slot has an adapter with magnitudes and without gains; and vLLM's dummies end those of before."""
+    generator = torch.Generator().manual_seed(0)
+    layer = layer_of((WIDTH,), generator)
+    manager = manager_of({"o_proj": layer})
+    DoRA(manager)
+    factors = SimpleNamespace(lora_a=torch.randn(RANK, INPUTS), lora_b=torch.randn(WIDTH, RANK))
+    adapter = adapter_of({"o_proj": factors}, {"o_proj": torch.ones(WIDTH)})
+    manager._registered_adapters = {1: adapter, 2: SimpleNamespace(id=2, loras={})}
+    used = []
+    layer.punica_wrapper.use_gains = lambda slot, gains: used.append((slot, list(gains)))
+    manager.activate_adapter(1)
+    manager.activate_adapter(2)
+    assert adapter.gains["o_proj"].shape == (2, WIDTH)
+    assert used == [(0, [id(layer.lora_a_stacked[0])]), (0, [])]

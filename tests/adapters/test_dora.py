@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from qlora_infer.adapters.placement import place
 from qlora_infer.adapters.preflight import check
 from qlora_infer.adapters.served import write_served
+from qlora_infer.cli.app import app
 from qlora_infer.errors import CorruptAdapterError, IncompatibleAdapterError
 from qlora_infer.files.manifest import magnitude_of, read_manifest
 from qlora_infer.files.safetensors import map_tensors, write_tensors
@@ -192,3 +194,13 @@ def test_a_blend_of_dora_is_refused_in_words(tmp_path):
         with pytest.raises(IncompatibleAdapterError, match="magnitudes no sum of factors can hold"):
             engine.load_adapter("both", BlendSource({"dora": 0.5, "plain": 0.5}))
         assert engine.generate("hello", adapter="dora")[0].text
+
+
+def test_inspect_adapter_tells_dora(tmp_path):
+    """Its magnitudes are counted; a plain adapter's output has no word of them."""
+    folder = write_dora(tmp_path / "a")
+    found = CliRunner().invoke(app, ["inspect-adapter", str(folder)])
+    assert found.exit_code == 0
+    assert f"DoRA        magnitudes of {len(TINY_MODEL)} modules, which are served on CPUs\n" in found.stdout
+    assert json.loads(CliRunner().invoke(app, ["inspect-adapter", str(folder), "--json"]).stdout)["num_magnitudes"]
+    assert "DoRA" not in CliRunner().invoke(app, ["inspect-adapter", str(write_adapter(tmp_path / "b"))]).stdout

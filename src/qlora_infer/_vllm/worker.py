@@ -92,8 +92,8 @@ class WorkerExtension:
             try:
                 if self._qlora_dora is not None and not self._qlora_dora.advance(reading.result(), until):
                     continue
-            except ValueError as error:
-                ended[int_id] = str(error)
+            except Exception as error:
+                ended[int_id] = f"{type(error).__name__}: {error}"
                 continue
             loaded[int_id], ended[int_id] = reading.result(), None
             del self._qlora_reads[int_id]

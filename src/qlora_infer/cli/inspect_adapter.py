@@ -49,6 +49,7 @@ class Inspection:
         rank: The largest rank of its modules.
         alpha: ``lora_alpha``.
         modules: The kinds of modules that it changes, such as ``q_proj``, and how many of each.
+        num_magnitudes: How many of them have DoRA's magnitudes.
         num_bytes: The size of its tensors.
         base_model: The model that it says it was trained on.
         carries: What it has beside its weights, in words.
@@ -67,6 +68,7 @@ class Inspection:
     rank: int
     alpha: float | None
     modules: dict[str, int]
+    num_magnitudes: int
     num_bytes: int
     base_model: str | None
     carries: tuple[str, ...]
@@ -159,6 +161,7 @@ def _read(source: Source, folder: Path, *, allow_pickle: bool) -> tuple[Inspecti
         rank=manifest.rank,
         alpha=config.get("lora_alpha"),
         modules=dict(Counter(module.rpartition(".")[2] for module in manifest.modules)),
+        num_magnitudes=len(manifest.magnitudes),
         num_bytes=manifest.num_bytes,
         base_model=manifest.base_model,
         carries=tuple(_carries(extras)),
@@ -187,6 +190,8 @@ def _lines(found: Inspection) -> Iterator[str]:
     yield f"format      {found.format}"
     yield f"rank        {found.rank}, alpha {found.alpha if found.alpha is not None else 'not given'}"
     yield f"modules     {sum(found.modules.values())}: {modules or 'none'}"
+    if found.num_magnitudes:
+        yield f"DoRA        magnitudes of {found.num_magnitudes} modules, which are served on CPUs"
     yield f"size        {found.num_bytes} bytes"
     yield f"trained on  {found.base_model or 'it does not say'}"
     yield f"carries     {', '.join(found.carries) or 'nothing beside its weights'}"

@@ -75,7 +75,7 @@ class DoRA:
         """Go on with an adapter's gains until the turn ends; return whether it has them all.
 
         Raises:
-            ValueError: A row of a weight and its adapter is 0, so that it has no direction, or DoRA is not applied to
+            ValueError: A row of a weight and its adapter has no direction, because it is 0, or DoRA is not applied to
                 such a layer.
         """
         if not adapter.magnitudes:
@@ -103,9 +103,9 @@ class DoRA:
 
     def _put_gains(self, slot: int, adapter: Any) -> None:
         """Use an adapter's gains for a slot, none where it has none."""
-        layers = {
-            name: self._manager.modules[name] for name in getattr(adapter, "gains", ())
-        }  # vLLM's dummies have none
+        if getattr(adapter, "magnitudes", None) and not adapter.gains:  # vLLM has read it by itself
+            list(self._find_gains(adapter))
+        layers = {name: self._manager.modules[name] for name in getattr(adapter, "gains", ())}
         for wrapper in set(self._manager.punica_wrapper_mapping.values()):
             own = {name: layer for name, layer in layers.items() if layer.punica_wrapper is wrapper}
             wrapper.use_gains(slot, {id(layer.lora_a_stacked[0]): adapter.gains[name] for name, layer in own.items()})
@@ -135,7 +135,7 @@ class DoRA:
                 products = yield from _products(layer, a)
                 norms = _norms(self._squares[name][begin:end], products[:, begin:end], a, b)
                 if not (np.isfinite(norms) & (norms > 0)).all():
-                    raise ValueError(f"a row of {part} is 0 with this adapter, so that DoRA has no direction to scale")
+                    raise ValueError(f"a row of {part} has the norm 0 with this adapter, or an infinite one")
                 gains[0, begin:end] = adapter.magnitudes[part].numpy() / norms
         bias = None if layer.base_layer.skip_bias_add else layer.base_layer.bias
         if bias is not None:  # y has it already, and DoRA does not scale it
@@ -156,7 +156,7 @@ def _norms(squares: Vector, products: torch.Tensor, a: torch.Tensor, b: torch.Te
     """Return the norms of the rows of W + B A, where products are A W^T."""
     a, b = a.double(), b.double()
     added = (b * (2 * products.double().T + b @ (a @ a.T))).sum(dim=1)
-    norms: Vector = np.sqrt(squares + added.numpy())
+    norms: Vector = np.sqrt(np.maximum(squares + added.numpy(), 0))
     return norms
 
 
