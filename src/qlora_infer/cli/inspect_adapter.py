@@ -88,7 +88,7 @@ def inspect_adapter(
     base: Annotated[str | None, typer.Option(help="A base model to hold it against: a Hub id or a folder.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base model's branch, tag or commit.")] = None,
     device: Annotated[
-        BaseDevice, typer.Option(help="Where the base is served: vLLM adapts experts on GPUs only.")
+        BaseDevice, typer.Option(help="Where the base is served: experts are adapted on GPUs only, DoRA on CPUs.")
     ] = BaseDevice.CUDA,
     max_lora_rank: Annotated[
         int, typer.Option(help="The largest rank that the engine would have room for.")
