@@ -344,3 +344,10 @@ def test_an_adapter_that_vllm_read_by_itself_has_its_gains_before_it_is_used():
     manager.activate_adapter(2)
     assert adapter.gains["o_proj"].shape == (2, WIDTH)
     assert used == [(0, [id(layer.lora_a_stacked[0])]), (0, [])]
+
+
+def test_a_magnitude_of_no_module_is_an_error():
+    """Nothing of an adapter is left out without a word."""
+    layer = layer_of((WIDTH,), torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="the model has no other"):
+        finish(DoRA(manager_of({"o_proj": layer})), adapter_of({}, {"other": torch.ones(WIDTH)}))

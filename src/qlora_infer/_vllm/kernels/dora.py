@@ -112,10 +112,14 @@ class DoRA:
 
     def _find_gains(self, adapter: Any) -> Iterator[None]:
         gains = {}
+        left = set(adapter.magnitudes)
         for name, layer in self._manager.modules.items():
             parts = self._manager.packed_modules.get(name, [name])
-            if any(part in adapter.magnitudes for part in parts):
+            if not left.isdisjoint(parts):
                 gains[name] = yield from self._gains_of(name, layer, parts, adapter)
+                left.difference_update(parts)
+        if left:
+            raise ValueError(f"the model has no {min(left)}, for which there is a magnitude")
         adapter.gains = gains
 
     def _gains_of(self, name: str, layer: Any, parts: list[str], adapter: Any) -> Generator[None, None, Vector]:
