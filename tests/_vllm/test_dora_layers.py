@@ -190,6 +190,7 @@ def test_each_of_vllms_layers_computes_what_pefts_does(name, has_bias, one_worke
 @pytest.mark.parametrize("form", ["awq", "gptq"])
 def test_gains_of_packed_weights_are_those_of_the_dequantized(form, one_worker, monkeypatch):
     """vLLM's kernel for 4-bit weights, in bfloat16: gains as PEFT's to the precision of products that are rounded to 16 bits."""
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")  # as this library's engines have it
     kernels._request_amx()
     generator = torch.Generator().manual_seed(0)
     matrix = quantize(torch.randn(INPUTS, 96, generator=generator), symmetric=form != "awq")
