@@ -79,7 +79,9 @@ MULTIMODAL = (ALL, *forms())
 
 MODELS = [
     TinyModel("llama", "LlamaForCausalLM", text.llama, adapters=(ALL, ATTENTION, HEADS)),
-    TinyModel("llama-awq", "LlamaForCausalLM", text.llama, "awq", adapters=(ALL, DORA, ATTENTION, HEADS, *REPLACED, VERA)),
+    TinyModel(
+        "llama-awq", "LlamaForCausalLM", text.llama, "awq", adapters=(ALL, DORA, ATTENTION, HEADS, *REPLACED, VERA)
+    ),
     TinyModel("llama-w4a16", "LlamaForCausalLM", text.llama, "w4a16", adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("llama-w4a16-channel", "LlamaForCausalLM", text.llama, "w4a16-channel", adapters=(ALL, ATTENTION)),
     TinyModel("llama-auto-round-gptq", "LlamaForCausalLM", text.llama, "auto-round-gptq", adapters=(ALL, ATTENTION)),

@@ -46,7 +46,7 @@ _WAY_OUT = {method: way for methods, way in _WAYS_OUT.items() for method in meth
 #: The switches of PEFT 0.2 to 0.21 that are served, or are about the start of the training. The last two leave tensors
 #: of their own, which are refused for being no factors.
 _KNOWN = frozenset(
-    {"use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"}
+    {"use_rslora", "use_dora", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"}
     | {"velora_config", "monteclora_config"}
 )
 
