@@ -379,7 +379,14 @@ def test_layers_of_vllms_own_kernels_are_named_in_the_log(caplog):
             assert method == "qlora_lora_modules"
             names = [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
             description = {"sizes": {"model.layers.0.self_attn.q_proj": (8, 8, 0)}, "unlisted": {}, "unadapted": {}}
-            description |= {"fused": {}, "left_out": [], "row_orders": {}, "model": "M", "device": "cuda"}
+            description |= {
+                "fused": {},
+                "left_out": [],
+                "row_orders": {},
+                "model": "M",
+                "device": "cuda",
+                "no_dora": "",
+            }
             description |= {"renames": {"regex": [], "substr": [], "prefix": [], "suffix": [], "is_complete": True}}
             return [{**description, "computed_by_vllm": names, "unlisted": {"model.odd": "OddLayer: no sizes"}}]
 

@@ -399,17 +399,17 @@ def test_an_adapter_that_fits_its_base(tmp_path):
 def test_every_reason_why_an_adapter_does_not_fit(tmp_path):
     """The same words as load_adapter's, all at once; with 1."""
     wrong = {"model.layers.0.mlp.up_proj": (32, 128), "model.layers.9.mlp.up_proj": (64, 128)}
-    source = write_adapter(tmp_path / "wrong", rank=32, modules=wrong, use_dora=True)
+    source = write_adapter(tmp_path / "wrong", rank=32, modules=wrong, use_qalora=True)
     code, found = inspect(source, "--base", write_model(tmp_path / "tiny"), "--max-lora-rank", 16)
     assert code == 1
     assert found["reasons"] == [
-        "It uses DoRA, whose magnitudes vLLM does not apply: train with use_dora=False.",
+        "It uses QALoRA, which vLLM does not run: train with use_qalora=False.",
         "It has rank 32, and this engine has room for 16: start it with QuantizedLoRAEngine(max_lora_rank=32).",
         "It has 1 modules that this model does not have: model.layers.9.mlp.up_proj (its layers are 0 to 1).",
         "up_proj has 32 inputs and 128 outputs in it, 64 and 128 in the model (1 modules): "
         "it was trained on a model of another size.",
     ]
-    assert run("inspect-adapter", source).exit_code == 1  # DoRA runs on no base
+    assert run("inspect-adapter", source).exit_code == 1  # QALoRA runs on no base
 
 
 def test_what_cannot_be_read_ends_with_2(tmp_path):

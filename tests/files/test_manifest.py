@@ -205,7 +205,6 @@ def peft_config(name: str, **fields: Any) -> Any:
 
 
 UNSUPPORTED = {
-    "DoRA": lambda: {"use_dora": True},
     "aLoRA": lambda: {"alora_invocation_tokens": [1, 2]},
     "layer_replication": lambda: {"layer_replication": [[0, 2], [1, 2]]},
     "'pissa'": lambda: {"init_lora_weights": "pissa"},

@@ -12,6 +12,8 @@ from models.peft_adapters import Recipe
 from models.tiny import TinyModel
 
 ALL = Recipe("all")
+#: Its magnitudes are applied on CPUs.
+DORA = Recipe("dora", options={"use_dora": True})
 
 
 def attention(*names: str) -> Recipe:
@@ -49,6 +51,7 @@ BIASES = Recipe("biases", targets=("q_proj", "v_proj"), options={"bias": "all", 
 REPLACED = (TRAINED_TOKENS, WHOLE_EMBEDDINGS, WHOLE_HEAD)
 #: PEFT takes "all-linear" of a mixture of experts to mean the experts, too.
 DENSE = Recipe("dense", targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+DENSE_DORA = attrs.evolve(DENSE, name="dense-dora", options={"use_dora": True})
 #: The weight that chooses experts, which is a bare parameter in transformers 5.
 ROUTER = Recipe("router", targets=("q_proj", "v_proj"), parameters=("mlp.gate.weight",))
 EXPERTS = Recipe(
@@ -76,7 +79,9 @@ MULTIMODAL = (ALL, *forms())
 
 MODELS = [
     TinyModel("llama", "LlamaForCausalLM", text.llama, adapters=(ALL, ATTENTION, HEADS)),
-    TinyModel("llama-awq", "LlamaForCausalLM", text.llama, "awq", adapters=(ALL, ATTENTION, HEADS, *REPLACED, VERA)),
+    TinyModel(
+        "llama-awq", "LlamaForCausalLM", text.llama, "awq", adapters=(ALL, DORA, ATTENTION, HEADS, *REPLACED, VERA)
+    ),
     TinyModel("llama-w4a16", "LlamaForCausalLM", text.llama, "w4a16", adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("llama-w4a16-channel", "LlamaForCausalLM", text.llama, "w4a16-channel", adapters=(ALL, ATTENTION)),
     TinyModel("llama-auto-round-gptq", "LlamaForCausalLM", text.llama, "auto-round-gptq", adapters=(ALL, ATTENTION)),
@@ -86,10 +91,10 @@ MODELS = [
         "Qwen2ForCausalLM",
         text.qwen2,
         "gptq",
-        adapters=(ALL, ATTENTION, BIASES),
+        adapters=(ALL, DORA, ATTENTION, BIASES),
         refused=(HEADS, TRAINED_TOKENS),
     ),
-    TinyModel("qwen3", "Qwen3ForCausalLM", text.qwen3, adapters=(ALL, ATTENTION, HEADS, *REPLACED, VERA)),
+    TinyModel("qwen3", "Qwen3ForCausalLM", text.qwen3, adapters=(ALL, DORA, ATTENTION, HEADS, *REPLACED, VERA)),
     TinyModel(
         "qwen3-w4a16-asymmetric", "Qwen3ForCausalLM", text.qwen3, "w4a16-asymmetric", adapters=(ALL, ATTENTION, HEADS)
     ),
@@ -97,14 +102,17 @@ MODELS = [
     TinyModel("qwen3-bitsandbytes", "Qwen3ForCausalLM", text.qwen3, "bitsandbytes", adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("mistral", "MistralForCausalLM", text.mistral, adapters=(ALL, ATTENTION), refused=(HEADS,)),
     TinyModel("gemma2", "Gemma2ForCausalLM", text.gemma2, adapters=(ALL, ATTENTION)),
-    TinyModel("gemma2-bitsandbytes", "Gemma2ForCausalLM", text.gemma2, "bitsandbytes", adapters=(ALL, ATTENTION)),
+    TinyModel("gemma2-bitsandbytes", "Gemma2ForCausalLM", text.gemma2, "bitsandbytes", adapters=(ALL, DORA, ATTENTION)),
     TinyModel("gemma3-text", "Gemma3ForCausalLM", text.gemma3_text, adapters=(ALL, ATTENTION)),
     TinyModel("phi3", "Phi3ForCausalLM", text.phi3, adapters=(ALL, FUSED_ATTENTION)),
-    TinyModel("phi3-awq", "Phi3ForCausalLM", text.phi3, "awq", adapters=(ALL, FUSED_ATTENTION)),
+    TinyModel("phi3-awq", "Phi3ForCausalLM", text.phi3, "awq", adapters=(ALL, DORA, FUSED_ATTENTION)),
     TinyModel("phi3-w4a16", "Phi3ForCausalLM", text.phi3, "w4a16", adapters=(ALL, FUSED_ATTENTION)),
-    TinyModel("glm4", "Glm4ForCausalLM", text.glm4, adapters=(ALL, ATTENTION)),
+    TinyModel("glm4", "Glm4ForCausalLM", text.glm4, adapters=(ALL, DORA, ATTENTION)),
     TinyModel(
-        "gpt-neox", "GPTNeoXForCausalLM", text.gpt_neox, adapters=(ALL, attention("query_key_value", "attention.dense"))
+        "gpt-neox",
+        "GPTNeoXForCausalLM",
+        text.gpt_neox,
+        adapters=(ALL, DORA, attention("query_key_value", "attention.dense")),
     ),
     TinyModel("gpt-neox-gptq", "GPTNeoXForCausalLM", text.gpt_neox, "gptq", adapters=(ALL,)),
     TinyModel("falcon", "FalconForCausalLM", text.falcon, refused=(ALL,)),
@@ -169,7 +177,7 @@ MODELS = [
             EXPERTS_BY_NAME,
         ),
     ),
-    TinyModel("llama4", "Llama4ForCausalLM", text.llama4_text, adapters=(DENSE, ATTENTION)),
+    TinyModel("llama4", "Llama4ForCausalLM", text.llama4_text, adapters=(DENSE, DENSE_DORA, ATTENTION)),
     TinyModel(
         "gemma3",
         "Gemma3ForConditionalGeneration",

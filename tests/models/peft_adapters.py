@@ -56,7 +56,9 @@ def make(recipe: Recipe, network: Any, folder: Path) -> None:
     generator = torch.Generator().manual_seed(zlib.crc32((recipe.made_as or recipe.name).encode()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name and not name.endswith("bias"):
+            if "lora_magnitude_vector" in name:  # from the norms of the weights on, as training goes
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif "lora_" in name and not name.endswith("bias"):
                 parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
             elif "vera_lambda" in name:
                 parameter.normal_(0.0, 1.0, generator=generator)

@@ -24,6 +24,9 @@ DIST = Path(os.environ["DIST"]).resolve()
 #: The modules that need a package of an extra, and the one that they name; all others import without.
 NEED_AN_EXTRA = {
     "qlora_infer._vllm.kernels.cpu.bitsandbytes": "torch",
+    "qlora_infer._vllm.kernels.cpu.call": "numba",
+    "qlora_infer._vllm.kernels.cpu.expansion": "numba",
+    "qlora_infer._vllm.kernels.dora": "torch",
     "qlora_infer._vllm.kernels.cpu.lora": "torch",
     "qlora_infer._vllm.kernels.cuda.fused": "torch",
     "qlora_infer._vllm.kernels.cuda.fused_triton": "triton",

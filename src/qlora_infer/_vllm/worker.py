@@ -14,8 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from qlora_infer._vllm import kernels, lora_layers, start_fault
-from qlora_infer._vllm.kernels import logits
+from qlora_infer._vllm.kernels import dora, logits
 from qlora_infer._vllm.kernels.cpu import bitsandbytes
+from qlora_infer._vllm.kernels.dora import DoRA
 from qlora_infer._vllm.kernels.loading.lora_model import PinnedLoRAModel, merge
 from qlora_infer._vllm.kernels.loading.slots import move_at_once
 from qlora_infer._vllm.short_turns import ShortTurns
@@ -38,6 +39,7 @@ class WorkerExtension:
     device: Any
     _qlora_reader: ThreadPoolExecutor | None = None
     _qlora_reads: dict[int, Future[Any]]
+    _qlora_dora: DoRA | None = None
 
     def qlora_pack_weights(self) -> None:
         """Lay the base model's weights out as this machine's CPU reads them fastest."""
@@ -57,9 +59,15 @@ class WorkerExtension:
         logits.follow(self.model_runner)
         moved = move_at_once(manager)
         # A CPU casts when it reads, not in the middle of a step.
+        no_dora = dora.why_not(manager)
+        self._qlora_dora = None if no_dora else DoRA(manager)
         cast_late = moved if self.device.type == "cuda" else frozenset()
         lora_manager._lora_model_cls = PinnedLoRAModel.moved_at_once(cast_late)
-        return {**lora_layers.describe(manager), "computed_by_vllm": computed_by_vllm}
+        return {
+            **lora_layers.describe(manager),
+            "computed_by_vllm": computed_by_vllm,
+            "no_dora": no_dora,
+        }
 
     def qlora_poll_loads(self, adapters: list[tuple[str, int, str]]) -> dict[int, str | None]:
         """Load adapters (name, id, path), and return the ids of those that have ended, with the reason of a failure.
@@ -70,6 +78,7 @@ class WorkerExtension:
         """
         loaded = self.model_runner.lora_manager._adapter_manager._registered_adapters
         ended: dict[int, str | None] = {}
+        until = self._qlora_dora.end_of_turn() if self._qlora_dora is not None else 0.0
         for name, int_id, path in adapters:
             if int_id in loaded:
                 ended[int_id] = None
@@ -78,6 +87,12 @@ class WorkerExtension:
             if not reading.done():
                 continue
             if error := reading.exception():
+                ended[int_id] = f"{type(error).__name__}: {error}"
+                continue
+            try:
+                if self._qlora_dora is not None and not self._qlora_dora.advance(reading.result(), until):
+                    continue
+            except Exception as error:
                 ended[int_id] = f"{type(error).__name__}: {error}"
                 continue
             loaded[int_id], ended[int_id] = reading.result(), None
@@ -90,6 +105,8 @@ class WorkerExtension:
             read = self._qlora_reads.pop(int_id, None)
             if read is not None:
                 read.cancel()
+        if self._qlora_dora is not None:
+            self._qlora_dora.drop(int_id)
 
     def _qlora_reading(self, name: str, int_id: int, path: str) -> Future[Any]:
         """Return the reading of an adapter, which is begun where there is none, on another thread than the steps."""
@@ -118,6 +135,8 @@ class WorkerExtension:
             aside = copy.copy(lora_manager._adapter_manager)
             aside._registered_adapters = {}
             merge(aside, adapter)
+            if self._qlora_dora is not None:
+                self._qlora_dora.compile(adapter)
         return adapter
 
 

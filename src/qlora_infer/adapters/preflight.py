@@ -24,6 +24,9 @@ MAX_KINDS = 8
 #: As many of the model's names are compared with one that it does not have.
 MAX_COMPARED = 2000
 
+#: Embeddings and output layers, as vLLM's classes name them.
+_NO_LINEAR_LAYERS = frozenset({"embed_tokens", "wte", "lm_head"})
+
 _LAYER = re.compile(r"\.(\d+)\.")
 _EXPERTS = re.compile(r"\.experts(\.|$)")
 
@@ -43,6 +46,7 @@ class Fit:
             prompts of text alone.
         stripped: What was left out of the names of its tensors: those of wrappers, and the adapter's own.
         conversion: What of it becomes factors together with the base model.
+        has_magnitudes: It is DoRA.
     """
 
     num_modules: int
@@ -50,10 +54,12 @@ class Fit:
     placement: Placement = field(factory=lambda: Placement({}), repr=False, eq=False)
     stripped: Sequence[str] = ()
     conversion: Conversion = field(factory=Conversion, repr=False, eq=False)
+    has_magnitudes: bool = False
 
     def is_vllms_own(self, model: ModelModules) -> bool:
         """Return whether vLLM would read all of it so by itself, from the adapter's own files."""
-        return not (self.stripped or self.conversion.is_needed) and self.placement.is_vllms_own(model)
+        is_plain = not (self.stripped or self.conversion.is_needed or self.has_magnitudes)
+        return is_plain and self.placement.is_vllms_own(model)
 
     def changes_nothing(self, manifest: AdapterManifest) -> bool:
         """Return whether A or B is all zeros in each module that is applied."""
@@ -119,10 +125,11 @@ def check(
         reasons += _absence_reasons(placement, modules, model)
         reasons += _repetition_reasons(placement)
         reasons += _shape_reasons(placement, model)
+        reasons += _dora_reasons(manifest, placement, model)
     if reasons:
         raise IncompatibleAdapterError(adapter, reasons)
     stripped = *placement.wrappers, *filter(None, [manifest.name_in_tensors[:80]])
-    return Fit(len(placement.sources), len(model.shapes), placement, stripped, conversion)
+    return Fit(len(placement.sources), len(model.shapes), placement, stripped, conversion, bool(manifest.magnitudes))
 
 
 def check_with_extras(
@@ -260,6 +267,26 @@ def _shape_reason(name: str, module: LoRAModule, shape: ModuleShape, count: int)
         f"{name} has {module.in_features} inputs and {module.out_features} outputs in it, "
         f"{shape.in_features} and {shape.out_features} in the model ({count} modules): {why}."
     )
+
+
+def _dora_reasons(manifest: AdapterManifest, placement: Placement, model: ModelModules) -> Iterator[str]:
+    """Say why magnitudes cannot be applied: kernels of one kind do it, in linear layers."""
+    if not manifest.magnitudes:
+        return
+    if model.device not in ("", "cpu"):
+        yield "It uses DoRA, which is served on CPUs so far: serve it on a CPU, or train with use_dora=False."
+    elif model.no_dora:
+        yield f"It uses DoRA, and {model.no_dora}: train with use_dora=False."
+    others = [
+        name
+        for name, piece in placement.pieces.items()
+        if piece.source in manifest.magnitudes and name.rpartition(".")[2] in _NO_LINEAR_LAYERS
+    ]
+    if others:
+        yield (
+            f"It uses DoRA on {format_names(others)}, and magnitudes are applied to linear layers inside the model "
+            "only: train it without them."
+        )
 
 
 def _format_layers(model: ModelModules) -> str:

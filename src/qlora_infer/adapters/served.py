@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_infer.adapters.placement import Piece, Placement
 from qlora_infer.basewise.conversion import Conversion
-from qlora_infer.files.manifest import factor_of
+from qlora_infer.files.manifest import factor_of, magnitude_of
 from qlora_infer.files.peft_config import module_alpha, plain_patterns, read_config
 from qlora_infer.files.safetensors import Computed, map_tensors, write_tensors
-from qlora_infer.files.snapshot import CONFIG_NAME, SERVED_NAME, WEIGHTS_NAME
+from qlora_infer.files.snapshot import CONFIG_NAME, MAGNITUDES_NAME, SERVED_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
     The factors are the adapter's, bit for bit, or made by a conversion. Those of experts that it holds in one tensor
     become one pair for each expert where the model has them one by one, and what it leaves of a layer's experts becomes
     zeros. ``rank_pattern`` and ``alpha_pattern``, which are about PEFT's names, become plain names of the running
-    model.
+    model. DoRA's magnitudes, which vLLM refuses, are in a file of their own.
 
     Args:
         adapter: The adapter's name, for messages.
@@ -53,10 +53,13 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
     (target / CONFIG_NAME).write_text(json.dumps(_config(config, placement, conversion)))
     factors: dict[str, dict[str, tuple[str, Factor]]] = {}
     turned: dict[str, dict[str, tuple[str, Factor]]] = {}
+    magnitudes: dict[str, np.ndarray] = {}
     for name, tensor in map_tensors(adapter, folder / WEIGHTS_NAME).items():
-        found = factor_of(name)
+        found, module = factor_of(name), magnitude_of(name)
         if found is not None:
             factors.setdefault(found.module, {})[found.factor] = name, tensor
+        elif module is not None:
+            magnitudes[module] = tensor
     for module, (a, b) in conversion.factors(folder):
         is_embedding = module in conversion.rows and not conversion.rows[module].is_output
         names = map((_EMBEDDING if is_embedding else _LINEAR).format, "AB")
@@ -65,6 +68,12 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
         if piece.is_transposed and piece.source in factors:
             turned[piece.source] = _turned(factors.pop(piece.source), piece.module.rank)
     write_tensors(target / WEIGHTS_NAME, dict(_tensors(placement, {**factors, **turned})))
+    if config.get("use_dora"):
+        own = {name: piece for name, piece in placement.pieces.items() if piece.source in magnitudes}
+        write_tensors(
+            target / MAGNITUDES_NAME,
+            {name: _outputs(magnitudes[str(piece.source)], piece) for name, piece in own.items()},
+        )
     return target
 
 
@@ -122,9 +131,13 @@ def _cut_b(b: np.ndarray, piece: Piece) -> np.ndarray:
     """
     if piece.expert is not None:
         b = b.reshape(len(b), piece.module.rank, -1)[:, :, piece.expert]
-    elif piece.order is not None:
-        b = b[piece.order]
-    return b[piece.first_output : piece.first_output + piece.module.out_features]
+    return _outputs(b, piece)
+
+
+def _outputs(of_module: np.ndarray, piece: Piece) -> np.ndarray:
+    """Take a piece's outputs out of a module's, in the model's order."""
+    ordered = of_module if piece.expert is not None or piece.order is None else of_module[piece.order]
+    return ordered[piece.first_output : piece.first_output + piece.module.out_features]
 
 
 def _config(config: Mapping[str, Any], placement: Placement, conversion: Conversion) -> dict[str, Any]:
@@ -138,6 +151,7 @@ def _config(config: Mapping[str, Any], placement: Placement, conversion: Convers
         "alpha_pattern": plain_patterns(alphas, config["lora_alpha"]),
         "target_modules": sorted({name.rpartition(".")[2] for name in placement.pieces}),
         "target_parameters": None,
+        "use_dora": False,
     }
 
 

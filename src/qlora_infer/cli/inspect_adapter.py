@@ -54,6 +54,7 @@ class Inspection:
         alpha: ``lora_alpha``.
         modules: The kinds of modules that it changes, such as ``q_proj``, and how many of each.
         num_zero_modules: How many of them A or B of zeros leaves as they are.
+        num_magnitudes: How many of them have DoRA's magnitudes.
         num_bytes: The size of its tensors.
         base_model: The model that it says it was trained on.
         task: PEFT's task type, such as ``CAUSAL_LM``.
@@ -78,6 +79,7 @@ class Inspection:
     alpha: float | None
     modules: dict[str, int]
     num_zero_modules: int
+    num_magnitudes: int
     num_bytes: int
     base_model: str | None
     task: str
@@ -102,7 +104,7 @@ def inspect_adapter(
     base: Annotated[str | None, typer.Option(help="A base model to hold it against: a Hub id or a folder.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base model's branch, tag or commit.")] = None,
     device: Annotated[
-        BaseDevice, typer.Option(help="Where the base is served: vLLM adapts experts on GPUs only.")
+        BaseDevice, typer.Option(help="Where the base is served: experts are adapted on GPUs only, DoRA on CPUs.")
     ] = BaseDevice.CUDA,
     max_lora_rank: Annotated[
         int, typer.Option(help="The largest rank that the engine would have room for.")
@@ -191,6 +193,7 @@ def _read(source: Source, folder: Path, *, allow_pickle: bool) -> tuple[Inspecti
         alpha=config.get("lora_alpha"),
         modules=dict(Counter(module.rpartition(".")[2] for module in manifest.modules)),
         num_zero_modules=len(manifest.zero_modules),
+        num_magnitudes=len(manifest.magnitudes),
         num_bytes=manifest.num_bytes,
         base_model=manifest.base_model,
         task=training.task,
@@ -235,6 +238,8 @@ def _lines(found: Inspection) -> Iterator[str]:
     yield f"format      {found.format}"
     yield f"rank        {found.rank}, alpha {found.alpha if found.alpha is not None else 'not given'}"
     yield f"modules     {sum(found.modules.values())}: {modules or 'none'}"
+    if found.num_magnitudes:
+        yield f"DoRA        magnitudes of {found.num_magnitudes} modules, which are served on CPUs"
     yield f"size        {found.num_bytes} bytes"
     yield f"trained on  {found.base_model or 'it does not say'}"
     saved_by = [*found.tools, *([f"PEFT {found.peft_version}"] if found.peft_version else [])]

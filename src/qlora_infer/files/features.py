@@ -22,7 +22,6 @@ _TASKS = {
 
 #: A field of ``adapter_config.json`` and what to say when it is set.
 _FIELDS = {
-    "use_dora": "It uses DoRA, whose magnitudes vLLM does not apply: train with use_dora=False.",
     "alora_invocation_tokens": "It is an activated LoRA (aLoRA), which vLLM does not run.",
     "layer_replication": "It replicates layers (layer_replication), which vLLM does not do.",
     "use_bdlora": "It is block-diagonal (BD-LoRA), which vLLM does not run.",
@@ -55,7 +54,7 @@ _WAY_OUT = {method: way for methods, way in _WAYS_OUT.items() for method in meth
 #: The switches of PEFT 0.2 to 0.21 that are served, or are about the start of the training. The last two leave tensors
 #: of their own, which are refused for being no factors.
 _KNOWN = frozenset(
-    {"use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"}
+    {"use_rslora", "use_dora", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"}
     | {"velora_config", "monteclora_config"}
 )
 

@@ -53,6 +53,11 @@ _SAVED = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer|\.token_adapter)?"
     r"\.(?P<kind>weight|bias|trainable_tokens_delta|vera_lambda_[bd]|vera_[AB])"
 )
+# DoRA's: PEFT writes ``lora_magnitude_vector`` (get_peft_model_state_dict in 0.21.2, utils/save_and_load.py); in a
+# model the adapter's name and ``.weight`` stand behind it.
+_MAGNITUDE = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
+)
 #: The adapter's name in a factor's, as torch saves one without PEFT's save_pretrained; empty where there is none.
 ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])(?:\.[^.]+)?(?=\.weight$)|(?<=\.lora_embedding_[AB])(?:\.[^.]+)?$")
 
@@ -75,6 +80,12 @@ def factor_of(tensor: str) -> Factor | None:
     plain = ADAPTER_NAME.sub("", tensor)
     match = _LINEAR.fullmatch(plain) or _EMBEDDING.fullmatch(plain)
     return Factor(match["module"], match["factor"]) if match else None
+
+
+def magnitude_of(tensor: str) -> str | None:
+    """Return the module whose magnitude a tensor is, by its name; ``None`` for a tensor that is none."""
+    match = _MAGNITUDE.fullmatch(tensor)
+    return match["module"] if match else None
 
 
 @frozen
@@ -139,6 +150,7 @@ class AdapterManifest:
         config: Its config.
         saved: Its tensors that are no factors, by name.
         zeros: The tensors that hold nothing but zeros.
+        magnitudes: The modules with a magnitude of DoRA for each output.
     """
 
     folder: Path
@@ -155,6 +167,7 @@ class AdapterManifest:
     config: Mapping[str, Any] = field(factory=dict)
     saved: Mapping[str, SavedTensor] = field(factory=dict)
     zeros: frozenset[str] = frozenset()
+    magnitudes: frozenset[str] = frozenset()
 
     @property
     def rank_needed(self) -> int:
@@ -167,11 +180,14 @@ class AdapterManifest:
         return str(self.config.get("peft_type", "LORA")).upper()
 
     def with_zeros(self, tensors: Iterable[str]) -> AdapterManifest:
-        """Return this manifest with the modules that have one of these tensors of zeros."""
+        """Return this manifest with the modules that have one of these tensors of zeros.
+
+        One with a magnitude is none of them: that changes the module by itself.
+        """
         zeros = frozenset(tensors)
         modules = {factor.module for factor in map(factor_of, zeros) if factor is not None}
         modules |= {tensor.module for name, tensor in self.saved.items() if name in zeros and tensor.is_lambda}
-        return evolve(self, zero_modules=frozenset(modules), zeros=zeros)
+        return evolve(self, zero_modules=frozenset(modules) - self.magnitudes, zeros=zeros)
 
 
 def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
@@ -201,12 +217,17 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
     plain_config: Mapping[str, Any] = config
     name_in_tensors = ""
     saved: Mapping[str, SavedTensor] = {}
+    magnitudes: frozenset[str] = frozenset()
     try:
         name_in_tensors = check_one_adapter(adapter, entries)
         factors, leftover = _pair_factors(adapter, entries)
         plain_config = with_plain_names(adapter, config, factors)
         modules = {name: _module(adapter, name, pair, plain_config) for name, pair in factors.items()}
         leftover = [name for name in leftover if not _is_base_copy(adapter, name, entries[name], modules)]
+        if config.get("use_dora"):
+            magnitudes = _magnitudes(adapter, {name: entries[name] for name in leftover}, modules)
+            leftover = [name for name in leftover if magnitude_of(name) not in magnitudes]
+            unsupported += _dora_faults(modules, magnitudes)
         saved, leftover = _pick_saved(leftover, entries) if modules else ({}, leftover)
     except CorruptAdapterError:
         # The tensors of other variants have other shapes: what the config says is the better reason.
@@ -229,6 +250,7 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         plain_config=None if plain_config is config else plain_config,
         config=plain_config,
         saved=saved,
+        magnitudes=magnitudes,
     )
 
 
@@ -400,6 +422,34 @@ def _is_base_copy(adapter: str, name: str, entry: TensorEntry, modules: Mapping[
             f"{module.out_features} outputs",
         )
     return True
+
+
+def _magnitudes(adapter: str, entries: Mapping[str, TensorEntry], modules: Mapping[str, LoRAModule]) -> frozenset[str]:
+    """Return the modules that have a magnitude for each output."""
+    found: set[str] = set()
+    for name, entry in entries.items():
+        module = magnitude_of(name)
+        if module is None or module not in modules:
+            continue
+        if module in found:
+            raise CorruptAdapterError(adapter, f"{module} has two tensors lora_magnitude_vector")
+        if not entry.is_floating or entry.shape != (modules[module].out_features,):
+            raise CorruptAdapterError(
+                adapter,
+                f"{name[:120]} is {entry.dtype} of the shape {list(entry.shape)}; {module} has "
+                f"{modules[module].out_features} outputs, and DoRA one floating-point number for each",
+            )
+        found.add(module)
+    return frozenset(found)
+
+
+def _dora_faults(modules: Mapping[str, LoRAModule], magnitudes: frozenset[str]) -> Iterator[str]:
+    missing = [name for name in modules if name not in magnitudes]
+    if missing:
+        yield (
+            f"It uses DoRA, and its file has no lora_magnitude_vector for {format_names(missing)}: save it again with "
+            "PEFT's save_pretrained, or train with use_dora=False."
+        )
 
 
 def _module(adapter: str, name: str, pair: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> LoRAModule:

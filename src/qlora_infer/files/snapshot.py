@@ -24,6 +24,8 @@ _CHECKPOINT = re.compile(r"(?:^|[/:])checkpoint-([0-9]{1,12})$")
 
 #: The folder in a private copy that has the adapter in the running model's names (``served.py``).
 SERVED_NAME = "served"
+#: The file in that folder with DoRA's magnitudes, by module.
+MAGNITUDES_NAME = "magnitudes.safetensors"
 
 
 @frozen

@@ -106,6 +106,7 @@ class ModelModules:
         left_out: Beginnings of names, in the running model, of parts whose factors are not applied.
         model: The name of the model's class; empty where it is not known.
         device: vLLM's device type; empty where it is not known.
+        no_dora: Why the running engine applies no DoRA; empty where it does, or where only the device tells.
     """
 
     shapes: Mapping[str, ModuleShape]
@@ -116,6 +117,7 @@ class ModelModules:
     row_orders: Mapping[str, Sequence[int]] = field(factory=dict)
     model: str = ""
     device: str = ""
+    no_dora: str = ""
 
     @classmethod
     def of(cls, descriptions: Sequence[Mapping[str, Any]]) -> ModelModules:
@@ -136,6 +138,7 @@ class ModelModules:
             row_orders=first["row_orders"],
             model=first["model"],
             device=first["device"],
+            no_dora=first["no_dora"],
         )
 
     def locate(self, name: str) -> str | None:

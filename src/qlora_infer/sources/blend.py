@@ -200,6 +200,10 @@ def _check_arguments(name: str, parts: Sequence[AdapterPart], method: str, densi
             raise IncompatibleAdapterError(part.name, [why])
         if part.manifest.unsupported:
             raise IncompatibleAdapterError(part.name, part.manifest.unsupported)
+        if part.manifest.magnitudes:
+            raise IncompatibleAdapterError(
+                part.name, ["It uses DoRA, whose magnitudes no sum of factors can hold: blend plain LoRA adapters."]
+            )
 
 
 def _is_finite(value: object) -> bool:

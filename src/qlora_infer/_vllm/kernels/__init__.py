@@ -24,6 +24,9 @@ KNOWN_NAMES = frozenset(
     }
 )
 
+#: What ours have beside it; the first takes every argument.
+OURS_ALONE = frozenset({"update_metadata", "use_logits_rows", "watch", "use_gains", "compile_gains"})
+
 
 def install() -> None:
     """Install our kernels in this process, on the devices that we have kernels for.
@@ -136,7 +139,7 @@ def ours_can_replace(theirs: type[Any]) -> bool:
 def differences_between(theirs: type[Any], ours: type[Any]) -> list[str]:
     """List the parameters and names in which vLLM's class differs from the class that ours was written for."""
     differences = [f"new: {name}" for name in sorted(_public(theirs) - KNOWN_NAMES)]
-    for name in sorted(_public(ours) - {"update_metadata", "use_logits_rows", "watch"}):  # the first takes all
+    for name in sorted(_public(ours) - OURS_ALONE):
         if not callable(getattr(ours, name)) or name not in vars(ours):
             continue
         if name not in _public(theirs):

@@ -11,7 +11,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,10 +21,13 @@ import torch
 from attrs import define, field
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from qlora_infer._vllm.kernels.cpu.rows import Layer, Rows, Tiles
+from qlora_infer._vllm.kernels.cpu.rows import Gains, Layer, Rows, Tiles
 
 #: A slot and the rows of the batch that use it.
 Group = tuple[int, slice | torch.Tensor]
+
+#: The gains of a slot for a layer's outputs, and their shifts, ``[2, out_features]``: DoRA's (``kernels/dora.py``).
+SlotGains = npt.NDArray[np.float32]
 
 #: Up to this many multiplications for each adapter and slice, compiled code is faster than torch's products, which cost
 #: some 20 microseconds each before they multiply anything (``benchmarks/cpu_lora.py --layer`` measures both).
@@ -110,12 +113,14 @@ class StackedWeights:
         a: ``[max_loras, 1, max_rank, in_features]``.
         b: ``[max_loras, 1, out_features, max_rank]``; their memory is laid out anew, transposed.
         sizes: How wide each slice is in y.
+        gains: Those of the slots that have any, by slot.
         versions: Change with each change of the weights, which vLLM makes in place.
     """
 
     a: Sequence[torch.Tensor]
     b: Sequence[torch.Tensor]
     sizes: Sequence[int]
+    gains: Mapping[int, SlotGains] = field(factory=dict)
     versions: list[int] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -141,7 +146,18 @@ class StackedWeights:
     @cached_property
     def used(self) -> int:
         """A bit for each slot whose adapter changes this layer."""
-        return sum(1 << slot for slot in np.flatnonzero(self.ranks.any(axis=0)).tolist())
+        slots = {*np.flatnonzero(self.ranks.any(axis=0)).tolist(), *self.gains}
+        return sum(1 << slot for slot in slots)
+
+    @cached_property
+    def with_gains(self) -> int:
+        """A bit for each slot that has gains."""
+        return sum(1 << slot for slot in self.gains)
+
+    @cached_property
+    def compiled_gains(self) -> Gains:
+        """The gains as compiled code takes them, where there are any."""
+        return Gains(self.gains, len(self.a[0]))
 
     @cached_property
     def work(self) -> int:
@@ -170,6 +186,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         self._sampled = Batch()
         self._logits = self._sampled
         self._weights: dict[int, StackedWeights] = {}
+        self._gains: dict[int, dict[int, SlotGains]] = {}
         self._rows: Rows | None = None
         self._used_embeddings: tuple[tuple[int, int], list[bool]] = ((0, 0), [])
         if "lora_config" in kwargs:
@@ -184,6 +201,22 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     def use_logits_rows(self, slots: npt.NDArray[np.int32] | None) -> None:
         """Use one slot for each row of the next logits, -1 for none; ``None`` brings the step's own rows back."""
         self._logits = self._sampled if slots is None else Batch.of(torch.from_numpy(slots).long())
+
+    def use_gains(self, slot: int, gains: Mapping[int, SlotGains]) -> None:
+        """Multiply the outputs of a slot's rows by the gains of its adapter from now on, or no more.
+
+        Args:
+            slot: The slot, which has just got another adapter.
+            gains: The adapter's by layer, which is the ``id`` of its first stacked A; empty where it has none.
+        """
+        for layer in [*gains, *(layer for layer, of_slots in self._gains.items() if slot in of_slots)]:
+            of_slots = {other: own for other, own in self._gains.get(layer, {}).items() if other != slot}
+            self._gains[layer] = of_slots | ({slot: gains[layer]} if layer in gains else {})
+            self._weights.pop(layer, None)
+
+    def compile_gains(self, dtype: torch.dtype) -> None:
+        """Compile what gains need before a step has any; on any thread."""
+        self._rows_for(dtype).compile_gains()
 
     def add_shrink(
         self,
@@ -284,7 +317,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             return
         weights = self._weights.get(id(lora_a_stacked[0]))
         if weights is None or not weights.is_current():
-            weights = StackedWeights(lora_a_stacked, lora_b_stacked, sizes)
+            gains = self._gains.get(id(lora_a_stacked[0]), {})
+            weights = StackedWeights(lora_a_stacked, lora_b_stacked, sizes, gains)
             self._weights[id(lora_a_stacked[0])] = weights
         if not weights.used & batch.used:
             return
@@ -294,12 +328,15 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         if num_rows > y.shape[0] or num_rows > x.shape[0]:
             raise ValueError(f"{num_rows} rows have a slot, but there are {len(x)} inputs and {len(y)} outputs")
         work, layer = weights.work * batch.num_rows, weights.layer
+        has_gains = weights.with_gains & batch.used
         if layer is not None and work <= ROWS_UP_TO * len(weights.sizes) * batch.num_slots:
             rows = self._rows_for(weights.a[0].dtype)
             if rows.can_add(y, x):
-                rows.add(y, x, layer, batch.tiles, scale, work)
+                rows.add(y, x, layer, batch.tiles, scale, work, weights.compiled_gains if has_gains else None)
                 return
         _add_by_group(y, x, weights, scale, batch)
+        if has_gains:
+            _multiply_by_group(y, weights.gains, batch.groups)
 
     def _rows_for(self, dtype: torch.dtype) -> Rows:
         if self._rows is None or self._rows.dtype != dtype:
@@ -331,6 +368,14 @@ def _add_in_place(
                 else:
                     target += (shrunk @ weight * scale).to(target.dtype)
             offset += size
+
+
+def _multiply_by_group(y: torch.Tensor, gains: Mapping[int, SlotGains], groups: Iterable[Group]) -> None:
+    for slot, rows in groups:
+        if slot in gains:
+            gain, shift = torch.from_numpy(gains[slot])
+            outputs = y[rows, : len(gain)]
+            y[rows, : len(gain)] = (outputs.float() * gain + shift).to(y.dtype)
 
 
 def _add_product(

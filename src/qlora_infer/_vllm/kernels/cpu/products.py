@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from numba import cfunc, types
 
-from qlora_infer._vllm.kernels.cpu.rows import count_up, int64s, openmp
+from qlora_infer._vllm.kernels.cpu.call import count_up, int64s
+from qlora_infer._vllm.kernels.cpu.rows import openmp
 from qlora_infer._vllm.kernels.cpu.vectors import ROWS, Numbers, dots
 
 #: What a call is told. The counter of pieces, which all threads write, has a cache line of its own.

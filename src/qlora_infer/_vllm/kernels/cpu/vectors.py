@@ -109,6 +109,9 @@ class Numbers:
         return floats
 
 
+_FLOAT32S = Numbers("float32")
+
+
 def dots(numbers: Numbers, num_ranks: int) -> Any:
     """Return a function for compiled code that computes the dot products of one or four rows of x with some rows of A.
 
@@ -154,17 +157,18 @@ def dots(numbers: Numbers, num_ranks: int) -> Any:
     return dot_block
 
 
-def outers(numbers: Numbers, num_vectors: int, *, is_masked: bool = False) -> Any:
+def outers(numbers: Numbers, num_vectors: int, *, is_masked: bool = False, is_scaled: bool = False) -> Any:
     """Return a function for compiled code that adds the sums times B to some columns of one to four rows of y.
 
-    It is called with ``count, b, b_stride, y0, y1, y2, y3, rank, sums, sums_stride, columns``: the number of rows that
-    are written, the addresses of the columns in B's first row and in the rows of y (all four of which may be read where
-    ``count`` is not 1), and that of the float32 sums, ``[rows, rank]``. It takes ``num_vectors`` times 16 columns; with
-    ``is_masked`` as many as ``columns`` says, fewer than 16.
+    It is called with ``count, b, b_stride, y0, y1, y2, y3, rank, sums, sums_stride, columns, gains, shifts``: the
+    number of rows that are written, the addresses of the columns in B's first row and in the rows of y (all four of
+    which may be read where ``count`` is not 1), and that of the float32 sums, ``[rows, rank]``. It takes
+    ``num_vectors`` times 16 columns; with ``is_masked`` as many as ``columns`` says, fewer than 16. With ``is_scaled``
+    what it writes is multiplied by the float32 gains at an address, and the shifts, so many bytes behind, are added.
     """
 
     def for_rows(builder: Any, num_rows: int, args: Sequence[Any], count: Any) -> None:
-        b, b_stride, *y_at, rank, sums, sums_stride, columns = args
+        b, b_stride, *y_at, rank, sums, sums_stride, columns, gains, shifts = args
         mask = _first(builder, columns, WIDTH) if is_masked else None
         steps = [_I64(vector * WIDTH * numbers.size) for vector in range(num_vectors)]
         sums_at = [builder.add(sums, builder.mul(sums_stride, _I64(row))) for row in range(num_rows)]
@@ -179,20 +183,24 @@ def outers(numbers: Numbers, num_vectors: int, *, is_masked: bool = False) -> An
             return _each(builder, _fma, factors, weights, totals)
 
         totals = _fold(builder, rank, [_NOTHING] * (num_rows * num_vectors), add)
+        gains_at = [builder.add(gains, _I64(vector * WIDTH * 4)) for vector in range(num_vectors if is_scaled else 0)]
+        scales = [[_FLOAT32S.load(builder, builder.add(at, to), mask) for to in (_I64(0), shifts)] for at in gains_at]
         for row in range(num_rows):
             with builder.if_then(builder.icmp_signed(">", count, _I64(row))):
                 for vector, step in enumerate(steps):
                     at = builder.add(y_at[row], step)
                     total = builder.fadd(numbers.read(builder, at, mask), totals[row * num_vectors + vector])
+                    if is_scaled:
+                        total = _fma(builder, total, *scales[vector])
                     numbers.store(builder, at, total, mask)
 
     @intrinsic  # type: ignore[untyped-decorator]
     def outer_block(
         context: Any, count: Any, b: Any, b_stride: Any, y0: Any, y1: Any, y2: Any, y3: Any, rank: Any,
-        sums: Any, sums_stride: Any, columns: Any,
+        sums: Any, sums_stride: Any, columns: Any, gains: Any, shifts: Any,
     ) -> Any:  # fmt: skip
         """Give numba the type and the code of the function."""
-        return types.void(*[types.int64] * 11), _for_one_or_four(for_rows, with_count=True)
+        return types.void(*[types.int64] * 13), _for_one_or_four(for_rows, with_count=True)
 
     return outer_block
 
