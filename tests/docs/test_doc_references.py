@@ -126,21 +126,6 @@ def test_the_compat_session_runs_each_supported_release():
     assert supported <= set(re.findall(r'"([\d.]+)"', listed[1]))
 
 
-# Figures ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_figures_for_choosing_are_those_of_the_benchmarks():
-    """The speeds on a CPU that docs/quantization.md quotes stand in docs/benchmarks.md: 16 requests, rank 16, one adapter."""
-    (quoted,) = re.findall(
-        r"^\| tokens/s, the demo on 2 CPU cores \[\^cpu\] (.*)\|$", text_of("docs/quantization.md"), re.M
-    )
-    measured = text_of("docs/benchmarks.md")
-    for method, cell in zip(("AWQ", "GPTQ", "bitsandbytes"), quoted.split("|")[1:]):
-        (row,) = re.findall(rf"^\| {method} \| 16 \| 16 \| 1 \|(.*)\|$", measured, re.M)
-        *_, base, adapter, _, _, _ = (figure.strip() for figure in row.split("|"))
-        assert cell.strip() == f"{base} (base), {adapter} (one adapter)"
-
-
 # Commands -----------------------------------------------------------------------------------------------------------
 
 COMMANDS = [command for page in pages() for command in commands(page, blocks(page))]

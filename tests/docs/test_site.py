@@ -102,7 +102,7 @@ def test_the_reference_has_every_public_name(site, module):
 
 
 def test_the_readme_is_told_of_every_page():
-    """Each page of the documentation is in the README, for those who read on GitHub; but the site's own first page and the reference."""
+    """Each page for users is in the README, for readers on GitHub, except the site's own first page and the reference."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
     assert {page for page in found if f"({page})" not in readme} == {"docs/index.md", "docs/api.md"}
