@@ -96,9 +96,9 @@ def gain(name: str, num_adapters: int) -> float:
     return statistics.median(ratios(speeds(name)[num_adapters]))
 
 
-def share_of_base(name: str, num_adapters: int) -> float:
-    """Return the speed with adapters divided by the base model's, both with this library."""
-    found = {number: statistics.median(sides["ours"]) for number, sides in speeds(name).items()}
+def share_of_base(name: str, num_adapters: int, side: str) -> float:
+    """Return a side's speed with adapters divided by its speed with the base model alone."""
+    found = {number: statistics.median(sides[side]) for number, sides in speeds(name).items()}
     return found[num_adapters] / found[0]
 
 
@@ -330,6 +330,17 @@ def quotes() -> Iterator[tuple[str, str]]:
     avx2 = [line for line in medians("cpu lora") if line["machine"].startswith("AMD EPYC with AVX2")]
     yield "docs/benchmarks.md", f"{extremes(line['ours'] / line['plain'] for line in avx2)} times as fast as plain vLLM"
     yield "docs/benchmarks.md", f"{extremes(line['ours'] / line['peft'] for line in avx2)} times as fast as PEFT"
+
+    for page in ("README.md", "docs/index.md"):
+        yield page, f"eight adapters run {eight:.2f} times as fast as in plain vLLM"
+    plain, ours = (medians("load pause", side=side, phase="cold")[0]["longest_gap_ms"] for side in ("plain", "ours"))
+    for page in ("README.md", "docs/index.md"):
+        yield page, f"for {ours} ms instead of {plain} ms"
+    cost = {side: 1 - share_of_base("8b-w4a16", 8, side) for side in ("plain", "ours")}
+    yield "docs/why.md", f"eight adapters cost {percent(cost['plain'])} of a W4A16 base model's speed"
+    yield "docs/why.md", f"They cost {percent(cost['ours'])}."
+    shares = [100 * (1 - line["ours"] / line["ours_base"]) for line in on_xeon()]
+    yield "docs/why.md", f"It costs {min(shares):.0f} to {max(shares):.0f} %."
 
 
 def from_disk(num_adapters: int) -> str:
