@@ -341,6 +341,45 @@ def quotes() -> Iterator[tuple[str, str]]:
     yield "docs/why.md", f"They cost {percent(cost['ours'])}."
     shares = [100 * (1 - line["ours"] / line["ours_base"]) for line in on_xeon()]
     yield "docs/why.md", f"It costs {min(shares):.0f} to {max(shares):.0f} %."
+    yield from hardware_quotes()
+
+
+def hardware_quotes() -> Iterator[tuple[str, str]]:
+    """Yield the words with figures on the pages about hardware."""
+    (graphs,) = medians("graphs of steps with prompts", adapters=0, requests=1)
+    slow, fast = (graphs[f"first_token_{name}_ms"] for name in ("decoding_only", "all_steps"))
+    yield "docs/hardware.md", f"comes after {fast} ms instead of {slow} ms"
+    yield "docs/internals/gpu.md", f"{spread(medians('start'), 'ours_s')} s"
+    (single,) = medians("the example's settings", requests=1)
+    words = f"a single request runs at {single['example']} tokens/s instead of {single['ours']} tokens/s"
+    yield "docs/internals/gpu.md", words
+    (large,) = (line for line in medians("graphs of up to 4096 tokens") if "up_to_512" in line)
+    ratio = large["up_to_4096"] / large["up_to_512"]
+    yield "docs/internals/gpu.md", f"answered {ratio:.1f} times as fast"
+    alone = extremes(line["vllm_ms"] / line["ours_ms"] for line in medians("LoRA alone on a GPU"))
+    yield "docs/internals/gpu.md", f"{alone} times as fast as vLLM's"
+    for line in medians("two streams, 64 requests"):
+        words = f"{line['base']:,} tokens/s | {line['eight_adapters']:,} tokens/s"
+        yield "docs/internals/gpu.md", words
+    for line, requests in zip(medians("16 or 8 bits"), ("one request", "16"), strict=True):
+        times = f"{line['base_16_bits_ms']} ms instead of {line['base_8_bits_ms']} ms with {requests}"
+        yield "docs/internals/cpu.md", times
+    awq = {line["quantization"]: line for line in medians("quality, 16 or 8 bits", adapter=None)}
+    with_16, with_8 = (awq["AWQ"][f"perplexity_{bits}_bits"] for bits in (16, 8))
+    plain = awq["unquantized"]["perplexity_16_bits"]
+    yield "docs/internals/cpu.md", f"{with_16} with 16 bits, {with_8} with 8, and {plain} unquantized"
+    yield "docs/internals/cpu.md", f"{kernel('ours'):.0f} ms of CPU time, and the best simpler way {simpler():.0f} ms"
+
+
+def kernel(way: str) -> float:
+    """Return the CPU time in milliseconds of a step's LoRA: the demo model, 16 rows, four adapters."""
+    shape = {"model": "135M", "dtype": "bf16", "rank": 16, "rows": 16, "adapters": 4, "way": way}
+    return statistics.median(line["us"] / 1e3 for line in results("cpu-kernels") if shape.items() <= line.items())
+
+
+def simpler() -> float:
+    """Return the CPU time of the fastest of the ways that are easier to read."""
+    return min(map(kernel, ("by group", "bmm", "numba", "numba by fours")))
 
 
 def from_disk(num_adapters: int) -> str:

@@ -12,7 +12,10 @@ tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 
 #: Every measured figure in their words is one of ``tables.quotes``.
-MEASURED_PAGES = ["README.md", "docs/index.md", "docs/benchmarks.md", "docs/why.md"]
+MEASURED_PAGES = [
+    *("README.md", "docs/index.md", "docs/benchmarks.md", "docs/why.md", "docs/hardware.md"),
+    *("docs/internals/gpu.md", "docs/internals/cpu.md"),
+]
 FIGURE = re.compile(r"\d[\d,.]* (?:ms\b|times\b|tokens/s|%)")
 
 
