@@ -1,4 +1,4 @@
-"""List the modules of each architecture that vLLM adapts: ``architectures.json``, and the table of ``docs/architectures.md``.
+"""List the modules of each architecture that vLLM adapts: for ``architectures.json`` and ``docs/architectures.md``.
 
 ``python benchmarks/model_survey.py`` goes through vLLM's registry. It builds each model that generates text on torch's
 meta device, without weights, from transformers' or vLLM's own config class, lets vLLM's ``LoRAModelManager`` wrap its
@@ -295,7 +295,7 @@ def table(data: Mapping[str, Any]) -> Iterator[str]:
     for (beside, unadapted, experts, towers), names in sorted(_grouped(built, _facts).items(), key=_by_size):
         yield f"| linear layers{beside} | {unadapted} | {experts} | {towers} | {_joined(names)} |"
     yield ""
-    yield f"{len(failed)} were not built, so that only what their classes say of LoRA is known:"
+    yield f"{len(failed)} were not built, so only their classes' LoRA attributes are known:"
     yield ""
     yield "| reason | architectures |"
     yield "| --- | --- |"
