@@ -56,7 +56,7 @@ def draw_plots() -> None:
     import plot_adapters
     import plot_soak
 
-    names = dict.fromkeys(name for _, name, _ in GAINS if name != "fused-8B-phi3")
+    names = [name for _, name, _ in GAINS if name.startswith("8b-")]
     found = plot_adapters.panels(line for name in names for line in results(name))
     plot_adapters.draw(found, ROOT / "docs" / "adapters.svg", "tokens/s")
     plot_soak.draw(plot_soak.panels(results("soak")), ROOT / "docs" / "soak.svg")

@@ -21,4 +21,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Point links to examples into the site, and replace links to other files by their names."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(rf"\]\({re.escape(up)}\.\./examples/", f"]({up}examples/", markdown)
-    return re.sub(rf"\[([^]]+)\]\({re.escape(up)}\.\./([^)#]+)[^)]*\)", r"\1 (`\2`)", markdown)
+    return re.sub(rf"\[[^]]+\]\({re.escape(up)}\.\./([^)#]+)[^)]*\)", r"`\1`", markdown)

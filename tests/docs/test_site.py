@@ -93,6 +93,20 @@ def test_a_foreign_host_is_noticed():
     ]
 
 
+def test_examples_open_from_the_site(site):
+    """Every file of examples/ is on the site, and the first page links to the notebook."""
+    files = {path.name for path in (ROOT / "examples").iterdir() if path.is_file()}
+    assert files == {path.name for path in (site / "examples").iterdir()}
+    assert 'href="examples/adapters.ipynb"' in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_link_to_a_file_of_the_repository_is_its_name(site):
+    """The site has no tests to link to."""
+    page = (site / "why" / "index.html").read_text(encoding="utf-8")
+    assert "<code>tests/engine/test_adapters.py</code>" in page
+    assert "../tests/" not in page
+
+
 @pytest.mark.parametrize("module", [qlora_infer, testing], ids=lambda module: module.__name__)
 def test_the_reference_has_every_public_name(site, module):
     """Each name of ``__all__`` is on the API reference, with an anchor to link to."""
