@@ -241,7 +241,7 @@ def lint_words(session: nox.Session) -> None:
     options = ["--dictionary", "-", "--dictionary", "docs/.words.txt", "--regex", "|".join([*phrases, r"[\w\-']+"])]
     pages = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["rumdl"]["exclude"]
     skipped = ["--skip", ",".join(f"./{page}" for page in pages)]
-    code = ["--ignore-multiline-regex", r"(?s)```.*?```|`[^`]+`"]
+    code = ["--ignore-regex", r"`[^`]+`|\w+ says:"]  # the fake engine's answers are "pirate says: ahoy"
     session.run("codespell", *options, *skipped, *code, "./README.md", "./CONTRIBUTING.md", "./docs")
 
 
