@@ -11,9 +11,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the examples to the site; MkDocs calls this once it has listed ``docs/``."""
-    for path in sorted(EXAMPLES.iterdir()):
-        if path.is_file():
-            files.append(File.generated(config, f"examples/{path.name}", abs_src_path=str(path)))
+    for path in sorted(EXAMPLES.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            name = f"examples/{path.relative_to(EXAMPLES).as_posix()}"
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
