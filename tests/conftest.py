@@ -22,7 +22,7 @@ if os.environ.get("QLORA_INFER_REQUIRE_PACKAGES"):
 
 
 #: Folders whose tests meet vLLM, or tools that quantize, which warn of themselves.
-WARNED = {"engine", "gpu", "formats"}
+WARNED = {"engine", "gpu", "formats", "serve"}
 
 WARNINGS = (
     "error",

@@ -27,6 +27,7 @@ OWN_ENGINE_ARGS: Mapping[str, str] = {
     "enforce_eager": "enforce_eager=",
     "revision": "revision=",
     "hf_token": "token=",
+    "reasoning_parser": "reasoning_parser=",
     "enable_lora": "this library, which always serves adapters",
     "worker_extension_cls": "this library, whose own extension loads and checks adapters",
 }
@@ -166,6 +167,16 @@ class EngineConfig:
         converter=_mapping,
         validator=_no_own_args,
         metadata={"help": "Further arguments of vLLM's EngineArgs."},
+    )
+    reasoning_parser: str | None = field(
+        default=None,
+        validator=validators.optional(validators.instance_of(str)),
+        metadata={"help": "The vLLM parser that separates reasoning from answers, such as qwen3."},
+    )
+    tool_call_parser: str | None = field(
+        default=None,
+        validator=validators.optional(validators.instance_of(str)),
+        metadata={"help": "The vLLM parser that finds calls of tools in answers, such as hermes."},
     )
     policy: Literal["fair", "fcfs"] = field(
         default="fair",

@@ -26,10 +26,12 @@ from qlora_infer.adapters.memory import HostMemory
 from qlora_infer.adapters.registry import AdapterRegistry
 from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.adapters.version import LoadedAdapter
+from qlora_infer.chat.conversation import Message
 from qlora_infer.config import EngineConfig, LoraKernels, Startup
 from qlora_infer.display import Displayed, Table
 from qlora_infer.errors import EngineClosedError, EngineDeadError, EngineStartError, ForkedEngineError
 from qlora_infer.files.scratch import new_folder
+from qlora_infer.model.weights import BaseWeights
 from qlora_infer.plan.engine_plan import EnginePlan
 from qlora_infer.quantization import QuantizationStrategy
 from qlora_infer.requests.arguments import check_unknown, conversation_list, prompt_list
@@ -52,7 +54,6 @@ logger = logging.getLogger("qlora_infer")
 #: A mapping of the fields of vLLM's ``SamplingParams`` over the adapter's and the model's defaults, ``None`` for these,
 #: or a ``SamplingParams``.
 Sampling: TypeAlias = SamplingParams | Mapping[str, Any] | None
-Message = Mapping[str, Any]
 
 
 class QuantizedLoRAEngine(Displayed):
@@ -99,6 +100,10 @@ class QuantizedLoRAEngine(Displayed):
         revision: The model's branch, tag or commit on the Hub.
         token: The Hub's access token, for the model and for adapters without one of their own. Never printed.
         engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
+        reasoning_parser: The name of the parser of vLLM that finds the thoughts in answers (``"qwen3"``,
+            ``"deepseek_r1"``): ``output.reasoning``, and ``output.content`` without them.
+        tool_call_parser: The name of the parser of vLLM that finds calls of tools (``"hermes"``, ``"llama3_json"``) in
+            answers to ``chat`` with ``tools``: ``output.tool_calls``.
         policy: ``"fair"`` shares the engine among adapters, so that none starves behind a busy one; see
             docs/scheduling.md. ``"fcfs"`` serves requests strictly in the order in which they came.
         max_waiting: Requests that may wait at a time; ``add_request`` then blocks or raises. ``None`` for no limit.
@@ -146,6 +151,8 @@ class QuantizedLoRAEngine(Displayed):
         revision: str | None = None,
         token: str | None = None,
         engine_args: Mapping[str, Any] | None = None,
+        reasoning_parser: str | None = None,
+        tool_call_parser: str | None = None,
         policy: Policy = "fair",
         max_waiting: int | None = None,
         restart: Literal["never", "on-failure"] = "never",
@@ -173,6 +180,8 @@ class QuantizedLoRAEngine(Displayed):
             revision=revision,
             token=token,
             engine_args=engine_args or {},
+            reasoning_parser=reasoning_parser,
+            tool_call_parser=tool_call_parser,
             policy=policy,
             max_waiting=max_waiting,
             restart=restart,
@@ -203,7 +212,14 @@ class QuantizedLoRAEngine(Displayed):
             restarts=config.restart == "on-failure",
         )
         self._memory, self._registry, self._driver = memory, registry, driver
-        self._loader = AdapterLoader(registry, memory, driver, model=config.model, vocabulary=self._backend.vocabulary)
+        self._loader = AdapterLoader(
+            registry,
+            memory,
+            driver,
+            model=config.model,
+            base=BaseWeights(config.model, revision=config.revision, token=config.token),
+            vocabulary=self._backend.vocabulary,
+        )
         self._known = known = KnownAdapters(
             known_adapters,
             registry,
@@ -439,13 +455,15 @@ class QuantizedLoRAEngine(Displayed):
         adapter: str | Sequence[str | None] | None = None,
         priority: int | Sequence[int] = 0,
         timeout: float | None = None,
+        add_special_tokens: bool = True,
         use_tqdm: bool = True,
         **_unknown: Never,
     ) -> list[GenerationOutput]:
         """Answer prompts and wait for all of them.
 
         Args:
-            prompts: A text, a list of token ids, or a list of either.
+            prompts: A text, a list of token ids, a mapping as vLLM takes it (``{"prompt": …, "multi_modal_data":
+                {"image": …}}``), or a list of these.
             sampling_params: A mapping of the fields of vLLM's ``SamplingParams``, ``None``, or one of these per
                 prompt; what is left out is as the adapter's ``generation_config.json`` says, then as the model's
                 does, then vLLM's default (16 for ``max_tokens``). Or a ``SamplingParams``, which is taken as it is.
@@ -453,6 +471,8 @@ class QuantizedLoRAEngine(Displayed):
             adapter: The name of a loaded adapter, ``None`` for the base model, or one of these per prompt.
             priority: Lower goes first, over all fairness; one for all, or one per prompt.
             timeout: Seconds that each prompt may take from now, waiting included; ``None`` for no limit.
+            add_special_tokens: Whether the tokenizer adds its special tokens to texts; ``False`` for a text in which
+                a chat template has written them.
             use_tqdm: Whether to show progress on a terminal or in a notebook.
 
         Returns:
@@ -468,7 +488,13 @@ class QuantizedLoRAEngine(Displayed):
         """
         check_unknown("generate", _unknown)
         return self._client.generate(
-            prompt_list(prompts), sampling_params, adapter, priority, timeout, use_tqdm=use_tqdm
+            prompt_list(prompts),
+            sampling_params,
+            adapter,
+            priority,
+            timeout,
+            add_special_tokens=add_special_tokens,
+            use_tqdm=use_tqdm,
         )
 
     def chat(
@@ -479,31 +505,49 @@ class QuantizedLoRAEngine(Displayed):
         adapter: str | Sequence[str | None] | None = None,
         priority: int | Sequence[int] = 0,
         timeout: float | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         use_tqdm: bool = True,
         **_unknown: Never,
     ) -> list[GenerationOutput]:
         """Answer conversations and wait for all of them.
 
-        Each is written with the chat template that its adapter carries, or else with the model's.
+        Each is written with the chat template that its adapter carries, or else with the model's, and as
+        ``vllm.LLM.chat`` writes it.
 
         Args:
             messages: One conversation, a list of messages with ``role`` and ``content``, or a list of conversations.
-            sampling_params: As in ``generate``, and so are the others.
+                ``content`` is a text or a list of parts, as OpenAI has them: ``{"type": "text", "text": …}``,
+                ``{"type": "image_url", "image_url": {"url": …}}``.
+            sampling_params: As in ``generate``.
             adapter: As in ``generate``.
             priority: As in ``generate``.
             timeout: As in ``generate``.
+            tools: The tools that the model may call, ``{"type": "function", "function": {…}}`` each.
+            chat_template_kwargs: Further variables of the template, such as ``{"enable_thinking": False}``.
+            add_generation_prompt: Whether the prompt ends where the assistant's answer begins; ``None`` for yes, unless
+                ``continue_final_message``.
+            continue_final_message: Go on with the last message, which is the beginning of the answer.
             use_tqdm: As in ``generate``.
 
         Returns:
             One output per conversation, in their order; ``prompt`` is the conversation as the template writes it.
 
         Raises:
-            ValueError: The template cannot write the messages; and everything that ``generate`` raises.
+            ValueError: The template cannot write the messages, or they hold an image and the model reads text only;
+                and everything that ``generate`` raises.
         """
         check_unknown("chat", _unknown)
-        return self._client.generate(
-            conversation_list(messages), sampling_params, adapter, priority, timeout, is_chat=True, use_tqdm=use_tqdm
+        conversations = conversation_list(
+            messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
+        return self._client.generate(conversations, sampling_params, adapter, priority, timeout, use_tqdm=use_tqdm)
 
     def generate_iter(
         self,
@@ -513,6 +557,7 @@ class QuantizedLoRAEngine(Displayed):
         adapter: str | Iterable[str | None] | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        add_special_tokens: bool = True,
         in_order: bool = True,
         max_pending: int | None = None,
         on_error: OnError = "raise",
@@ -522,12 +567,12 @@ class QuantizedLoRAEngine(Displayed):
         """Answer any number of prompts, and yield outputs while later prompts have not been read yet.
 
         Args:
-            prompts: Any iterable of texts, token ids and conversations, endless ones too; it is read as outputs are
-                taken.
+            prompts: Any iterable of prompts as in ``add_request``, endless ones too; it is read as outputs are taken.
             sampling_params: As in ``generate``; one for all, or an iterable with one per prompt.
             adapter: As in ``generate``; one for all, or an iterable with one per prompt.
             priority: As in ``generate``, one for all.
             timeout: As in ``generate``; a prompt's time begins when it is read.
+            add_special_tokens: As in ``generate``.
             in_order: Whether outputs come in the order of the prompts; otherwise as they finish.
             max_pending: So many prompts are read ahead of the output that is yielded; ``None`` for four batches
                 (``4 * max_num_seqs``). The more they are, the better adapters can be kept together.
@@ -558,6 +603,7 @@ class QuantizedLoRAEngine(Displayed):
             adapter,
             priority,
             timeout,
+            add_special_tokens=add_special_tokens,
             in_order=in_order,
             max_pending=max_pending,
             on_error=on_error,
@@ -573,6 +619,7 @@ class QuantizedLoRAEngine(Displayed):
         adapter: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        add_special_tokens: bool = True,
         block: bool = True,
         **_unknown: Never,
     ) -> PartialOutputs:
@@ -582,11 +629,12 @@ class QuantizedLoRAEngine(Displayed):
         cancels the request.
 
         Args:
-            prompt: A text, a list of token ids, or a conversation as in ``chat``.
+            prompt: As in ``add_request``.
             sampling_params: As in ``generate``.
             adapter: As in ``generate``.
             priority: As in ``generate``.
             timeout: As in ``generate``.
+            add_special_tokens: As in ``generate``.
             block: As in ``add_request``.
 
         Raises:
@@ -595,7 +643,15 @@ class QuantizedLoRAEngine(Displayed):
         """
         check_unknown("stream", _unknown)
         return iter(
-            self.add_request(prompt, sampling_params, adapter=adapter, priority=priority, timeout=timeout, block=block)
+            self.add_request(
+                prompt,
+                sampling_params,
+                adapter=adapter,
+                priority=priority,
+                timeout=timeout,
+                add_special_tokens=add_special_tokens,
+                block=block,
+            )
         )
 
     def add_request(
@@ -606,17 +662,20 @@ class QuantizedLoRAEngine(Displayed):
         adapter: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        add_special_tokens: bool = True,
         block: bool = True,
         **_unknown: Never,
     ) -> RequestHandle:
         """Queue one prompt and return at once.
 
         Args:
-            prompt: A text, a list of token ids, or a conversation as in ``chat``.
+            prompt: What ``generate`` takes, or a conversation: a list of messages, or a mapping with ``messages`` and
+                the arguments of ``chat``, such as ``{"messages": [...], "tools": [...]}``.
             sampling_params: As in ``generate``.
             adapter: As in ``generate``.
             priority: As in ``generate``.
             timeout: As in ``generate``.
+            add_special_tokens: As in ``generate``.
             block: What happens while ``max_waiting`` requests wait already: wait for room, or raise. A coroutine, which
                 may not block its event loop, is never kept waiting.
 
@@ -633,7 +692,9 @@ class QuantizedLoRAEngine(Displayed):
             EngineDeadError: The engine core died.
         """
         check_unknown("add_request", _unknown)
-        return self._client.add_request(prompt, sampling_params, adapter, priority, timeout, block=block)
+        return self._client.add_request(
+            prompt, sampling_params, adapter, priority, timeout, add_special_tokens=add_special_tokens, block=block
+        )
 
     def stats(self) -> EngineStats:
         """Return the engine's counts and current load in numbers; a call every second costs little."""

@@ -1,7 +1,6 @@
 """Which adapters are in host memory, and how they come there."""
 
 from concurrent.futures import Future
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import strategies as st
@@ -16,7 +15,7 @@ class Version:
 
     def __init__(self, name, num_bytes=1):
         self.name = str(name)
-        self.manifest = SimpleNamespace(num_bytes=num_bytes)
+        self.num_bytes = num_bytes
         self.num_uses = self.num_running = 0
 
     def __repr__(self):

@@ -27,11 +27,11 @@ MODULES = tuple(with_examples())
 #: Python that is not executed here: page and first line of the block, and the reason, with the test that runs the like.
 NOT_EXECUTED: dict[tuple[str, str], str] = {
     ("docs/index.md", "from qlora_infer import QuantizedLoRAEngine"): "the README's, which is run on the real vLLM",
+    ("docs/service.md", "import openai"): "needs the server: tests/serve/test_requests.py runs it against one",
     (
         "docs/service.md",
-        "import openai",
-    ): "needs the service: tests/services/test_fastapi_service.py runs it against one",
-    ("docs/service.md", "from qlora_infer.testing import fake_engine"): "needs the example: run there, too",
+        "from qlora_infer.serve.application import make_app",
+    ): "needs vLLM: tests/serve/test_operation.py",
     **{
         ("docs/ray.md", line): "needs a Ray: tests/services/test_ray.py runs the page on one"
         for line in (

@@ -6,6 +6,7 @@ import pytest
 from doc_blocks import text_of
 
 from qlora_infer.chat import process, template, worker
+from qlora_infer.conversions import conversion, shards
 from qlora_infer.files import added_tokens, content, extras, peft_config, safetensors
 from qlora_infer.model import checkpoint
 from qlora_infer.model import config as model_config
@@ -20,6 +21,9 @@ LIMITS = {
     "weights": content.MAX_WEIGHTS_BYTES,
     "header of the weights": safetensors.MAX_HEADER_BYTES,
     "tensors": safetensors.MAX_TENSORS,
+    "files that the weights are in": shards.MAX_SHARDS,
+    "index of these files": shards.MAX_INDEX_BYTES,
+    "times the bytes of its weights, after a conversion": conversion.MAX_GROWTH,
     "dimension of a tensor": safetensors.MAX_DIMENSION,
     "characters of a name in the config": peft_config.MAX_NAME_LENGTH,
     "steps of matching plain patterns with its modules": peft_config.MAX_MATCH_STEPS,

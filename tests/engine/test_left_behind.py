@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -121,6 +122,51 @@ class NotebookKernel(Caller):
         while True:
             content = client.get_iopub_msg(timeout=120)["content"]
             yield from content.get("text", "").splitlines()
+
+
+class Server(Caller):
+    """``qlora-infer serve`` as a process."""
+
+    def begin(self, command, environment):
+        _, _, model, engine_args, adapters = command
+        program = (
+            "from qlora_infer.files.scratch import scratch_folder\n"
+            "from qlora_infer.cli import main\n"
+            "print(scratch_folder(), flush=True)\n"
+            "main()"
+        )
+        options = ["--served-model-name", "base", "--port", "0", "--max-model-len", "512", "--engine-args", engine_args]
+        for name, source in json.loads(adapters).items():
+            options += ["--adapter", f"{name}={source}"]
+        command = [sys.executable, "-c", program, "serve", model, *options]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        return process, process.stdout
+
+    def wait_until_it_serves(self):
+        """Return the beginning of a stream, which runs on."""
+        url = self.wait_for_line("serving on").split()[-1]
+        http = httpx.Client(base_url=url, timeout=60)
+        body = {"model": "json", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        response = http.send(http.build_request("POST", "/v1/completions", json=body), stream=True)
+        self.stream = response.iter_lines()
+        assert next(self.stream).startswith("data: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_that_ends_takes_its_engine_along(call, number):
+    """kill -9 with a stream running leaves nothing; SIGTERM lets it finish, and leaves nothing either."""
+    pytest.importorskip("vllm.entrypoints.launchers")
+    server = call("serves", kind=Server)
+    server.wait_until_it_serves()
+    pids = server.engine_pids()
+    assert len(pids) >= 4
+    server.process.send_signal(number)
+    if number == signal.SIGTERM:
+        assert list(server.stream)[-2:] == ["data: [DONE]", ""]
+        assert server.process.wait(60) == 0
+    server.require_nothing_left(pids)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,9 @@ def test_inspect_adapter_and_the_engine_give_one_verdict(served, adapter):
     options = ["--base", str(served.checkpoint.served), "--device", running.device, "--max-lora-rank", "32", "--json"]
     found = CliRunner().invoke(app, ["inspect-adapter", str(folder), *options])
     said = json.loads(found.output)
-    assert (said["fit"] or tuple(said["reasons"])) == verdicts.verdict(folder, running, max_lora_rank=32)
+    assert (said["fit"] or tuple(said["reasons"])) == verdicts.verdict(
+        folder, running, served.checkpoint.served, max_lora_rank=32
+    )
     assert (found.exit_code == 0) == (adapter in served.checkpoint.adapters)
 
 

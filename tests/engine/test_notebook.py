@@ -40,6 +40,13 @@ def test_the_adapters_are_seen_in_their_answers(shown):
     assert not any("Cap'n" in row or "{" in row for row in (rows[0], rows[4]))
 
 
+def test_answers_have_the_structure_that_was_asked_for(shown):
+    """A schema and a choice in one batch, for the base model and for an adapter."""
+    _, base, pirate = shown.text("json").splitlines()
+    assert '"capital"' in base
+    assert "Rome" in pirate or "Madrid" in pirate
+
+
 def test_the_stream_ends_with_the_whole_answer(shown):
     """What is left of the stream is the finished output."""
     assert "Roma. La capital de Italia es Roma." in shown.text("stream")

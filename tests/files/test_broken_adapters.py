@@ -8,6 +8,7 @@ from broken_adapters import BROKEN, BrokenAdapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_infer.basewise.conversion import read_saved
 from qlora_infer.errors import AdapterError, IncompatibleAdapterError
 from qlora_infer.files.manifest import read_manifest
 from qlora_infer.files.safetensors import check_finite
@@ -104,6 +105,10 @@ json_values = st.recursive(
             "use_dora",
             "base_model_name_or_path",
             "layer_replication",
+            "lora_bias",
+            "ensure_weight_tying",
+            "trainable_token_indices",
+            "target_parameters",
         ]
     ),
     value=json_values,
@@ -113,7 +118,7 @@ def test_any_value_in_any_field_of_the_config_is_read_or_refused(field, value, t
     """A config with any JSON in one of its fields is read, or refused with an AdapterError."""
     folder = write_adapter(tmp_path / "fuzz", **{field: value})
     try:
-        read_manifest("fuzz", folder)
+        read_saved("fuzz", read_manifest("fuzz", folder))
     except AdapterError:
         pass
 

@@ -112,10 +112,11 @@ def test_defaults_are_the_adapter_s_and_the_caller_wins(engine, tmp_path):
 def test_vllm_gets_the_caller_s_values_then_the_adapter_s_then_the_model_s():
     """In vLLM's SamplingParams each field is from whoever sets it first; a SamplingParams only gains stop tokens."""
     vllm = pytest.importorskip("vllm")
+    from qlora_infer._vllm.asking.sampling import SamplingReader
     from qlora_infer._vllm.engine import VLLMBackend
 
     backend = VLLMBackend()
-    backend._default_sampling_params = {"temperature": 0.6, "top_p": 0.9, "top_k": 7}
+    backend._sampling = SamplingReader({"temperature": 0.6, "top_p": 0.9, "top_k": 7})
     extras = Extras(sampling_defaults={"temperature": 0.2, "top_p": 0.8}, stop_token_ids=(5,))
 
     def fields(params, extras=None):

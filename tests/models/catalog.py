@@ -6,6 +6,7 @@ from typing import Any
 import attrs
 
 from models import internlm2, multimodal, text
+from models.comparison import PROMPTS
 from models.multimodal import before_transformers_4_52, of_idefics3_text_class, of_the_text_class
 from models.peft_adapters import Recipe
 from models.tiny import TinyModel
@@ -33,6 +34,19 @@ ATTENTION = attention("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED_ATTENTION = attention("qkv_proj", "o_proj")
 HEADS = Recipe("heads", targets=("lm_head", "embed_tokens", "q_proj"))
 EMBEDDINGS = Recipe("embeddings", targets=("embed_tokens", "q_proj"))
+#: As many of the tokens of the prompts as there are ranks.
+TOKENS = sorted({token for prompt in PROMPTS for token in prompt})[:32]
+TRAINED_TOKENS = Recipe(
+    "tokens", targets=("q_proj", "v_proj"), options={"trainable_token_indices": TOKENS, "use_rslora": True}
+)
+WHOLE_EMBEDDINGS = Recipe(
+    "whole-embeddings", targets=("q_proj",), options={"modules_to_save": ["embed_tokens"]}, rows=tuple(TOKENS)
+)
+WHOLE_HEAD = Recipe("whole-head", targets=("q_proj",), options={"modules_to_save": ["lm_head"]}, rows=tuple(TOKENS))
+VERA = Recipe("vera", kind="VeraConfig", options={"r": 16, "save_projection": False})
+#: Of which none was trained.
+BIASES = Recipe("biases", targets=("q_proj", "v_proj"), options={"bias": "all", "lora_bias": True})
+REPLACED = (TRAINED_TOKENS, WHOLE_EMBEDDINGS, WHOLE_HEAD)
 #: PEFT takes "all-linear" of a mixture of experts to mean the experts, too.
 DENSE = Recipe("dense", targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 #: The weight that chooses experts, which is a bare parameter in transformers 5.
@@ -62,13 +76,20 @@ MULTIMODAL = (ALL, *forms())
 
 MODELS = [
     TinyModel("llama", "LlamaForCausalLM", text.llama, adapters=(ALL, ATTENTION, HEADS)),
-    TinyModel("llama-awq", "LlamaForCausalLM", text.llama, "awq", adapters=(ALL, ATTENTION, HEADS)),
+    TinyModel("llama-awq", "LlamaForCausalLM", text.llama, "awq", adapters=(ALL, ATTENTION, HEADS, *REPLACED, VERA)),
     TinyModel("llama-w4a16", "LlamaForCausalLM", text.llama, "w4a16", adapters=(ALL, ATTENTION, HEADS)),
     TinyModel("llama-w4a16-channel", "LlamaForCausalLM", text.llama, "w4a16-channel", adapters=(ALL, ATTENTION)),
     TinyModel("llama-auto-round-gptq", "LlamaForCausalLM", text.llama, "auto-round-gptq", adapters=(ALL, ATTENTION)),
     TinyModel("qwen2", "Qwen2ForCausalLM", text.qwen2, adapters=(ALL, ATTENTION), refused=(HEADS,)),
-    TinyModel("qwen2-gptq", "Qwen2ForCausalLM", text.qwen2, "gptq", adapters=(ALL, ATTENTION), refused=(HEADS,)),
-    TinyModel("qwen3", "Qwen3ForCausalLM", text.qwen3, adapters=(ALL, ATTENTION, HEADS)),
+    TinyModel(
+        "qwen2-gptq",
+        "Qwen2ForCausalLM",
+        text.qwen2,
+        "gptq",
+        adapters=(ALL, ATTENTION, BIASES),
+        refused=(HEADS, TRAINED_TOKENS),
+    ),
+    TinyModel("qwen3", "Qwen3ForCausalLM", text.qwen3, adapters=(ALL, ATTENTION, HEADS, *REPLACED, VERA)),
     TinyModel(
         "qwen3-w4a16-asymmetric", "Qwen3ForCausalLM", text.qwen3, "w4a16-asymmetric", adapters=(ALL, ATTENTION, HEADS)
     ),
@@ -95,9 +116,15 @@ MODELS = [
         rewrite=internlm2.rewrite_checkpoint,
         rewrite_adapter=internlm2.rewrite_adapter,
     ),
-    TinyModel("cohere2", "Cohere2ForCausalLM", text.cohere2, adapters=(ALL, ATTENTION, EMBEDDINGS)),
+    TinyModel(
+        "cohere2",
+        "Cohere2ForCausalLM",
+        text.cohere2,
+        adapters=(ALL, ATTENTION, EMBEDDINGS, WHOLE_EMBEDDINGS),
+        refused=(TRAINED_TOKENS,),
+    ),
     TinyModel("olmo2", "Olmo2ForCausalLM", text.olmo2, adapters=(ALL, ATTENTION)),
-    TinyModel("granite", "GraniteForCausalLM", text.granite, adapters=(ALL, ATTENTION, HEADS)),
+    TinyModel("granite", "GraniteForCausalLM", text.granite, adapters=(ALL, ATTENTION, HEADS, *REPLACED)),
     TinyModel("starcoder2", "Starcoder2ForCausalLM", text.starcoder2, adapters=(ALL, ATTENTION)),
     TinyModel("lfm2", "Lfm2ForCausalLM", text.lfm2, adapters=(ALL, attention("q_proj", "k_proj", "v_proj"))),
     TinyModel("mamba2", "Mamba2ForCausalLM", text.mamba2, refused=(Recipe("in", targets=("in_proj",)),)),

@@ -1,5 +1,6 @@
 """Adapters that PEFT itself makes and saves, with random factors that change the answers."""
 
+import copy
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,7 +22,9 @@ class Recipe:
         targets: PEFT's ``target_modules``.
         parameters: PEFT's ``target_parameters``: experts that are one tensor of three dimensions.
         experts: Written one by one instead, as before transformers 5: the names there of an expert's gate, up and down.
-        options: Other fields of PEFT's ``LoraConfig``.
+        options: Other fields of PEFT's config.
+        kind: PEFT's class of it.
+        rows: The rows that are changed of each module in ``modules_to_save``.
         rename: Rewrites the names of its tensors for vLLM, as another trainer would have written them.
         made_as: The recipe whose factors these are, under other names.
     """
@@ -31,6 +34,8 @@ class Recipe:
     parameters: tuple[str, ...] = ()
     experts: tuple[str, str, str] | None = None
     options: Mapping[str, Any] = field(factory=dict)
+    kind: str = "LoraConfig"
+    rows: tuple[int, ...] = ()
     rename: Callable[[str], str] | None = None
     made_as: str | None = None
 
@@ -46,26 +51,34 @@ def make(recipe: Recipe, network: Any, folder: Path) -> None:
     if recipe.experts is not None:
         _write_experts(recipe, network, folder)
         return
-    targets = list(recipe.targets) if isinstance(recipe.targets, tuple) else recipe.targets
-    config = peft.LoraConfig(
-        **{
-            "r": 8,
-            "lora_alpha": 16,
-            "target_modules": targets,
-            "target_parameters": list(recipe.parameters) or None,
-            "task_type": "CAUSAL_LM",
-            **recipe.options,
-        }
-    )
-    model = peft.get_peft_model(network, config)
+    # PEFT leaves what it saved of whole modules in the network.
+    model = peft.get_peft_model(copy.deepcopy(network), _config(recipe))
     generator = torch.Generator().manual_seed(zlib.crc32((recipe.made_as or recipe.name).encode()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name and not name.endswith("bias"):
                 parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-                parameter.copy_(parameter.bfloat16())
+            elif "vera_lambda" in name:
+                parameter.normal_(0.0, 1.0, generator=generator)
+            elif "trainable_tokens_delta" in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            elif "modules_to_save.default.weight" in name:
+                rows = list(recipe.rows)
+                parameter[rows] += 0.2 * torch.randn(parameter[rows].shape, generator=generator)
+            else:
+                continue
+            parameter.copy_(parameter.bfloat16())
     model.save_pretrained(folder, save_embedding_layers=False)
-    model.unload()
+
+
+def _config(recipe: Recipe) -> Any:
+    import peft
+
+    targets = list(recipe.targets) if isinstance(recipe.targets, tuple) else recipe.targets
+    fields: dict[str, Any] = {"r": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    if recipe.kind == "LoraConfig":
+        fields |= {"lora_alpha": 16, "target_parameters": list(recipe.parameters) or None}
+    return getattr(peft, recipe.kind)(**{**fields, **recipe.options})
 
 
 def _write_experts(recipe: Recipe, network: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.model.checkpoint import read_checkpoint
 from qlora_infer.model.modules import ModelModules
+from qlora_infer.model.weights import BaseWeights
 from qlora_infer.sources.folder import FolderSource
 
 
@@ -39,13 +40,15 @@ def differences(running: ModelModules, checkpoint: Path) -> list[str]:
     return found
 
 
-def verdict(adapter: Path, model: ModelModules, *, max_lora_rank: int = 64) -> str | tuple[str, ...]:
-    """Return how an adapter fits a model, or every reason why it does not."""
+def verdict(adapter: Path, model: ModelModules, base: Path, *, max_lora_rank: int = 64) -> str | tuple[str, ...]:
+    """Return how an adapter fits a model, whose checkpoint is ``base``, or every reason why it does not."""
     with tempfile.TemporaryDirectory() as store:
         copies = AdapterStore(Path(store))
         try:
             _, manifest, _ = copies.make(adapter.name, 1, FolderSource(adapter), allow_pickle=False)
-            return str(preflight.check(adapter.name, manifest, model, max_lora_rank=max_lora_rank))
+            return str(
+                preflight.check(adapter.name, manifest, model, max_lora_rank=max_lora_rank, base=BaseWeights(str(base)))
+            )
         except IncompatibleAdapterError as error:
             return error.reasons
         finally:

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import field, frozen
 
 from qlora_infer._vllm import environment, guarded_core, shared_memory, start_fault, torchvision_package
+from qlora_infer._vllm.asking import chat, parsers
+from qlora_infer._vllm.asking.sampling import SamplingReader
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -43,15 +45,18 @@ from qlora_infer.errors import (
 from qlora_infer.files import scratch
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.requests.backend import StepOutput
-from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
+from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, Parsed, RequestTimes
 from qlora_infer.sources import secrets
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
+    from qlora_infer.chat.conversation import Conversation
+    from qlora_infer.chat.template import ContentFormat
     from qlora_infer.config import EngineConfig
     from qlora_infer.files.extras import Extras
     from qlora_infer.plan.engine_plan import EnginePlan
     from qlora_infer.quantization import Platform
+    from qlora_infer.requests.arguments import PromptInput
 
 logger = logging.getLogger("qlora_infer")
 
@@ -72,6 +77,11 @@ UNKNOWN_ARCHITECTURE = re.compile(
     r"|Transformers does not recognize this architecture",
     re.DOTALL,
 )
+
+
+#: vLLM's core ends a request with an error and without a word where its grammar does not compile
+#: (``v1/core/sched/scheduler.py`` in 0.32.0, ``grammar_compile_error_reqs``).
+_WHY_ERROR = "its structured_outputs do not compile, or what it reads could not be loaded; vLLM's log has the reason"
 
 
 @frozen
@@ -105,21 +115,29 @@ class VLLMBackend:
 
     def __init__(self) -> None:
         self._engine: Any = None
-        # These two outlive the engine, so that a call after its end fails for that reason and no other.
+        # These three outlive the engine, so that a call after its end fails for that reason and no other.
         self._tokenizer: Any = None
-        self._default_sampling_params: Mapping[str, Any] = {}
+        self._renderer: Any = None
+        self._sampling = SamplingReader({})
+        self._parser: parsers.AnswerParser | None = None
         self._processes: Sequence[Any] = ()
         self._shared: set[str] = set()
         self._sockets: Path | None = None
         self._requests: dict[str, _Begun] = {}
         self._being_read: dict[AdapterVersion, None] = {}  # in the order of their calls
         self._scheduler = _SchedulerLog()
+        self._warned_of_two_bos = False
         self.max_num_seqs = 0
 
     @property
     def pids(self) -> tuple[int, ...]:
         """The process ids of the engine's cores."""
         return tuple(process.pid for process in self._processes)
+
+    @property
+    def vllm_config(self) -> Any:
+        """vLLM's configuration of the running engine."""
+        return self._engine.vllm_config
 
     def platform(self) -> Platform:
         """Return the platform that vLLM runs on."""
@@ -152,6 +170,7 @@ class VLLMBackend:
         from vllm import EngineArgs
 
         engine_args = plan.engine_args
+        parsers.check_names(engine_args.get("reasoning_parser"), plan.tool_call_parser)
         self._sockets = scratch.new_folder("sockets-")
         with (
             _shielded_from_ctrl_c(),
@@ -172,9 +191,12 @@ class VLLMBackend:
         self._engine.logger_manager = self._scheduler = _SchedulerLog()
         self.max_num_seqs = self._engine.vllm_config.scheduler_config.max_num_seqs
         self._tokenizer = self._engine.get_tokenizer()
-        self._default_sampling_params = self._engine.model_config.get_diff_sampling_param()
+        self._renderer = self._engine.renderer
+        defaults = self._engine.model_config.get_diff_sampling_param()
+        self._sampling = SamplingReader(defaults, self._engine.vllm_config, self._tokenizer)
         self._processes = self._engine.engine_core.resources.engine_manager.processes
         self._shared = shared_memory.segments_of(self.pids)
+        self._parser = parsers.AnswerParser.of(self._engine.vllm_config, self._tokenizer, plan.tool_call_parser)
         threading.Thread(
             target=_report_death,
             args=(self._engine.engine_core, self._processes),
@@ -190,29 +212,12 @@ class VLLMBackend:
 
     def sampling_params(self, params: object, extras: Extras | None = None) -> Any:
         """vLLM's ``SamplingParams``, with the stop tokens of the adapter as vLLM adds those of the model."""
-        made = self._sampling_params(params, extras.sampling_defaults if extras else {})
+        made = self._sampling.read(params, extras.sampling_defaults if extras else {})
         if extras is None or not extras.stop_token_ids:
             return made
         made = made.clone()
         made.update_from_generation_config({"eos_token_id": list(extras.stop_token_ids)})
         return made
-
-    def _sampling_params(self, params: object, defaults: Mapping[str, Any]) -> Any:
-        from vllm import SamplingParams
-
-        if isinstance(params, SamplingParams):
-            return params.clone()  # whoever gave it may change it for the next request
-        if params is None:
-            params = {}
-        if not isinstance(params, Mapping):
-            raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
-        unknown = sorted(set(params) - set(SamplingParams.__struct_fields__))
-        if unknown:
-            raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
-        try:
-            return SamplingParams(**{**self._default_sampling_params, **defaults, **params})
-        except Exception as error:
-            raise ValueError(f"sampling_params: {error}") from error
 
     def special_tokens(self) -> Mapping[str, str]:
         """Return the special tokens of the model's tokenizer."""
@@ -222,12 +227,15 @@ class VLLMBackend:
         """Return the vocabulary of the model's tokenizer."""
         return dict(self._tokenizer.get_vocab())
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the conversation as text, ending where the assistant's answer begins."""
-        try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-        except Exception as error:
-            raise ValueError(f"the model's chat template cannot write these messages: {error}") from error
+    def render_chat(self, conversation: Conversation) -> PromptInput:
+        """Return the conversation as ``vllm.LLM.chat`` writes it."""
+        return chat.render(self._renderer, conversation)
+
+    def parse_chat(
+        self, conversation: Conversation, template: str, content_format: ContentFormat
+    ) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]:
+        """Return the messages as vLLM hands them to a template, and the media in them."""
+        return chat.parse(self._renderer, conversation, template, content_format)
 
     def lora_modules(self) -> ModelModules:
         """Ask the workers; with pipeline parallelism each has its own layers."""
@@ -299,6 +307,8 @@ class VLLMBackend:
             adapter = request.adapter
             try:
                 rendered = self._render(request)
+                if self._parser is not None and self._parser.keeps_special_tokens(request.conversation):
+                    params.skip_special_tokens = False
                 self._engine.add_request(
                     request.request_id,
                     rendered,
@@ -364,21 +374,46 @@ class VLLMBackend:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         renderer = self._engine.renderer
-        prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+        for kind in request.media.get("multi_modal_data") or ():
+            chat.check_senses(self._engine.model_config, kind)
         params = renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=request.add_special_tokens)
+        prompt: Any
+        if isinstance(request.prompt, str):
+            prompt = {"prompt": request.prompt, **request.media}
+        else:
+            prompt = {"prompt_token_ids": list(request.prompt), **request.media}
         (rendered,) = renderer.render_cmpl([parse_model_prompt(self._engine.model_config, prompt)], params)
+        if request.add_special_tokens and isinstance(request.prompt, str):
+            self._warn_of_two_bos(rendered["prompt_token_ids"])
         return rendered
+
+    def _warn_of_two_bos(self, token_ids: Sequence[int]) -> None:
+        bos = self._tokenizer.bos_token_id if self._tokenizer is not None else None
+        if bos is not None and list(token_ids[:2]) == [bos, bos] and not self._warned_of_two_bos:
+            self._warned_of_two_bos = True
+            logger.warning(
+                "a prompt begins with two %s: its text has one, and the tokenizer adds another. For text that a chat "
+                "template has written, set add_special_tokens=False",
+                self._tokenizer.bos_token,
+            )
 
     def _output(self, output: Any) -> GenerationOutput:
         begun = self._requests[output.request_id]
         request = begun.request
         if output.finished:
             del self._requests[output.request_id]
+        if any(completion.finish_reason == "error" for completion in output.outputs):
+            return GenerationOutput.failed(request, RequestRejectedError(f"vLLM cannot run this request: {_WHY_ERROR}"))
         # Of several completions of a streamed request vLLM tells only the one that has changed.
-        begun.completions.update((completion.index, _completion(completion)) for completion in output.outputs)
+        prompt_token_ids = tuple(output.prompt_token_ids or ())
+        for each in output.outputs:
+            parsed = None
+            if self._parser is not None and each.finish_reason is not None:
+                parsed = self._parser.parse(each.text, each.token_ids, prompt_token_ids, request.conversation)
+            begun.completions[each.index] = _completion(each, parsed)
         return GenerationOutput.of(
             request,
-            prompt_token_ids=tuple(output.prompt_token_ids or ()),
+            prompt_token_ids=prompt_token_ids,
             completions=tuple(completion for _, completion in sorted(begun.completions.items())),
             prompt_logprobs=output.prompt_logprobs,
             finished=output.finished,
@@ -541,7 +576,7 @@ def _free_host_memory() -> int:
         return free
 
 
-def _completion(completion: Any) -> Completion:
+def _completion(completion: Any, parsed: Parsed | None) -> Completion:
     return Completion(
         index=completion.index,
         text=completion.text,
@@ -550,6 +585,7 @@ def _completion(completion: Any) -> Completion:
         stop_reason=completion.stop_reason,
         logprobs=completion.logprobs,
         cumulative_logprob=completion.cumulative_logprob,
+        parsed=parsed,
     )
 
 

@@ -16,6 +16,7 @@ from qlora_infer.errors import AdapterLoadError, EngineClosedError, EngineDeadEr
 from qlora_infer.files.extras import check_tokens, with_model_tokens
 from qlora_infer.files.lineage import lineage
 from qlora_infer.model.modules import ModelModules
+from qlora_infer.model.weights import BaseWeights
 from qlora_infer.plan.memory import DEFAULT_RANK
 from qlora_infer.sources.blend import BlendSource
 from qlora_infer.sources.source import Source
@@ -48,6 +49,7 @@ class AdapterLoader:
         memory: What is in host memory; only touched on the driving thread.
         driving: That thread.
         model: The name of the model that is served.
+        base: Its tensors, for adapters that are LoRA only together with them.
         vocabulary: Tells the tokens of its tokenizer; ``None`` where any token is known.
     """
 
@@ -58,12 +60,14 @@ class AdapterLoader:
         driving: DrivingThread,
         *,
         model: str,
+        base: BaseWeights | None = None,
         vocabulary: Callable[[], Mapping[str, int] | None],
     ) -> None:
         self._registry = registry
         self._memory = memory
         self._driving = driving
         self._model = model
+        self._base = base
         self._vocabulary = vocabulary
         self._waiting: dict[object, Future[LoadedAdapter]] = {}
         self.model_modules = ModelModules({})
@@ -151,14 +155,18 @@ class AdapterLoader:
             return current.record()
         try:
             version.fit = preflight.check(
-                version.name, version.manifest, self.model_modules, max_lora_rank=self.max_lora_rank
+                version.name,
+                version.manifest,
+                self.model_modules,
+                max_lora_rank=self.max_lora_rank,
+                base=self._base,
             )
             if version.extras.file_names:
                 vocabulary = self._vocabulary()
                 check_tokens(version.name, version.extras, vocabulary, strict=strict)
                 version.extras = with_model_tokens(version.extras, vocabulary)
             with self._registry.in_use(version):  # its copy stays
-                if version.fit.stripped or not version.fit.placement.is_vllms_own(self.model_modules):
+                if not version.fit.is_vllms_own(self.model_modules):
                     self._registry.serve(version)
                 self._load(version)
                 self._registry.publish(version, expect=expect)
@@ -212,7 +220,7 @@ class AdapterLoader:
         elif not versions:
             self.max_lora_rank = DEFAULT_RANK
         else:
-            ranks = [version.manifest.rank for version in versions]
+            ranks = [version.manifest.rank_needed for version in versions]
             self.max_lora_rank = preflight.lora_rank_for([LEAST_MAX_LORA_RANK, *ranks])
         return self.max_lora_rank
 
@@ -251,6 +259,8 @@ class AdapterLoader:
     def _log_fit(self, version: AdapterVersion) -> None:
         assert version.fit is not None
         logger.info("adapter %r loaded as version %d: %s", version.name, version.number, version.fit)
+        if version.snapshot.format != "PEFT":
+            logger.info("adapter %r was converted to PEFT's LoRA from %s", version.name, version.snapshot.format)
         applied = version.fit.placement.sources
         if applied <= version.manifest.zero_modules:
             logger.warning(

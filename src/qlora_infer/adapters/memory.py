@@ -300,7 +300,7 @@ class HostMemory:
         return self._fits([*(other for other in self._places if not self._may_leave(other)), version])
 
     def _fits(self, versions: Collection[AdapterVersion]) -> bool:
-        if self._max_bytes is not None and sum(version.manifest.num_bytes for version in versions) > self._max_bytes:
+        if self._max_bytes is not None and sum(version.num_bytes for version in versions) > self._max_bytes:
             return False
         return len(versions) <= self._max_cpu_loras
 

@@ -27,6 +27,7 @@ class Piece:
         expert: Which expert's factors it gets, of a module that holds those of all experts.
         first_output: Where its outputs begin among those of B.
         order: The order of its outputs in the running model, where that is not the checkpoint's.
+        is_transposed: Whether the factors are those of the transposed weight, so that B's transpose is A.
     """
 
     source: str | None
@@ -34,6 +35,7 @@ class Piece:
     expert: int | None = None
     first_output: int = 0
     order: Sequence[int] | None = None
+    is_transposed: bool = False
 
 
 @frozen
@@ -69,6 +71,7 @@ class Placement:
                 piece.source is not None
                 and piece.expert is None
                 and piece.order is None
+                and not piece.is_transposed
                 and model.renames(piece.source) == name
                 for name, piece in self.pieces.items()
             )
@@ -122,7 +125,8 @@ def _place(modules: Mapping[str, LoRAModule], model: ModelModules) -> Placement:
     left_out: list[str] = []
     repeated: list[tuple[str, str]] = []
     for name, module in modules.items():
-        found = dict(_pieces(name, module, model))
+        is_transposed = _is_transposed(name, modules, model)
+        found = dict(_pieces(name, module, model, is_transposed=is_transposed))
         if not found:
             (left_out if model.is_left_out(name) else absent).append(name)
         for target, piece in found.items():
@@ -132,9 +136,11 @@ def _place(modules: Mapping[str, LoRAModule], model: ModelModules) -> Placement:
     return Placement(_with_all_experts(pieces, model), absent, left_out, repeated)
 
 
-def _pieces(name: str, module: LoRAModule, model: ModelModules) -> Iterator[tuple[str, Piece]]:
+def _pieces(name: str, module: LoRAModule, model: ModelModules, *, is_transposed: bool) -> Iterator[tuple[str, Piece]]:
     if module.num_experts:
-        yield from _expert_pieces(name, module, model)
+        turned = _turned(module) if is_transposed else module
+        for part, piece in _expert_pieces(name, turned, model):
+            yield part, evolve(piece, is_transposed=is_transposed)
         return
     target = model.locate(name)
     if target is not None:
@@ -165,7 +171,7 @@ def _expert_pieces(name: str, module: LoRAModule, model: ModelModules) -> Iterat
     target = model.locate(layer)
     if target is not None:  # the model holds them so, too
         wide = f"{target}.base_layer"
-        is_wide = wide in model.shapes and model.shapes[wide].out_features == module.out_features
+        is_wide = wide in model.shapes and _fits(module, model.shapes[wide])
         yield (wide if is_wide else target), Piece(name, module)
         return
     one = evolve(module, num_experts=0)
@@ -177,6 +183,41 @@ def _expert_pieces(name: str, module: LoRAModule, model: ModelModules) -> Iterat
         yield first, Piece(name, evolve(one, out_features=half), expert)
         for up in last:
             yield up, Piece(name, evolve(one, out_features=module.out_features - half), expert, half)
+
+
+def _is_transposed(name: str, modules: Mapping[str, LoRAModule], model: ModelModules) -> bool:
+    """Return whether the factors of a layer's experts are those of the transposed weights.
+
+    Some of transformers' classes keep experts as ``[inputs, outputs]``. PEFT 0.21 takes a weight so where its class has
+    ``is_transposed``, and before it took all so. The sizes tell, where one of a layer's two projections is not as wide
+    as it is long.
+    """
+    if not modules[name].num_experts:
+        return False
+    layer = name.removesuffix(".base_layer")
+    given = [modules[part] for part in (layer, f"{layer}.base_layer") if part in modules]
+    target = model.locate(layer)
+    if target is not None:
+        shapes = [model.shapes[part] for part in (target, f"{target}.base_layer") if part in model.shapes]
+    else:
+        first, down, *last = next(iter(model.locate_experts(layer).values()), ("", ""))
+        if not first:
+            return False
+        gate, width = model.shapes[first], 2 if last else 1
+        shapes = [model.shapes[down], ModuleShape(gate.in_features, width * gate.out_features)]
+    return not _all_fit(given, shapes) and _all_fit(map(_turned, given), shapes)
+
+
+def _all_fit(modules: Iterable[LoRAModule], shapes: Sequence[ModuleShape]) -> bool:
+    return all(any(_fits(module, shape) for shape in shapes) for module in modules)
+
+
+def _fits(module: LoRAModule, shape: ModuleShape) -> bool:
+    return (module.in_features, module.out_features) == (shape.in_features, shape.out_features)
+
+
+def _turned(module: LoRAModule) -> LoRAModule:
+    return evolve(module, in_features=module.out_features, out_features=module.in_features)
 
 
 def _with_all_experts(pieces: Mapping[str, Piece], model: ModelModules) -> Mapping[str, Piece]:

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from attrs import field, frozen
 
 from qlora_infer.adapters.placement import Placement, place
+from qlora_infer.basewise.conversion import Conversion, convert
 from qlora_infer.config import ALLOWED_RANKS
 from qlora_infer.display import format_names
 from qlora_infer.errors import IncompatibleAdapterError
 from qlora_infer.files.manifest import AdapterManifest, LoRAModule
 from qlora_infer.model.modules import ModelModules, ModuleShape
+from qlora_infer.model.weights import BaseWeights
 
 #: As many kinds of modules with another shape are told one by one; a model has seven or so.
 MAX_KINDS = 8
@@ -35,17 +37,25 @@ class Fit:
         placement: Where each of its modules goes; those of vision and audio towers are left out, which is exact for
             prompts of text alone.
         stripped: What was left out of the names of its tensors: those of wrappers, and the adapter's own.
+        conversion: What of it becomes factors together with the base model.
     """
 
     num_modules: int
     num_model_modules: int
     placement: Placement = field(factory=lambda: Placement({}), repr=False, eq=False)
     stripped: Sequence[str] = ()
+    conversion: Conversion = field(factory=Conversion, repr=False, eq=False)
+
+    def is_vllms_own(self, model: ModelModules) -> bool:
+        """Return whether vLLM would read all of it so by itself, from the adapter's own files."""
+        return not (self.stripped or self.conversion.is_needed) and self.placement.is_vllms_own(model)
 
     def __str__(self) -> str:
         applied = f"applied to {self.num_modules} of {self.num_model_modules} modules"
         if self.stripped:
             applied += f", whose names were read without {' and '.join(map(repr, self.stripped))}"
+        if converted := str(self.conversion):
+            applied += f", {converted}"
         left_out, names = self.placement.left_out, format_names(self.placement.left_out)
         if not left_out:
             return applied
@@ -61,7 +71,14 @@ def lora_rank_for(ranks: Iterable[int]) -> int:
     return next((rank for rank in ALLOWED_RANKS if rank >= needed), ALLOWED_RANKS[-1])
 
 
-def check(adapter: str, manifest: AdapterManifest, model: ModelModules, *, max_lora_rank: int) -> Fit:
+def check(
+    adapter: str,
+    manifest: AdapterManifest,
+    model: ModelModules,
+    *,
+    max_lora_rank: int,
+    base: BaseWeights | None = None,
+) -> Fit:
     """Hold an adapter against a model.
 
     Args:
@@ -69,6 +86,7 @@ def check(adapter: str, manifest: AdapterManifest, model: ModelModules, *, max_l
         manifest: What the adapter's files contain.
         model: The modules of the running model, or of a checkpoint.
         max_lora_rank: The largest rank that the engine has room for.
+        base: The base model's tensors, for an adapter that is LoRA only together with them.
 
     Returns:
         How it fits.
@@ -76,16 +94,18 @@ def check(adapter: str, manifest: AdapterManifest, model: ModelModules, *, max_l
     Raises:
         IncompatibleAdapterError: It does not; ``reasons`` holds every reason.
     """
-    reasons = [*manifest.unsupported, *_rank_reasons(manifest, max_lora_rank)]
-    placement = place(manifest.modules, model)
-    if manifest.modules or not reasons:
-        reasons += _absence_reasons(placement, manifest.modules, model)
+    conversion, faults = convert(manifest, model, base, max_lora_rank=max_lora_rank)
+    modules = conversion.modules
+    reasons = [*manifest.unsupported, *_rank_reasons(manifest, max_lora_rank), *faults]
+    placement = place(modules, model)
+    if modules or not reasons:
+        reasons += _absence_reasons(placement, modules, model)
         reasons += _repetition_reasons(placement)
         reasons += _shape_reasons(placement, model)
     if reasons:
         raise IncompatibleAdapterError(adapter, reasons)
     stripped = *placement.wrappers, *filter(None, [manifest.name_in_tensors[:80]])
-    return Fit(len(placement.sources), len(model.shapes), placement, stripped)
+    return Fit(len(placement.sources), len(model.shapes), placement, stripped, conversion)
 
 
 def _rank_reasons(manifest: AdapterManifest, max_lora_rank: int) -> Iterator[str]:

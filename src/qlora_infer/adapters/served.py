@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_infer.adapters.placement import Piece, Placement
+from qlora_infer.basewise.conversion import Conversion
 from qlora_infer.files.manifest import factor_of
 from qlora_infer.files.peft_config import module_alpha, plain_patterns, read_config
-from qlora_infer.files.safetensors import map_tensors, write_tensors
+from qlora_infer.files.safetensors import Computed, map_tensors, write_tensors
 from qlora_infer.files.snapshot import CONFIG_NAME, SERVED_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import numpy as np
 
+    Factor = np.ndarray | Computed
 
-def write_served(adapter: str, folder: Path, placement: Placement) -> Path:
+_PREFIX = "base_model.model."
+#: What stands behind a module's name.
+_LINEAR, _EMBEDDING = ".lora_{}.weight", ".lora_embedding_{}"
+
+
+def write_served(adapter: str, folder: Path, placement: Placement, conversion: Conversion | None = None) -> Path:
     """Write the copy for vLLM into a folder beside an adapter's own files.
 
-    The factors are the adapter's, bit for bit. Those of experts that it holds in one tensor become one pair for each
-    expert where the model has them one by one, and what it leaves of a layer's experts becomes zeros. ``rank_pattern``
-    and ``alpha_pattern``, which are about PEFT's names, become plain names of the running model.
+    The factors are the adapter's, bit for bit, or made by a conversion. Those of experts that it holds in one tensor
+    become one pair for each expert where the model has them one by one, and what it leaves of a layer's experts becomes
+    zeros. ``rank_pattern`` and ``alpha_pattern``, which are about PEFT's names, become plain names of the running
+    model.
 
     Args:
         adapter: The adapter's name, for messages.
         folder: The adapter's private copy.
         placement: Where its modules go.
+        conversion: How the rest of it becomes factors.
 
     Returns:
         The folder for vLLM.
@@ -37,57 +48,90 @@ def write_served(adapter: str, folder: Path, placement: Placement) -> Path:
     """
     target = folder / SERVED_NAME
     target.mkdir(exist_ok=True)
-    config = read_config(adapter, folder / CONFIG_NAME)
-    (target / CONFIG_NAME).write_text(json.dumps(_config(config, placement)))
-    factors: dict[str, dict[str, tuple[str, np.ndarray]]] = {}
+    conversion = conversion or Conversion()
+    config = conversion.config(read_config(adapter, folder / CONFIG_NAME))
+    (target / CONFIG_NAME).write_text(json.dumps(_config(config, placement, conversion)))
+    factors: dict[str, dict[str, tuple[str, Factor]]] = {}
+    turned: dict[str, dict[str, tuple[str, Factor]]] = {}
     for name, tensor in map_tensors(adapter, folder / WEIGHTS_NAME).items():
         found = factor_of(name)
         if found is not None:
             factors.setdefault(found.module, {})[found.factor] = name, tensor
-    write_tensors(target / WEIGHTS_NAME, dict(_tensors(placement, factors)))
+    for module, (a, b) in conversion.factors(folder):
+        is_embedding = module in conversion.rows and not conversion.rows[module].is_output
+        names = map((_EMBEDDING if is_embedding else _LINEAR).format, "AB")
+        factors[module] = dict(zip("AB", zip(names, (a, b), strict=True), strict=True))
+    for piece in placement.pieces.values():
+        if piece.is_transposed and piece.source in factors:
+            turned[piece.source] = _turned(factors.pop(piece.source), piece.module.rank)
+    write_tensors(target / WEIGHTS_NAME, dict(_tensors(placement, {**factors, **turned})))
     return target
 
 
+def _turned(pair: Mapping[str, tuple[str, Factor]], rank: int) -> dict[str, tuple[str, Factor]]:
+    """Return the factors of the transposed weights of all experts, in PEFT's layout: B's are A's."""
+    (name, a), (_, b) = pair["A"], pair["B"]
+    assert not isinstance(a, Computed)
+    assert not isinstance(b, Computed)
+    of_b = b.reshape(len(b), rank, -1).transpose(2, 1, 0).reshape(-1, len(b))
+    of_a = a.reshape(-1, rank, a.shape[1]).transpose(2, 1, 0).reshape(a.shape[1], -1)
+    return {"A": (name, of_b), "B": (name, of_a)}
+
+
 def _tensors(
-    placement: Placement, factors: Mapping[str, Mapping[str, tuple[str, np.ndarray]]]
-) -> Iterator[tuple[str, np.ndarray]]:
+    placement: Placement, factors: Mapping[str, Mapping[str, tuple[str, Factor]]]
+) -> Iterator[tuple[str, Computed]]:
     """Yield each tensor of the copy with its name."""
     import numpy as np
 
-    any_dtype = next(iter(factors.values()))["A"][1].dtype
+    any_dtype = _dtype_of(next(iter(factors.values()))["A"][1])
     for name, piece in placement.pieces.items():
-        rank, shape = piece.module.rank * max(1, piece.module.num_experts), piece.module
-        if piece.source is None:
-            a, b = np.zeros((rank, shape.in_features), any_dtype), np.zeros((shape.out_features, rank), any_dtype)
-            spelling = "lora_{}.weight"
-        else:
-            (tensor_name, a), (_, b) = factors[piece.source]["A"], factors[piece.source]["B"]
-            a, b = _cut(a, b, piece)
-            spelling = "lora_embedding_{}" if ".lora_embedding_A" in tensor_name else "lora_{}.weight"
-        for factor, tensor in (("A", a), ("B", b)):
-            yield f"base_model.model.{name}.{spelling.format(factor)}", tensor
+        shape = piece.module
+        rank = shape.rank * max(1, shape.num_experts)
+        shapes = {"A": (rank, shape.in_features), "B": (shape.out_features, rank)}
+        for factor, cut in (("A", _cut_a), ("B", _cut_b)):
+            spelling, dtype, compute = _LINEAR, any_dtype, partial(np.zeros, shapes[factor], any_dtype)
+            if piece.source is not None:
+                tensor_name, tensor = factors[piece.source][factor]
+                spelling = _EMBEDDING if ".lora_embedding_" in tensor_name else _LINEAR
+                dtype, compute = _dtype_of(tensor), partial(_computed, cut, tensor, piece)
+            yield _PREFIX + name + spelling.format(factor), Computed(shapes[factor], compute, dtype)
 
 
-def _cut(a: np.ndarray, b: np.ndarray, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-    """Take a piece's factors out of a module's: of one expert, and of some of its outputs.
+def _dtype_of(tensor: Factor) -> str:
+    return tensor.dtype if isinstance(tensor, Computed) else tensor.dtype.str
+
+
+def _computed(cut: Callable[[np.ndarray, Piece], np.ndarray], tensor: Factor, piece: Piece) -> np.ndarray:
+    return cut(tensor.compute() if isinstance(tensor, Computed) else tensor, piece)
+
+
+def _cut_a(a: np.ndarray, piece: Piece) -> np.ndarray:
+    """Take a piece's factor A out of a module's: that of one expert."""
+    if piece.expert is None:
+        return a
+    rank = piece.module.rank
+    return a[piece.expert * rank : (piece.expert + 1) * rank]
+
+
+def _cut_b(b: np.ndarray, piece: Piece) -> np.ndarray:
+    """Take a piece's factor B out of a module's: of one expert, and of some of its outputs.
 
     PEFT lays the factors of experts out as ``[experts * rank, inputs]`` and ``[outputs, rank * experts]``
     (``ParamWrapper.get_delta_weight`` in PEFT 0.21).
     """
-    if piece.expert is None:
-        b = b if piece.order is None else b[piece.order]
-        return a, b[piece.first_output : piece.first_output + piece.module.out_features]
-    rank = piece.module.rank
-    of_expert = b.reshape(len(b), rank, -1)[:, :, piece.expert]
-    outputs = of_expert[piece.first_output : piece.first_output + piece.module.out_features]
-    return a[piece.expert * rank : (piece.expert + 1) * rank], outputs
+    if piece.expert is not None:
+        b = b.reshape(len(b), piece.module.rank, -1)[:, :, piece.expert]
+    elif piece.order is not None:
+        b = b[piece.order]
+    return b[piece.first_output : piece.first_output + piece.module.out_features]
 
 
-def _config(config: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], placement: Placement, conversion: Conversion) -> dict[str, Any]:
     """Rewrite the adapter's config for the running model's names."""
     named = {_pattern_name(name, piece): piece for name, piece in placement.pieces.items()}
     ranks = {name: piece.module.rank for name, piece in named.items()}
-    alphas = {name: module_alpha(config, piece.source) for name, piece in named.items() if piece.source is not None}
+    alphas = {name: _alpha(config, piece, conversion) for name, piece in named.items() if piece.source is not None}
     return {
         **config,
         "rank_pattern": plain_patterns(ranks, config["r"]),
@@ -95,6 +139,14 @@ def _config(config: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
         "target_modules": sorted({name.rpartition(".")[2] for name in placement.pieces}),
         "target_parameters": None,
     }
+
+
+def _alpha(config: Mapping[str, Any], piece: Piece, conversion: Conversion) -> float:
+    """Return a module's alpha; rows of the base model's are scaled by 1."""
+    assert piece.source is not None
+    if piece.source not in conversion.rows:
+        return module_alpha(config, piece.source)
+    return math.sqrt(piece.module.rank) if config.get("use_rslora") else piece.module.rank
 
 
 def _pattern_name(name: str, piece: Piece) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_infer.adapters.served import write_served
+from qlora_infer.basewise.conversion import read_saved
+from qlora_infer.conversions.conversion import convert
 from qlora_infer.errors import (
     AdapterError,
     AdapterLoadError,
@@ -20,6 +22,7 @@ from qlora_infer.errors import (
     AdapterSourceError,
     CorruptAdapterError,
     EngineClosedError,
+    ModelNotFoundError,
 )
 from qlora_infer.files.content import digest_of
 from qlora_infer.files.extras import Extras, read_extras, with_sound_template
@@ -236,7 +239,13 @@ class AdapterStore:
     def _write_served(self, version: AdapterVersion) -> None:
         assert version.fit is not None
         try:
-            version.served = write_served(version.name, version.snapshot.folder, version.fit.placement)
+            version.served = write_served(
+                version.name, version.snapshot.folder, version.fit.placement, version.fit.conversion
+            )
+            if version.fit.conversion.is_needed:
+                version.num_bytes = version.served.joinpath(WEIGHTS_NAME).stat().st_size
+        except ModelNotFoundError as error:
+            raise AdapterLoadError(version.name, f"adapter {version.name!r} could not be converted: {error}") from error
         except OSError as error:
             raise AdapterLoadError(
                 version.name, f"adapter {version.name!r} could not be written for vLLM into {self._folder}: {error}"
@@ -296,12 +305,14 @@ def _check(name: str, folder: Path, *, allow_pickle: bool, strict: bool) -> tupl
     """Check a private copy: nobody else writes to it, so that what is served is what was checked."""
     if allow_pickle:
         convert_pickle(name, folder)
-    manifest, extras = read_manifest(name, folder), read_extras(name, folder, strict=strict)
+    form = convert(name, folder)
+    manifest = read_saved(name, read_manifest(name, folder))
+    extras = read_extras(name, folder, strict=strict)
     if manifest.plain_config is not None:
         (folder / CONFIG_NAME).write_text(json.dumps(manifest.plain_config))
     manifest = manifest.with_zeros(check_finite(name, folder / WEIGHTS_NAME))
     extras = with_sound_template(name, extras, strict=strict)
-    return Snapshot(folder, digest_of(folder, extras=extras.file_names)), manifest, extras
+    return Snapshot(folder, digest_of(folder, extras=extras.file_names), form), manifest, extras
 
 
 def _closed() -> EngineClosedError:

@@ -39,6 +39,7 @@ class LoadedAdapter(Displayed):
             it), ``"other"``, or ``"unknown"``.
         share: Its share of the engine beside other adapters.
         carries: The files that it has beside its config and weights, and that its requests follow.
+        format: The format that its source has it in: ``"PEFT"``, or one that was converted, such as ``"MLX"``.
     """
 
     name: str
@@ -54,12 +55,14 @@ class LoadedAdapter(Displayed):
     lineage: Lineage = "unknown"
     share: float = 1.0
     carries: tuple[str, ...] = ()
+    format: str = "PEFT"
 
     def _tables(self) -> Sequence[Table]:
         rows = [
             ("name", self.name),
             ("version", f"{self.version}, {self.digest[:12]}"),
             ("source", self.source),
+            ("format", self.format),
             ("rank", str(self.rank)),
             ("modules", f"{self.num_modules} of {self.num_model_modules}"),
             ("size", f"{_mebibytes(self.num_bytes)} MiB"),
@@ -127,6 +130,7 @@ class AdapterVersion:
         share: Its share of the engine beside other adapters.
         fit: How it fits the model; set once that has been checked.
         served: The copy in the running model's names, where vLLM needs one.
+        num_bytes: The size of the tensors that vLLM reads.
         num_uses: Requests that wait for it or run on it, and calls that work with it.
         num_running: Requests that run on it, from the moment when the queue admits them.
         last_used: When it was last asked for, in seconds of ``time.monotonic()``.
@@ -147,11 +151,16 @@ class AdapterVersion:
     share: float = 1.0
     fit: Fit | None = None
     served: Path | None = None
+    num_bytes: int = field()
     num_uses: int = 0
     num_running: int = 0
     last_used: float = 0.0
     retired: bool = False
     freed: bool = False
+
+    @num_bytes.default
+    def _num_bytes(self) -> int:
+        return self.manifest.num_bytes
 
     @property
     def vllm_name(self) -> str:
@@ -172,14 +181,15 @@ class AdapterVersion:
             int_id=self.int_id,
             source=self.source,
             digest=self.snapshot.digest,
-            rank=self.manifest.rank,
+            rank=max([self.manifest.rank, *(module.rank for module in self.fit.conversion.modules.values())]),
             num_modules=self.fit.num_modules,
             num_model_modules=self.fit.num_model_modules,
-            num_bytes=self.manifest.num_bytes,
+            num_bytes=self.num_bytes,
             base_model=self.manifest.base_model,
             lineage=self.lineage,
             share=self.share,
             carries=self.extras.followed,
+            format=self.snapshot.format,
         )
 
 

@@ -8,9 +8,11 @@ some 0.1 s to start and stays for the next conversations, which then take less t
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias, cast
 
 from qlora_infer.chat.process import processes
 from qlora_infer.errors import CorruptAdapterError, UnsafeAdapterError
@@ -21,7 +23,12 @@ MAX_MESSAGES_BYTES = 1 << 24
 #: A template repeats what it is content once or twice; it may write this much and four times what it is content.
 MAX_EXTRA_CHARACTERS = 1 << 20
 
-_NO_TOKENS: Mapping[str, str] = {}
+#: How a template reads the content of messages: as text, or as a list of parts.
+ContentFormat: TypeAlias = Literal["string", "openai"]
+
+_NO_VARIABLES: Mapping[str, Any] = {}
+# What transformers 5.19 marks the end of the last message with (``utils/chat_template_utils.py``), to find it again.
+_END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def template_field(value: object) -> str | None:
@@ -65,7 +72,9 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
-    special_tokens: Mapping[str, str] = _NO_TOKENS,
+    continue_final_message: bool = False,
+    variables: Mapping[str, Any] = _NO_VARIABLES,
+    special_tokens: Mapping[str, str] = _NO_VARIABLES,
 ) -> str:
     """Write a conversation as a prompt.
 
@@ -74,6 +83,8 @@ def render(
         template: Its chat template.
         messages: The conversation, of what JSON can hold.
         add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
+        continue_final_message: Whether it ends where the last message does, without what the template writes after it.
+        variables: What else the template knows: ``tools``, ``documents``, and any of its own.
         special_tokens: What the template knows as ``bos_token``, ``eos_token`` and so on; those that are missing are
             undefined in it. It is what a tokenizer of transformers has as ``special_tokens_map``.
 
@@ -84,14 +95,51 @@ def render(
         UnsafeAdapterError: The template takes too much time or memory, or reaches for what it must not have.
         MissingDependencyError: No process for templates can be started.
     """
-    variables = {
-        **special_tokens,
-        "messages": messages,
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-    }
-    return _call(adapter, template, variables)
+    final = ""
+    if continue_final_message:
+        messages, final = _with_end_tag(messages)
+    text = _call(
+        adapter,
+        template,
+        {
+            **special_tokens,
+            "tools": None,
+            "documents": None,
+            **variables,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+        },
+    )
+    return _until_end_tag(adapter, text, final) if continue_final_message else text
+
+
+def _with_end_tag(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    """Mark the end of the last message's text, as transformers does it (``render_jinja_template`` of 5.19)."""
+    *others, last = messages
+    content = copy.deepcopy(last.get("content"))
+    if isinstance(content, str):
+        return [*others, {**last, "content": content + _END_TAG}], content
+    for part in reversed(content if isinstance(content, list) else []):
+        if isinstance(text := part.get("text"), str):
+            part["text"] += _END_TAG
+            return [*others, {**last, "content": content}], text
+    raise ValueError("continue_final_message needs a last message with text, to which the answer is added")
+
+
+def _until_end_tag(adapter: str, text: str, final: str) -> str:
+    before, tag, after = text.rpartition(_END_TAG.strip())
+    if not tag or final.strip() not in text:
+        raise ValueError(
+            f"the chat template of adapter {adapter!r} leaves out a part of the last message: it cannot be continued"
+        )
+    # Where the template has trimmed the message, the space of the tag is gone, and so is what stood before it.
+    return before if after.startswith(" ") else before.rstrip()
+
+
+@lru_cache(maxsize=64)
+def content_format(adapter: str, template: str) -> ContentFormat:
+    """Return how a template reads the content of messages; raises as ``check_template``."""
+    return cast(ContentFormat, _call(adapter, template, None))
 
 
 def check_template(adapter: str, template: str) -> None:

@@ -96,7 +96,7 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def answer(request: bytes) -> bytes:
-    """Compile a template and, where the request has variables, render it."""
+    """Compile a template and render it, or find its content format where the request has no variables."""
     fields = json.loads(request)
     try:
         template = _compile(fields["template"])
@@ -105,13 +105,95 @@ def answer(request: bytes) -> bytes:
     except Exception as error:
         return MALFORMED + _format_error(error)
     if fields["variables"] is None:
-        return TEXT
+        return TEXT + _content_format(fields["template"])
     try:
         return TEXT + _render(template, fields["variables"], fields["max_characters"]).encode()
     except _LIMITS as error:
         return UNSAFE + _format_error(error)
     except Exception as error:
         return FAILED + _format_error(error)
+
+
+def _content_format(template: str) -> bytes:
+    """Return ``openai`` if the template goes through the parts of a message's content, or ``string``.
+
+    vLLM reads it out of the template in this way (``renderers/hf.py`` of 0.32.0, ``_detect_content_format``). It is
+    done here because the templates of strangers can make it slow, too.
+    """
+    try:
+        return b"openai" if _has_content_loop(_ENVIRONMENT.parse(template)) else b"string"
+    except Exception:
+        return b"string"
+
+
+def _has_content_loop(root: nodes.Template) -> bool:
+    messages = _assigned_from(root, "messages")
+    loops = [loop for loop in root.find_all(nodes.For) if any(_reads(loop.iter, name) for name in messages)]
+    variables = [_name_of(loop.target) for loop in loops]
+    in_macros: set[int] = set()
+    parameters: dict[int, set[str]] = {}  # of macros that are called with a message's content, by their loops
+    for macro in root.find_all(nodes.Macro):
+        names = _content_parameters(root, macro, variables)
+        for loop in macro.find_all(nodes.For):
+            in_macros.add(id(loop))
+            if names:
+                parameters[id(loop)] = names
+    for loop in root.find_all(nodes.For):
+        name = loop.iter.name if isinstance(loop.iter, nodes.Name) else None
+        if (
+            any(_reads(loop.iter, variable, "content") for variable in variables)
+            or name in parameters.get(id(loop), ())
+            or (name == "content" and id(loop) not in in_macros)
+        ):
+            _name_of(loop.target)
+            return True
+    return False
+
+
+def _assigned_from(root: nodes.Template, name: str) -> list[str]:
+    """Return a variable's name and those of the variables that it, or a part of it, is assigned to."""
+    names = [name]
+    for known in names:  # which grows
+        for assignment in root.find_all(nodes.Assign):
+            if _reads(assignment.node, known) and (found := _name_of(assignment.target)) not in names:
+                names.append(found)
+    return names
+
+
+def _content_parameters(root: nodes.Template, macro: nodes.Macro, variables: list[str]) -> set[str]:
+    """Return the parameters of a macro that are somewhere given a message's content."""
+    names = [argument.name for argument in macro.args]
+    found = set()
+    for call in root.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name) and call.node.name == macro.name:
+            given = [*zip(names, call.args, strict=False), *((each.key, each.value) for each in call.kwargs)]
+            found |= {key for key, value in given if any(_reads(value, name, "content") for name in variables)}
+    return found & set(names)
+
+
+def _name_of(target: nodes.Node) -> str:
+    if not isinstance(target, nodes.Name):
+        raise TypeError("several variables, which vLLM does not follow")
+    return target.name
+
+
+def _reads(node: nodes.Node | None, variable: str, key: str | None = None) -> bool:
+    """Return whether an expression is a variable or its item, however it is filtered or cut."""
+    if isinstance(node, (nodes.Filter, nodes.Test)) or (
+        isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+    ):
+        return _reads(node.node, variable, key)
+    if key is None:
+        return isinstance(node, nodes.Name) and node.ctx == "load" and node.name == variable
+    if isinstance(node, nodes.Getitem):
+        named = isinstance(node.arg, nodes.Const) and node.arg.value == key
+    else:
+        named = isinstance(node, nodes.Getattr) and node.attr == key
+    return named and _reads_itself(node, variable)
+
+
+def _reads_itself(node: Any, variable: str) -> bool:
+    return isinstance(node.node, nodes.Name) and node.node.ctx == "load" and node.node.name == variable
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any], max_characters: int) -> str:

@@ -13,6 +13,7 @@ from qlora_infer.cli.bench import bench
 from qlora_infer.cli.doctor import doctor
 from qlora_infer.cli.generate import generate
 from qlora_infer.cli.inspect_adapter import inspect_adapter
+from qlora_infer.cli.serve import serve
 from qlora_infer.cli.start import StartEngine
 from qlora_infer.errors import QLoRAInferError
 
@@ -49,6 +50,7 @@ app.command()(doctor)
 app.command("inspect-adapter")(inspect_adapter)
 app.command()(generate)
 app.command()(bench)
+app.command()(serve)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -24,6 +24,7 @@ from qlora_infer.files.peft_config import read_config
 from qlora_infer.files.scratch import scratch_folder
 from qlora_infer.files.snapshot import CONFIG_NAME
 from qlora_infer.model.checkpoint import read_checkpoint
+from qlora_infer.model.weights import BaseWeights
 from qlora_infer.sources.source import Source, parse_source
 
 
@@ -52,6 +53,7 @@ class Inspection:
         base_model: The model that it says it was trained on.
         carries: What it has beside its weights, in words.
         left_out: What of that is invalid and not followed, with the reason.
+        format: The format that it is in: ``"PEFT"``, or one that was converted.
         pickled: Whether its weights are a pickle, which was converted.
         base: The model that it was held against.
         lineage: How that compares with ``base_model``.
@@ -68,6 +70,7 @@ class Inspection:
     num_bytes: int
     base_model: str | None
     carries: tuple[str, ...]
+    format: str
     pickled: bool
     left_out: dict[str, str]
     base: str | None = None
@@ -109,7 +112,8 @@ def inspect_adapter(
         if ctx.find_root().params["debug"]:
             raise
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(UNREADABLE) from error
+        is_sound = isinstance(error, IncompatibleAdapterError)  # it was read, and no conversion of it is exact
+        raise typer.Exit(DOES_NOT_FIT if is_sound else UNREADABLE) from error
     typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(_lines(found)))
     raise typer.Exit(DOES_NOT_FIT if found.reasons else 0)
 
@@ -117,36 +121,38 @@ def inspect_adapter(
 def _inspect(
     source: str, base: str | None, base_revision: str | None, *, device: str, max_lora_rank: int, allow_pickle: bool
 ) -> Inspection:
-    found, manifest = _read(parse_source(source), allow_pickle=allow_pickle)
-    if base is None:
-        return evolve(found, reasons=manifest.unsupported)
-    checkpoint = read_checkpoint(base, revision=base_revision, device=device)
-    found = evolve(found, base=base, lineage=lineage(manifest.base_model, base), checked=checkpoint.checked)
-    if checkpoint.refusal:
-        return evolve(found, reasons=(checkpoint.refusal,))
-    try:
-        fit = preflight.check(str(source), manifest, checkpoint.modules, max_lora_rank=max_lora_rank)
-    except IncompatibleAdapterError as error:
-        return evolve(found, reasons=error.reasons)
+    parsed = parse_source(source)
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
+        found, manifest = _read(parsed, Path(folder), allow_pickle=allow_pickle)
+        if base is None:
+            return evolve(found, reasons=manifest.unsupported)
+        checkpoint = read_checkpoint(base, revision=base_revision, device=device)
+        found = evolve(found, base=base, lineage=lineage(manifest.base_model, base), checked=checkpoint.checked)
+        if checkpoint.refusal:
+            return evolve(found, reasons=(checkpoint.refusal,))
+        weights = BaseWeights(base, revision=base_revision)
+        try:
+            fit = preflight.check(str(source), manifest, checkpoint.modules, max_lora_rank=max_lora_rank, base=weights)
+        except IncompatibleAdapterError as error:
+            return evolve(found, reasons=error.reasons)
     return evolve(found, fit=str(fit))
 
 
-def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
-    """Everything that an engine would do with it up to the model, on a copy that is thrown away."""
+def _read(source: Source, folder: Path, *, allow_pickle: bool) -> tuple[Inspection, AdapterManifest]:
+    """Everything that an engine would do with it up to the model, on a copy in a folder."""
     name = str(source)
-    with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
-        store = AdapterStore(Path(folder))
-        try:
-            snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=False)
-            pickled = False
-        except UnsafeAdapterError:
-            if not allow_pickle:
-                raise
-            snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=True)
-            pickled = True
-        finally:
-            store.close()
-        config = read_config(name, snapshot.folder / CONFIG_NAME)
+    store = AdapterStore(folder)
+    try:
+        snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=False)
+        pickled = False
+    except UnsafeAdapterError:
+        if not allow_pickle:
+            raise
+        snapshot, manifest, extras = store.make(name, 1, source, allow_pickle=True)
+        pickled = True
+    finally:
+        store.close()
+    config = read_config(name, snapshot.folder / CONFIG_NAME)
     found = Inspection(
         source=name,
         digest=snapshot.digest,
@@ -156,6 +162,7 @@ def _read(source: Source, *, allow_pickle: bool) -> tuple[Inspection, AdapterMan
         num_bytes=manifest.num_bytes,
         base_model=manifest.base_model,
         carries=tuple(_carries(extras)),
+        format=snapshot.format,
         pickled=pickled,
         left_out=dict(extras.left_out),
     )
@@ -177,6 +184,7 @@ def _lines(found: Inspection) -> Iterator[str]:
     modules = ", ".join(f"{name} ({count})" for name, count in found.modules.items())
     yield f"adapter     {found.source}"
     yield f"digest      {found.digest[:12]}"
+    yield f"format      {found.format}"
     yield f"rank        {found.rank}, alpha {found.alpha if found.alpha is not None else 'not given'}"
     yield f"modules     {sum(found.modules.values())}: {modules or 'none'}"
     yield f"size        {found.num_bytes} bytes"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.extras import MAX_BYTES, extra_file
-from qlora_infer.files.manifest import check_file, weights_file
+from qlora_infer.files.manifest import check_file, weights_files
 from qlora_infer.files.peft_config import MAX_CONFIG_BYTES
 from qlora_infer.files.snapshot import CONFIG_NAME, WEIGHTS_NAME
 
@@ -39,12 +39,16 @@ def copy_adapter(adapter: str, source: Path, into: Path, *, allow_pickle: bool) 
     for name, max_bytes in MAX_BYTES.items():
         if path := extra_file(adapter, source, name):
             limits[path] = max_bytes
-    limits[weights_file(adapter, source, allow_pickle=allow_pickle)] = MAX_WEIGHTS_BYTES
-    before = _stamps(limits)
+    weights = weights_files(adapter, source, allow_pickle=allow_pickle)
+    before = _stamps([*limits, *weights])
     into.mkdir(parents=True)
     for path, max_bytes in limits.items():
         _copy(adapter, path, into / path.name, max_bytes)
-    if _stamps(limits) != before:
+    left = MAX_WEIGHTS_BYTES
+    for path in weights:
+        _copy(adapter, path, into / path.name, left)
+        left -= (into / path.name).stat().st_size
+    if _stamps([*limits, *weights]) != before:
         raise CorruptAdapterError(adapter, f"{source} changed while it was read: write to a new folder, then load that")
 
 

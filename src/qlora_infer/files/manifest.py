@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from qlora_infer.display import format_names
 from qlora_infer.errors import AdapterNotFoundError, AdapterSourceError, CorruptAdapterError, UnsafeAdapterError
-from qlora_infer.files.features import unsupported_features
+from qlora_infer.files.features import CONVERTED_TYPES, unsupported_features
 from qlora_infer.files.peft_config import (
     MAX_NAME_LENGTH,
     base_model,
@@ -33,7 +33,7 @@ from qlora_infer.files.peft_config import (
     with_plain_names,
 )
 from qlora_infer.files.safetensors import TensorEntry, read_header
-from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME
+from qlora_infer.files.snapshot import CONFIG_NAME, INDEX_NAMES, WEIGHTS_NAME, weights_names
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
 
@@ -46,6 +46,11 @@ _EMBEDDING = re.compile(
 # PEFT keeps a copy of the base weight beside the factors of these two; vLLM passes over it
 # (is_base_embedding_weights).
 _BASE_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>(?:.+\.)?(?:embed_tokens|lm_head))\.base_layer\.weight")
+# Tensors beside the factors that stand in the place of the base model's, or are VeRA's; ``basewise`` reads them.
+_SAVED = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer|\.token_adapter)?"
+    r"\.(?P<kind>weight|bias|trainable_tokens_delta|vera_lambda_[bd]|vera_[AB])"
+)
 #: The adapter's name in a factor's, as torch saves one without PEFT's save_pretrained; empty where there is none.
 ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])(?:\.[^.]+)?(?=\.weight$)|(?<=\.lora_embedding_[AB])(?:\.[^.]+)?$")
 
@@ -89,6 +94,28 @@ class LoRAModule:
 
 
 @frozen
+class SavedTensor:
+    """A tensor that is no LoRA factor, and may be written as one together with the base model.
+
+    Attributes:
+        module: The module's name in the model; of a LoRA bias, with ``.lora_B`` behind it.
+        kind: The last part of the tensor's name, such as ``"weight"`` or ``"trainable_tokens_delta"``.
+        shape: Its dimensions.
+        tokens: The rows of the base model's tensor that its rows stand for; ``None`` where it holds all of them.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    tokens: tuple[int, ...] | None = None
+
+    @property
+    def is_lambda(self) -> bool:
+        """True of VeRA's vectors, of which a module has two."""
+        return self.kind.startswith("vera_lambda_")
+
+
+@frozen
 class AdapterManifest:
     """The content of an adapter's two files.
 
@@ -96,7 +123,8 @@ class AdapterManifest:
         folder: Where they are.
         base_model: The model that the adapter says it was trained on, if it says so.
         rank: The largest rank of its config and its tensors.
-        modules: Its modules by their name in the model, such as ``"model.layers.0.self_attn.q_proj"``.
+        modules: Its modules by their name in the model, such as ``"model.layers.0.self_attn.q_proj"``. VeRA's have 0
+            inputs, because only the model tells how many.
         unsupported: What it asks for that vLLM cannot run, each a sentence.
         num_bytes: The size of its tensors.
         scaled_by_pattern: The modules whose scale ``rank_pattern`` or ``alpha_pattern`` changes.
@@ -105,6 +133,9 @@ class AdapterManifest:
         name_in_tensors: The name that stands in those of its factors (``lora_A.default.weight``), which vLLM does not
             read; empty where there is none, as PEFT writes them.
         plain_config: Its config with plain names, where it has patterns that vLLM must not match; ``None`` elsewhere.
+        config: Its config.
+        saved: Its tensors that are no factors, by name.
+        zeros: The tensors that hold nothing but zeros.
     """
 
     folder: Path
@@ -117,11 +148,26 @@ class AdapterManifest:
     zero_modules: frozenset[str] = frozenset()
     name_in_tensors: str = ""
     plain_config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(factory=dict)
+    saved: Mapping[str, SavedTensor] = field(factory=dict)
+    zeros: frozenset[str] = frozenset()
+
+    @property
+    def rank_needed(self) -> int:
+        """The rank that an engine has to have room for: each token that it trains takes one."""
+        return max([self.rank, *(len(tensor.tokens or ()) for tensor in self.saved.values())])
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name for its kind, in capitals."""
+        return str(self.config.get("peft_type", "LORA")).upper()
 
     def with_zeros(self, tensors: Iterable[str]) -> AdapterManifest:
         """Return this manifest with the modules that have one of these tensors of zeros."""
-        factors = filter(None, map(factor_of, tensors))
-        return evolve(self, zero_modules=frozenset(factor.module for factor in factors))
+        zeros = frozenset(tensors)
+        modules = {factor.module for factor in map(factor_of, zeros) if factor is not None}
+        modules |= {tensor.module for name, tensor in self.saved.items() if name in zeros and tensor.is_lambda}
+        return evolve(self, zero_modules=frozenset(modules), zeros=zeros)
 
 
 def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
@@ -134,25 +180,30 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
     Raises:
         AdapterNotFoundError: One of the files is missing.
         AdapterSourceError: One of the files may not be read by this user.
-        UnsafeAdapterError: The weights are pickled, or a file is a link that leaves the folder.
+        UnsafeAdapterError: A file is a link that leaves the folder.
         CorruptAdapterError: A file is malformed, or the two contradict each other.
     """
     config = read_config(adapter, check_file(adapter, folder, CONFIG_NAME))
     unsupported = list(unsupported_features(config))
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+    peft_type = str(config.get("peft_type", "LORA")).upper()
+    if peft_type in CONVERTED_TYPES:
+        return _read_converted(adapter, folder, config)
+    if peft_type != "LORA":
         # Its other fields and its tensors have other names; only this can be said of it.
         return AdapterManifest(folder, base_model(config), 0, {}, tuple(unsupported), 0)
     rank = largest_rank(adapter, config)
-    entries = read_header(adapter, weights_file(adapter, folder))
+    entries = read_header(adapter, check_file(adapter, folder, WEIGHTS_NAME))
     modules: Mapping[str, LoRAModule] = {}
     plain_config: Mapping[str, Any] = config
     name_in_tensors = ""
+    saved: Mapping[str, SavedTensor] = {}
     try:
         name_in_tensors = check_one_adapter(adapter, entries)
         factors, leftover = _pair_factors(adapter, entries)
         plain_config = with_plain_names(adapter, config, factors)
         modules = {name: _module(adapter, name, pair, plain_config) for name, pair in factors.items()}
         leftover = [name for name in leftover if not _is_base_copy(adapter, name, entries[name], modules)]
+        saved, leftover = _pick_saved(leftover, entries) if modules else ({}, leftover)
     except CorruptAdapterError:
         # The tensors of other variants have other shapes: what the config says is the better reason.
         if not unsupported:
@@ -170,7 +221,37 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
         scaled_by_pattern=tuple(_scaled_by_pattern(plain_config, modules)),
         name_in_tensors=name_in_tensors,
         plain_config=None if plain_config is config else plain_config,
+        config=plain_config,
+        saved=saved,
     )
+
+
+def _read_converted(adapter: str, folder: Path, config: Mapping[str, Any]) -> AdapterManifest:
+    """Read an adapter of another type than LoRA; ``basewise`` knows its fields and tensors."""
+    entries = read_header(adapter, check_file(adapter, folder, WEIGHTS_NAME))
+    saved, leftover = _pick_saved(list(entries), entries)
+    return AdapterManifest(
+        folder=folder,
+        base_model=base_model(config),
+        rank=0,
+        modules={},
+        unsupported=(_format_leftover(leftover),) if leftover else (),
+        num_bytes=sum(entry.num_bytes for entry in entries.values()),
+        config=config,
+        saved=saved,
+    )
+
+
+def _pick_saved(names: Iterable[str], entries: Mapping[str, TensorEntry]) -> tuple[dict[str, SavedTensor], list[str]]:
+    """Pick the tensors that stand in the place of the base model's; the names of others come second."""
+    saved, leftover = {}, []
+    for name in names:
+        match = _SAVED.fullmatch(name)
+        if match is None or not entries[name].is_floating or len(name) > MAX_NAME_LENGTH:
+            leftover.append(name)
+        else:
+            saved[name] = SavedTensor(match["module"], match["kind"], entries[name].shape)
+    return saved, leftover
 
 
 def check_file(adapter: str, folder: Path, name: str) -> Path:
@@ -216,37 +297,33 @@ def _stays_inside(folder: Path, path: Path) -> bool:
     return target.parent == repository / "blobs" or target.parent.parent == repository.parent / "blobs"
 
 
-def weights_file(adapter: str, folder: Path, *, allow_pickle: bool = False) -> Path:
-    """Return the file with an adapter's weights, checked by ``check_file``.
+def weights_files(adapter: str, folder: Path, *, allow_pickle: bool = False) -> list[Path]:
+    """Return the files with an adapter's weights, each checked by ``check_file``.
 
     Args:
         adapter: The adapter's name, for messages.
         folder: The folder with the files.
-        allow_pickle: Whether it may be a pickle, where there is no safetensors file.
+        allow_pickle: Whether they may be a pickle, where they are nothing else.
 
     Raises:
         AdapterNotFoundError: There is none.
-        AdapterSourceError: It may not be read by this user.
-        UnsafeAdapterError: It is a pickle, a link that leaves the folder, or no regular file.
-        CorruptAdapterError: The weights are split over several files.
+        AdapterSourceError: One may not be read by this user.
+        UnsafeAdapterError: One is a pickle, a link that leaves the folder, or no regular file.
     """
-    if os.path.lexists(folder / WEIGHTS_NAME):
-        return check_file(adapter, folder, WEIGHTS_NAME)
-    if (folder / f"{WEIGHTS_NAME}.index.json").exists():
-        raise CorruptAdapterError(
-            adapter, f"the weights in {folder} are split over several files, which vLLM does not read: save them as one"
-        )
-    pickled = next((name for name in PICKLE_NAMES if os.path.lexists(folder / name)), None)
-    if pickled and allow_pickle:
-        return check_file(adapter, folder, pickled)
-    others = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix in PICKLE_SUFFIXES)
-    if others and not allow_pickle:
+    names = [path.name for path in folder.iterdir()]
+    found = weights_names(names, allow_pickle=allow_pickle)
+    pickled = sorted(name for name in names if name.startswith("adapter_model") and name.endswith(PICKLE_SUFFIXES))
+    if not found and pickled and not allow_pickle:
         raise UnsafeAdapterError(
             adapter,
-            f"{folder} holds only pickled weights ({others[0]}), which can run code when they are read: save the "
+            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when they are read: save the "
             "adapter again with PEFT, which writes safetensors, or pass allow_pickle=True to have it converted",
         )
-    return check_file(adapter, folder, WEIGHTS_NAME)
+    if not found and INDEX_NAMES[0] in names:
+        raise AdapterNotFoundError(
+            adapter, f"{folder} has {INDEX_NAMES[0]} and none of the files that it names: copy them there"
+        )
+    return [check_file(adapter, folder, name) for name in found or [WEIGHTS_NAME]]
 
 
 def check_one_adapter(adapter: str, tensors: Iterable[str]) -> str:
@@ -321,7 +398,7 @@ def _module(adapter: str, name: str, pair: Mapping[str, TensorEntry], config: Ma
     if rank != b_rank:
         raise CorruptAdapterError(adapter, f"{name}: lora_A has rank {rank} and lora_B has rank {b_rank}")
     expected = module_rank(config, name)
-    if holds_experts(config, name) and rank % expected == 0:
+    if holds_experts(config, name, rank=rank):
         return LoRAModule(expected, in_features, out_features, num_experts=rank // expected)
     if rank != expected:
         raise CorruptAdapterError(adapter, f"{name} has rank {rank}, but {CONFIG_NAME} says {expected}")

@@ -177,6 +177,10 @@ def with_plain_names(adapter: str, config: Mapping[str, Any], modules: Collectio
         CorruptAdapterError: A pattern is no regular expression, or they would take too long.
     """
     plain = dict(config)
+    if len(modules) * len(config.get("target_parameters") or ()) > MAX_MATCHES:
+        raise CorruptAdapterError(
+            adapter, f"'target_parameters' has too many names for {len(modules)} modules: write the ends of names"
+        )
     names = [pattern_name(config, module) for module in modules]
     for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         patterns: Mapping[str, Any] = config.get(field) or {}
@@ -265,15 +269,22 @@ def _num_quantifiers(pattern: str) -> int:
     return sum(map(pattern.count, "*+?"))
 
 
-def holds_experts(config: Mapping[str, Any], module: str) -> bool:
+def holds_experts(config: Mapping[str, Any], module: str, *, rank: int) -> bool:
     """Return whether a module's factors are those of 3D parameters, which PEFT names by the module that has them.
 
     For two parameters of one module, the outer one's factors are under ``experts`` and the inner one's under
-    ``experts.base_layer`` (``ParamWrapper`` in PEFT 0.21).
+    ``experts.base_layer`` (``ParamWrapper`` in PEFT 0.21). Those of a matrix have the rank that the config names.
+
+    Args:
+        config: The adapter's config.
+        module: The module.
+        rank: The rank of its factors.
     """
     if not config.get("target_parameters"):
         return False
-    return module.removesuffix(".base_layer").endswith(".experts")
+    expected = module_rank(config, module)
+    is_expert = module.removesuffix(".base_layer").endswith(".experts")
+    return rank % expected == 0 and (is_expert or (rank > expected and bool(_parameters(config, module))))
 
 
 def module_rank(config: Mapping[str, Any], module: str) -> int:
@@ -296,13 +307,33 @@ def _first_match(patterns: Mapping[str, Any] | None, config: Mapping[str, Any], 
 
 
 def pattern_name(config: Mapping[str, Any], module: str) -> str:
-    """Return the name that PEFT matches patterns with: a module's own, for 3D parameters the parameter's."""
+    """Return the name that PEFT matches patterns with: a module's own, for bare parameters the parameter's."""
     module = ".".join(part for part in module.split(".") if part not in WRAPPERS)  # it is wrapped after PEFT named it
-    if not holds_experts(config, module):
+    if not config.get("target_parameters"):
         return module
     layer = module.removesuffix(".base_layer")
-    if len(config["target_parameters"]) == 1:
-        return f"{layer}.{str(config['target_parameters'][0]).rpartition('.')[2]}"
+    parameters = _parameters(config, module)
+    if len(parameters) == 1:
+        return f"{layer}.{parameters[0]}"
+    return vllms_pattern_name(module)
+
+
+def _parameters(config: Mapping[str, Any], module: str) -> list[str]:
+    """Return the parameters of a module that ``target_parameters`` names (``_inject_parameters`` in PEFT 0.21)."""
+    layer = module.removesuffix(".base_layer")
+    targets: Sequence[str] = config["target_parameters"]
+    named = (target for target in targets if f".{layer}.{_last_name(target)}".endswith(f".{target}"))
+    return list(dict.fromkeys(map(_last_name, named)))
+
+
+def vllms_pattern_name(module: str) -> str:
+    """Return the name that vLLM matches patterns with (``PEFTHelper.get_rank_and_scaling`` in 0.32.0).
+
+    It is PEFT's where a layer of experts has both of its parameters adapted: gate and up are the inner one.
+    """
+    layer = module.removesuffix(".base_layer")
+    if not layer.endswith(".experts"):
+        return module
     return f"{layer}.down_proj" if module == layer else f"{layer}.gate_up_proj"
 
 

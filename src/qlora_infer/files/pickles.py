@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from qlora_infer._packages import require
 from qlora_infer.errors import CorruptAdapterError
-from qlora_infer.files.manifest import weights_file
-from qlora_infer.files.snapshot import WEIGHTS_NAME
+from qlora_infer.files.manifest import weights_files
+from qlora_infer.files.snapshot import PICKLE_NAMES, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +29,8 @@ def convert_pickle(adapter: str, folder: Path) -> None:
         CorruptAdapterError: The file holds anything but tensors by name, or would take more memory than it has bytes.
         MissingDependencyError: torch or safetensors is not installed.
     """
-    pickled = weights_file(adapter, folder, allow_pickle=True)
-    if pickled.name == WEIGHTS_NAME:
+    pickled = weights_files(adapter, folder, allow_pickle=True)[-1]
+    if pickled.name not in PICKLE_NAMES:
         return
     require("pickled weights are converted", "torch", "safetensors")
     from safetensors.torch import save_file

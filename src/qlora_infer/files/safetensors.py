@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -84,6 +84,8 @@ def map_tensors(adapter: str, path: Path) -> dict[str, np.ndarray]:
     import numpy as np
 
     entries, offset = _read(adapter, path)
+    if offset == path.stat().st_size:
+        raise _corrupt(adapter, path, "its tensors hold no numbers")
     content = np.memmap(path, np.uint8, mode="r", offset=offset)
     return {
         name: content[entry.start : entry.stop].view(_FLOATING[entry.dtype]).reshape(entry.shape)
@@ -92,25 +94,63 @@ def map_tensors(adapter: str, path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file of such tensors as ``map_tensors`` gives.
+@frozen
+class Computed:
+    """A tensor that is computed when it is written, so that no more than one is in memory.
+
+    Attributes:
+        shape: Its dimensions.
+        compute: Returns it.
+        dtype: Its numbers, as numpy names them; ``"<u2"`` is bfloat16.
+    """
+
+    shape: tuple[int, ...]
+    compute: Callable[[], np.ndarray]
+    dtype: str = "<f4"
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * int(self.dtype[-1])
+
+    def tobytes(self) -> bytes:
+        """Return its numbers as the file has them."""
+        return self.compute().astype(self.dtype, copy=False).tobytes()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Computed]) -> None:
+    """Write a safetensors file of such tensors as ``map_tensors`` gives, or of computed ones.
 
     Args:
         path: The file.
         tensors: By name; 16-bit integers are bfloat16.
     """
     dtypes = {stored: name for name, stored in _FLOATING.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    header = {}
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": dtypes[tensor.dtype.str], "shape": tensor.shape, "data_offsets": [begin, end]}
-    content = json.dumps(header).encode()
-    content += b" " * (-len(content) % 8)
+        dtype = tensor.dtype if isinstance(tensor, Computed) else tensor.dtype.str
+        header[name] = dtypes[dtype], tensor.shape, tensor.nbytes
     with path.open("wb") as file:
-        file.write(len(content).to_bytes(8, "little") + content)
+        write_header(file, header)
         for tensor in tensors.values():
             file.write(tensor.tobytes())
+
+
+def write_header(file: BinaryIO, tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> None:
+    """Write the beginning of a safetensors file, before the tensors in this order.
+
+    Args:
+        file: The file, which is empty.
+        tensors: The dtype, shape and size in bytes of each tensor, by its name.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, num_bytes) in tensors.items():
+        begin, end = end, end + num_bytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    file.write(len(content).to_bytes(8, "little") + content)
 
 
 def check_finite(adapter: str, path: Path) -> frozenset[str]:
@@ -156,8 +196,12 @@ def _numbers(adapter: str, file: BinaryIO, offset: int, entry: TensorEntry) -> I
         if not content:
             raise CorruptAdapterError(adapter, "its weights became shorter while they were read")
         left -= len(content)
-        numbers = np.frombuffer(content, dtype=_FLOATING[entry.dtype])
-        yield (numbers.astype("<u4") << 16).view("<f4") if entry.dtype == "BF16" else numbers
+        yield as_floats(np.frombuffer(content, dtype=_FLOATING[entry.dtype]))
+
+
+def as_floats(numbers: np.ndarray) -> np.ndarray:
+    """Return the numbers of such a tensor as ``map_tensors`` gives; those of bfloat16 become float32."""
+    return (numbers.astype("<u4") << 16).view("<f4") if numbers.dtype.str == "<u2" else numbers
 
 
 def _is_finite(numbers: np.ndarray) -> bool:

@@ -56,7 +56,7 @@ def read_model_config(
         path = _download(repository, *QUANTIZATION_FILES, INDEX_NAME)
 
     def tensor_names() -> Iterable[str]:
-        return _weight_map(path.parent) or read_tensor_shapes(model, revision=revision, token=token)
+        return read_weight_map(path.parent) or read_tensor_shapes(model, revision=revision, token=token)
 
     return complete(model, found, lambda name: _read_json(path.parent / name), tensor_names)
 
@@ -123,7 +123,7 @@ def _is_shallow(content: object) -> bool:
     return False
 
 
-def _weight_map(folder: Path) -> Mapping[str, Any] | None:
+def read_weight_map(folder: Path) -> Mapping[str, Any] | None:
     """Return which file holds which tensor; ``None`` where there is no index."""
     index = _read_json(folder / INDEX_NAME, MAX_INDEX_BYTES)
     if index is None:
@@ -166,7 +166,7 @@ def _shapes_in(folder: Path) -> dict[str, Shape]:
 
 
 def _file_names(folder: Path) -> Iterable[str]:
-    index = _weight_map(folder)
+    index = read_weight_map(folder)
     if index is None:
         return sorted(path.name for path in folder.glob("*.safetensors"))
     names = sorted(set(index.values()))

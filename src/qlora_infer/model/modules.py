@@ -150,7 +150,12 @@ class ModelModules:
         for candidate in (renamed, name):
             if candidate in self.shapes:
                 return candidate
-        return self._by_tail.get(_tail(renamed)) or self._by_tail.get(_tail(name))
+        return self._by_tail.get(tail_of(renamed)) or self._by_tail.get(tail_of(name))
+
+    def num_inputs(self, name: str) -> int | None:
+        """Return the inputs of the running model's module for an adapter's; ``None`` where the model has none."""
+        found = self.locate(name) or next(iter(self.locate_parts(name)), None)
+        return None if found is None else self.shapes[found].in_features
 
     def row_order(self, name: str) -> Sequence[int] | None:
         """Return the order of a module's outputs in the running model, or ``None`` for that of the checkpoint."""
@@ -163,26 +168,26 @@ class ModelModules:
         GLM-4's checkpoints have ``gate_up_proj``, and vLLM takes adapters of ``gate_proj`` and ``up_proj``.
         """
         for candidate in (self.renames(name), name):
-            fused = candidate if candidate in self.fused else self._fused_by_tail.get(_tail(candidate))
+            fused = candidate if candidate in self.fused else self._fused_by_tail.get(tail_of(candidate))
             if fused is not None:
                 return self.fused[fused]
         return ()
 
     @cached_property
     def _fused_by_tail(self) -> Mapping[str, str]:
-        return {_tail(name): name for name in self.fused}
+        return {tail_of(name): name for name in self.fused}
 
     def is_left_out(self, name: str) -> bool:
         """Return whether a module that the model does not list belongs to a part that text alone does not pass."""
         candidates = f"{name}.", f"{self.renames(name)}."
         is_named = any(candidate.startswith(tuple(self.left_out)) for candidate in candidates)
-        return is_named or _tail(name).partition(".")[0] in _TOWERS
+        return is_named or tail_of(name).partition(".")[0] in _TOWERS
 
     def why_unadapted(self, name: str) -> str | None:
         """Return the kind of the layer behind an adapter's module that vLLM does not adapt, or ``None``."""
         for candidate in (self.renames(name), name):
             for layer, kind in self.unadapted.items():
-                if candidate == layer or candidate.startswith(f"{layer}.") or _tail(candidate) == _tail(layer):
+                if candidate == layer or candidate.startswith(f"{layer}.") or tail_of(candidate) == tail_of(layer):
                     return kind
         return None
 
@@ -193,8 +198,8 @@ class ModelModules:
             layer: The adapter's name of the layer, such as ``"model.layers.0.mlp.experts"``.
         """
         for candidate in (self.renames(layer), layer):
-            if _tail(candidate) in self._experts:
-                return self._experts[_tail(candidate)]
+            if tail_of(candidate) in self._experts:
+                return self._experts[tail_of(candidate)]
         return {}
 
     @cached_property
@@ -204,7 +209,7 @@ class ModelModules:
         for name in sorted(self.shapes):
             match = _EXPERT.fullmatch(name)
             if match:
-                names = layers.setdefault(_tail(match["layer"]), {}).setdefault(int(match["expert"]), [])
+                names = layers.setdefault(tail_of(match["layer"]), {}).setdefault(int(match["expert"]), [])
                 names.insert(1 if name.rpartition(".")[2] in DOWN else len(names), name)
                 if len(names) == 2 and names[0].rpartition(".")[2] in DOWN:
                     names.reverse()
@@ -222,12 +227,12 @@ class ModelModules:
         """The modules by their names behind the wrappers, where those are unique."""
         found: dict[str, str | None] = {}
         for name in self.shapes:
-            tail = _tail(name)
+            tail = tail_of(name)
             found[tail] = None if tail in found else name
         return {tail: name for tail, name in found.items() if name}
 
 
-def _tail(name: str) -> str:
+def tail_of(name: str) -> str:
     """Return a name without the wrappers around a language model, and without what a layer calls the home of experts.
 
     transformers 5 calls Mixtral's ``mlp.experts``, vLLM ``block_sparse_moe.experts``.

@@ -35,6 +35,7 @@ class EnginePlan(Displayed):
         max_cpu_loras: Adapters kept in host memory.
         engine_args: All arguments of vLLM's ``EngineArgs``, the Hub's token among them.
         environment: Environment variables that are set while vLLM starts. Yours are not among them, and stay.
+        tool_call_parser: The name of vLLM's parser for calls of tools.
         decisions: Each decision with its reason.
     """
 
@@ -43,6 +44,7 @@ class EnginePlan(Displayed):
     max_cpu_loras: int
     engine_args: Mapping[str, Any]
     environment: Mapping[str, str]
+    tool_call_parser: str | None = None
     decisions: Sequence[Decision[Any]]
 
     @classmethod
@@ -94,6 +96,7 @@ class EnginePlan(Displayed):
             max_loras=slots.value,
             max_cpu_loras=places.value,
             engine_args=engine_args,
+            tool_call_parser=config.tool_call_parser,
             environment={variable.name: variable.value for variable in variables},
             decisions=[
                 _quantization(config, model_config, strategy),
@@ -131,6 +134,7 @@ def _own_args(config: EngineConfig) -> dict[str, Any]:
         "hf_token": config.token,
         "max_model_len": config.max_model_len,
         "enable_lora": True,
+        **({"reasoning_parser": config.reasoning_parser} if config.reasoning_parser is not None else {}),
         "worker_extension_cls": "qlora_infer._vllm.worker.WorkerExtension",
     }
 

@@ -129,7 +129,11 @@ def _column(batch: pa.Table, name: str) -> list[Any]:
 
 def _without_nulls(params: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the sampling parameters of one row without nulls: Arrow gives every row the fields that any row has."""
-    return {name: value for name, value in (params or {}).items() if value is not None}
+    return {
+        name: _without_nulls(value) if isinstance(value, Mapping) else value
+        for name, value in (params or {}).items()
+        if value is not None
+    }
 
 
 def _with_answers(batch: pa.Table, answers: Iterable[_Answer]) -> pa.Table:

@@ -9,12 +9,15 @@ from attrs import field, frozen
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
+    from qlora_infer.chat.conversation import Conversation
+    from qlora_infer.chat.template import ContentFormat
     from qlora_infer.config import EngineConfig
     from qlora_infer.errors import AdapterError
     from qlora_infer.files.extras import Extras
     from qlora_infer.model.modules import ModelModules
     from qlora_infer.plan.engine_plan import EnginePlan
     from qlora_infer.quantization import Platform
+    from qlora_infer.requests.arguments import PromptInput
     from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 
 
@@ -38,10 +41,10 @@ class StepOutput:
 class Backend(Protocol):
     """The engine underneath, as ``QuantizedLoRAEngine`` needs it.
 
-    ``platform``, ``read_model_config``, ``sampling_params``, ``special_tokens``, ``vocabulary`` and ``render_chat``
-    may be called by any thread, the first two before ``start``. Everything else is called by the one thread that
-    drives the engine, except ``kill``, which comes from another when that one does not return. After ``close`` it may
-    be started again.
+    ``platform``, ``read_model_config``, ``sampling_params``, ``special_tokens``, ``vocabulary``, ``render_chat`` and
+    ``parse_chat`` may be called by any thread, the first two before ``start``. Everything else is called by the one
+    thread that drives the engine, except ``kill``, which comes from another when that one does not return. After
+    ``close`` it may be started again.
     """
 
     @property
@@ -77,8 +80,14 @@ class Backend(Protocol):
         """All tokens of the model's tokenizer and their ids; ``None`` where any token is known."""
         ...
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Write one conversation as a prompt, with the model's chat template."""
+    def render_chat(self, conversation: Conversation) -> PromptInput:
+        """Write one conversation as a prompt, with the model's chat template; raises ``ValueError``."""
+        ...
+
+    def parse_chat(
+        self, conversation: Conversation, template: str, content_format: ContentFormat
+    ) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]:
+        """Return the messages as an adapter's template gets them, and the media in them; raises ``ValueError``."""
         ...
 
     def lora_modules(self) -> ModelModules:

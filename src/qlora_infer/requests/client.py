@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import as_completed
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from attrs import field, frozen
 
-from qlora_infer.chat.template import render
+from qlora_infer.chat.conversation import Conversation
+from qlora_infer.chat.template import content_format, render
 from qlora_infer.errors import AdapterError, AdapterNotLoadedError, EngineDeadError, RequestError
 from qlora_infer.requests.arguments import (
+    AnyPrompt,
+    PromptInput,
     check_priority,
     check_prompt,
     check_timeout,
-    is_conversation,
     one_per_prompt,
     value_per_prompt,
 )
@@ -67,15 +69,15 @@ class _ToBeLoaded(Exception):  # noqa: N818
 class _Row:
     """One prompt of a call, checked as far as it can be before its adapter is there."""
 
-    prompt: Any  # text, token ids, or a conversation
+    prompt: AnyPrompt
     params: Any
-    adapter: str | None
+    adapter: str | AdapterVersion | None  # a version that the caller holds needs no loading
     priority: int
     timeout: float | None
     queued: float = field(factory=time.monotonic)
     index: int = 0
-    is_chat: bool = False
     stream: bool = False
+    add_special_tokens: bool = True
 
 
 _Made: TypeAlias = "dict[tuple[int, AdapterVersion | None], Any]"
@@ -107,34 +109,40 @@ class Client:
         self,
         prompt: Any,
         sampling_params: Any,
-        adapter: str | None,
+        adapter: str | AdapterVersion | None,
         priority: int,
         timeout: float | None,
         *,
+        add_special_tokens: bool = True,
         block: bool,
+        stream: bool = True,
     ) -> RequestHandle:
-        """Queue one prompt, or one conversation, whose partial outputs may be read."""
-        is_chat = is_conversation(prompt)
+        """Queue one prompt, or one conversation; its partial outputs may be read, unless ``stream`` is false."""
         row = _Row(
-            prompt if is_chat else check_prompt(prompt),
+            check_prompt(prompt),
             sampling_params,
             adapter,
             check_priority(priority),
             check_timeout(timeout),
-            is_chat=is_chat,
-            stream=True,
+            stream=stream,
+            add_special_tokens=add_special_tokens,
         )
         return self._take(row, block=block)
 
+    @property
+    def is_open(self) -> bool:
+        """True if requests are accepted."""
+        return self._driver.is_open
+
     def generate(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[AnyPrompt],
         sampling_params: Any,
         adapter: Any,
         priority: Any,
         timeout: float | None,
         *,
-        is_chat: bool = False,
+        add_special_tokens: bool = True,
         use_tqdm: bool,
     ) -> list[GenerationOutput]:
         """Answer a list of prompts, or of conversations.
@@ -151,7 +159,8 @@ class Client:
             strict=True,
         )
         rows = [
-            _Row(*column, limit, queued=queued, index=index, is_chat=is_chat) for index, column in enumerate(columns)
+            _Row(*column, limit, queued=queued, index=index, add_special_tokens=add_special_tokens)
+            for index, column in enumerate(columns)
         ]
         handles: list[RequestHandle] = []
         with self._in_use(row.adapter for row in rows) as versions:
@@ -178,6 +187,7 @@ class Client:
         priority: int,
         timeout: float | None,
         *,
+        add_special_tokens: bool = True,
         in_order: bool,
         max_pending: int | None,
         on_error: OnError,
@@ -197,9 +207,9 @@ class Client:
         def handles() -> Iterator[RequestHandle]:
             for index, (prompt, params, name) in enumerate(rows):
                 try:
-                    is_chat = is_conversation(prompt)
-                    asked = prompt if is_chat else check_prompt(prompt)
-                    yield self._take(_Row(asked, params, name, value, limit, index=index, is_chat=is_chat))
+                    asked = check_prompt(prompt)
+                    row = _Row(asked, params, name, value, limit, index=index, add_special_tokens=add_special_tokens)
+                    yield self._take(row)
                 except faults as fault:
                     yield self._failed(index, prompt, name, fault)
 
@@ -245,9 +255,11 @@ class Client:
         return with_progress(outputs, total=total, num_adapters_waiting=self._driver.num_adapters_waiting)
 
     @contextmanager
-    def _in_use(self, names: Iterable[str | None]) -> Iterator[dict[str | None, AdapterVersion | None]]:
+    def _in_use(
+        self, names: Iterable[str | AdapterVersion | None]
+    ) -> Iterator[dict[str | AdapterVersion | None, AdapterVersion | None]]:
         """Yield the versions of those names that are loaded, and keep them from being freed meanwhile."""
-        versions: dict[str | None, AdapterVersion | None] = {}
+        versions: dict[str | AdapterVersion | None, AdapterVersion | None] = {}
         try:
             for name in dict.fromkeys(names):
                 with suppress(_ToBeLoaded):
@@ -257,23 +269,35 @@ class Client:
             for version in versions.values():
                 self._adapters.release(version)
 
-    def _acquire(self, name: str | None) -> AdapterVersion | None:
+    def _acquire(self, name: str | AdapterVersion | None) -> AdapterVersion | None:
         """Return the version that answers; raise ``_ToBeLoaded`` where the adapter is known and not loaded."""
         try:
             return self._adapters.acquire(name)
         except AdapterNotLoadedError as error:
-            if self._known.knows(error.adapter):
+            if isinstance(name, str) and self._known.knows(name):
                 raise _ToBeLoaded from None
             raise self._known.unknown(error) from None
 
     def _sampling(self, params: Any, version: AdapterVersion | None) -> Any:
         return self._backend.sampling_params(params, version.extras if version else None)
 
-    def _write(self, messages: Sequence[Mapping[str, Any]], version: AdapterVersion | None) -> str:
+    def _write(self, prompt: AnyPrompt, version: AdapterVersion | None) -> PromptInput:
+        if isinstance(prompt, PromptInput):
+            return prompt
         if version is None or version.extras.chat_template is None:
-            return self._backend.render_chat(messages)
-        special_tokens = {**self._backend.special_tokens(), **version.extras.special_tokens}
-        return render(version.name, version.extras.chat_template, messages, special_tokens=special_tokens)
+            return self._backend.render_chat(prompt)
+        name, template = version.name, version.extras.chat_template
+        messages, media = self._backend.parse_chat(prompt, template, content_format(name, template))
+        text = render(
+            name,
+            template,
+            messages,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            variables=prompt.variables,
+            special_tokens={**self._backend.special_tokens(), **version.extras.special_tokens},
+        )
+        return PromptInput(text, media)
 
     def _queue(self, request: GenerationRequest) -> RequestHandle:
         """Queue a request of a version that its caller holds, too."""
@@ -303,13 +327,17 @@ class Client:
         key = (id(row.params), version)
         if key not in made:  # usually they are the same for many prompts; what is made once is shared
             made[key] = self._sampling(row.params, version)
+        written = self._write(row.prompt, version)
         return GenerationRequest(
             request_id or self._new_id(),
-            self._write(row.prompt, version) if row.is_chat else row.prompt,
+            written.prompt,
             made[key],
+            media=written.media,
+            conversation=row.prompt if isinstance(row.prompt, Conversation) else None,
             adapter=version,
             stream=row.stream,
-            add_special_tokens=not row.is_chat,  # a template writes the special tokens itself
+            # A template writes the special tokens itself.
+            add_special_tokens=row.add_special_tokens and isinstance(row.prompt, PromptInput),
             priority=row.priority,
             timeout=row.timeout,
             queued=row.queued,
@@ -318,10 +346,10 @@ class Client:
 
     def _await_adapter(self, row: _Row, *, block: bool = True) -> RequestHandle:
         """Take a request whose adapter is still to be loaded."""
-        assert row.adapter is not None
+        assert isinstance(row.adapter, str)
         request = GenerationRequest(
             self._new_id(),
-            "" if row.is_chat else row.prompt,
+            row.prompt.prompt if isinstance(row.prompt, PromptInput) else "",
             None,
             stream=row.stream,
             priority=row.priority,

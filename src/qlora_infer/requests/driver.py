@@ -438,6 +438,10 @@ class Driver:
             pending = self._running.get(output.request_id)
             if pending is None:
                 continue  # it was cancelled while the step ran
+            if output.error is not None:
+                self._leave(pending, None, output.error)
+                pending.fail(output.error)
+                continue
             if output.finished:
                 self._leave(pending, None if pending.done else output)
             pending.advance(output)

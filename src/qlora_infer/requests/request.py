@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from attrs import field, frozen
@@ -12,9 +12,10 @@ from qlora_infer.display import BASE_MODEL, Cell, Displayed, DisplayedCollection
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
+    from qlora_infer.chat.conversation import Conversation
 
-#: Text, or token ids.
-Prompt = str | Sequence[int]
+#: Text, token ids, or one of vLLM's mappings: ``{"prompt": …, "multi_modal_data": {"image": …}}``.
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 @frozen(eq=False)
@@ -33,6 +34,8 @@ class GenerationRequest:
         queued: When the request was made, in seconds of ``time.monotonic()``.
         index: The prompt's place among those of one call.
         awaited: The name of the adapter where ``adapter`` is not there: it is being loaded, or cannot be.
+        media: What vLLM takes beside the prompt, such as ``multi_modal_data``.
+        conversation: The conversation that the prompt was written from, if it was.
     """
 
     request_id: str
@@ -46,6 +49,8 @@ class GenerationRequest:
     queued: float = field(factory=time.monotonic)
     index: int = 0
     awaited: str | None = None
+    media: Mapping[str, Any] = field(factory=dict, repr=False)
+    conversation: Conversation | None = field(default=None, repr=False)
 
     @property
     def adapter_name(self) -> str | None:
@@ -91,6 +96,42 @@ class RequestTimes:
 
 
 @frozen
+class ToolCall:
+    """A call of a tool that a model has written.
+
+    Attributes:
+        name: The tool's name.
+        text: The arguments as the model wrote them, JSON as a rule.
+        arguments: The arguments; ``None`` where the text is no JSON object.
+        id: The call's id, by which a ``tool`` message answers it.
+    """
+
+    name: str
+    text: str
+    arguments: Mapping[str, Any] | None = None
+    id: str | None = None
+
+    def to_message(self) -> dict[str, Any]:
+        """Return it as an assistant message has it in ``tool_calls``."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.text}}
+
+
+@frozen
+class Parsed:
+    """The parts of an answer, as vLLM's parsers find them.
+
+    Attributes:
+        content: The text for the reader.
+        reasoning: The text of the model's thoughts; ``None`` where there are none.
+        tool_calls: The calls of tools.
+    """
+
+    content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@frozen
 class Completion:
     """One answer to a prompt; a request with ``n > 1`` has several.
 
@@ -102,6 +143,7 @@ class Completion:
         stop_reason: The stop string or token id that ended it, if one did.
         logprobs: For each generated token, vLLM's mapping of token id to ``Logprob``; ``None`` unless asked for.
         cumulative_logprob: The sum of the tokens' log-probabilities; ``None`` unless asked for.
+        parsed: Its parts, once it has finished, where the engine has a ``reasoning_parser`` or ``tool_call_parser``.
         token_logprobs: The log-probability of each generated token; ``None`` unless asked for.
     """
 
@@ -112,13 +154,45 @@ class Completion:
     stop_reason: str | int | None = None
     logprobs: Sequence[Any] | None = field(default=None, repr=False)
     cumulative_logprob: float | None = None
+    parsed: Parsed | None = None
+
+    @property
+    def content(self) -> str:
+        """The text without reasoning and tool calls; all of it where the engine has no parser."""
+        return self.text if self.parsed is None else self.parsed.content
+
+    @property
+    def reasoning(self) -> str | None:
+        """The model's thoughts; ``None`` where there are none, or no ``reasoning_parser``."""
+        return None if self.parsed is None else self.parsed.reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tools that the model calls; none where there is no ``tool_call_parser``."""
+        return () if self.parsed is None else self.parsed.tool_calls
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON; what was not asked for is left out."""
+        plain = {
+            "index": self.index,
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        if self.logprobs is not None:
+            plain["token_logprobs"] = list(self.token_logprobs or ())
+        if self.parsed is not None:
+            calls = [call.to_message() for call in self.tool_calls]
+            plain |= {"content": self.content, "reasoning": self.reasoning, "tool_calls": calls}
+        return plain
 
     @property
     def token_logprobs(self) -> tuple[float, ...] | None:
         """The log-probability of each generated token; ``None`` unless asked for."""
         if self.logprobs is None:
             return None
-        return tuple(each[token].logprob for each, token in zip(self.logprobs, self.token_ids, strict=True))
+        return tuple(float(each[token].logprob) for each, token in zip(self.logprobs, self.token_ids, strict=True))
 
 
 @frozen
@@ -207,6 +281,44 @@ class GenerationOutput(Displayed):
     def outputs(self) -> tuple[Completion, ...]:
         """The completions, by the name that they have in vLLM's ``RequestOutput``."""
         return self.completions
+
+    @property
+    def content(self) -> str:
+        """The first completion's text without reasoning and tool calls."""
+        return self._first.content
+
+    @property
+    def reasoning(self) -> str | None:
+        """The first completion's thoughts; ``None`` where there are none, or no ``reasoning_parser``."""
+        return self._first.reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tools that the first completion calls."""
+        return self._first.tool_calls
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """The tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        plain: dict[str, Any] = {
+            "request_id": self.request_id,
+            "index": self.index,
+            "adapter": self.adapter,
+            "adapter_version": self.adapter_version,
+            "prompt": self.prompt,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_tokens": self.num_tokens,
+            "finished": self.finished,
+            "seconds": self.times.total,
+            "completions": [completion.to_dict() for completion in self.completions],
+        }
+        if self.error is not None:
+            plain |= {"error": str(self.error), "error_type": type(self.error).__name__}
+        return plain
 
     @property
     def num_tokens(self) -> int:

@@ -193,6 +193,11 @@ def _check_arguments(name: str, parts: Sequence[AdapterPart], method: str, densi
     for part in parts:
         if not _is_finite(part.weight):
             raise ValueError(f"the weight of {part.name!r} must be a finite number such as 0.5, got {part.weight!r}")
+        if part.manifest.saved:
+            why = (
+                "It holds more than LoRA factors, which become factors only together with the base model: leave it out."
+            )
+            raise IncompatibleAdapterError(part.name, [why])
         if part.manifest.unsupported:
             raise IncompatibleAdapterError(part.name, part.manifest.unsupported)
 

@@ -1,6 +1,6 @@
 """Downloads from fsspec's filesystems, whose errors are translated; only this file imports fsspec.
 
-A filesystem has neither commits nor, often, listings: the two files are asked for by their names, one after the other.
+A filesystem has neither commits nor, often, listings: the files are asked for by their names, one after the other.
 A folder that is written to meanwhile may give an old one and a new one: write a new version to a new folder.
 
 Messages never quote another library's words, which may have a secret in them. The error itself is the cause of ours
@@ -14,7 +14,7 @@ import errno
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +23,7 @@ from urllib.parse import unquote
 
 from attrs import evolve, frozen
 
+from qlora_infer.conversions.shards import MAX_INDEX_BYTES, MAX_SHARDS, shard_names
 from qlora_infer.errors import (
     AdapterAccessError,
     AdapterDownloadError,
@@ -36,7 +37,7 @@ from qlora_infer.errors import (
 from qlora_infer.files.content import MAX_WEIGHTS_BYTES
 from qlora_infer.files.extras import MAX_BYTES
 from qlora_infer.files.peft_config import MAX_CONFIG_BYTES
-from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, where_else
+from qlora_infer.files.snapshot import CONFIG_NAME, INDEX_NAMES, MLX_NAME, PICKLE_NAMES, WEIGHTS_NAME, where_else
 from qlora_infer.sources.secrets import without_secrets
 from qlora_infer.sources.url import URL
 
@@ -210,9 +211,17 @@ def _download(adapter: str, url: URL, folder: Path, options: Mapping[str, Any], 
     remote.fetch(CONFIG_NAME, folder, MAX_CONFIG_BYTES)
     for name, max_bytes in MAX_BYTES.items():
         remote.fetch_if_there(name, folder, max_bytes)
-    with suppress(*_NOT_THERE):
-        remote.fetch(WEIGHTS_NAME, folder, MAX_WEIGHTS_BYTES)
-        return
+    for name in (WEIGHTS_NAME, MLX_NAME):
+        with suppress(*_NOT_THERE):
+            remote.fetch(name, folder, MAX_WEIGHTS_BYTES)
+            return
+    for name in INDEX_NAMES:
+        with suppress(*_NOT_THERE):
+            remote.fetch(name, folder, MAX_INDEX_BYTES)
+            if shards := shard_names(adapter, folder / name):
+                _fetch_shards(remote, folder, shards)
+                return
+            (folder / name).unlink()
     if not remote.has(PICKLE_NAME):
         raise FileNotFoundError(WEIGHTS_NAME)
     if not allow_pickle:
@@ -222,6 +231,18 @@ def _download(adapter: str, url: URL, folder: Path, options: Mapping[str, Any], 
             "again with PEFT, which writes safetensors, or pass allow_pickle=True to have them converted",
         )
     remote.fetch(PICKLE_NAME, folder, MAX_WEIGHTS_BYTES)
+
+
+def _fetch_shards(remote: _Folder, folder: Path, names: Sequence[str]) -> None:
+    left = MAX_WEIGHTS_BYTES
+    for name in names[:MAX_SHARDS]:
+        try:
+            remote.fetch(name, folder, left)
+        except _NOT_THERE as error:
+            raise AdapterNotFoundError(
+                remote.adapter, f"{remote.url} has no {name}, which its index names: copy it there"
+            ) from error
+        left -= (folder / name).stat().st_size
 
 
 def _in_time(work: Callable[[], T]) -> T:

@@ -17,7 +17,14 @@ from attrs.validators import instance_of, optional
 
 from qlora_infer.errors import AdapterNotFoundError, UnsafeAdapterError
 from qlora_infer.files.content import copy_adapter
-from qlora_infer.files.snapshot import CONFIG_NAME, PICKLE_NAMES, WEIGHTS_NAME, where_else
+from qlora_infer.files.snapshot import (
+    CONFIG_NAME,
+    PICKLE_NAMES,
+    WEIGHTS_NAME,
+    has_all_shards,
+    weights_names,
+    where_else,
+)
 from qlora_infer.sources.repository import Repository
 
 PICKLE_NAME = PICKLE_NAMES[0]
@@ -130,9 +137,13 @@ class HubSource:
 
 
 def _cached_weights(repository: Repository, prefix: str, allow_pickle: bool) -> Path | None:
-    names = (WEIGHTS_NAME, PICKLE_NAME) if allow_pickle else (WEIGHTS_NAME,)
-    found = [repository.cached(prefix + name) for name in names] if repository.cached(prefix + CONFIG_NAME) else []
-    return next((path for path in found if path), None)
+    """Return the last file of the weights, where the cache has all of them."""
+    config = repository.cached(prefix + CONFIG_NAME)
+    if config is None:
+        return None
+    names = weights_names([path.name for path in config.parent.iterdir()], allow_pickle=allow_pickle)
+    is_whole = names and has_all_shards(names)
+    return repository.cached(prefix + names[-1]) if is_whole else None
 
 
 def _adapter_files(
@@ -145,14 +156,14 @@ def _adapter_files(
         inside = sorted(path.removesuffix(f"/{CONFIG_NAME}") for path in paths if path.endswith(f"/{CONFIG_NAME}"))
         inside = [f"{repository}:{subfolder}" for subfolder in inside]
         raise AdapterNotFoundError(adapter, f"{repository} has no {CONFIG_NAME} in {place}; {where_else(inside)}")
-    weights = WEIGHTS_NAME if WEIGHTS_NAME in names else PICKLE_NAME
-    if weights not in names:
+    weights = weights_names(names, allow_pickle=allow_pickle)
+    if not weights and PICKLE_NAME not in names:
         raise AdapterNotFoundError(adapter, f"{repository} has no {WEIGHTS_NAME} in {place}")
-    if weights == PICKLE_NAME and not allow_pickle:
+    if not weights:
         raise UnsafeAdapterError(
             adapter,
             f"{repository} has only pickled weights ({PICKLE_NAME}) in {place}, which can run code when they are read: "
             "take a revision with safetensors, or pass allow_pickle=True to have them converted",
         )
     extras = [name for name in names if "/" not in name and any(fnmatchcase(name, extra) for extra in EXTRA_NAMES)]
-    return [prefix + name for name in (CONFIG_NAME, *extras, weights)]
+    return [prefix + name for name in (CONFIG_NAME, *extras, *weights)]

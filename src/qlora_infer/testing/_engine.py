@@ -15,12 +15,15 @@ from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.errors import AdapterError, AdapterLoadError, EngineDeadError, RequestRejectedError
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.quantization import Platform
+from qlora_infer.requests.arguments import PromptInput, check_sampling_fields, check_structured_outputs
 from qlora_infer.requests.backend import StepOutput
 from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 from qlora_infer.testing._adapter import TINY_MODEL
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
+    from qlora_infer.chat.conversation import Conversation
+    from qlora_infer.chat.template import ContentFormat
     from qlora_infer.config import EngineConfig
     from qlora_infer.files.extras import Extras
     from qlora_infer.plan.engine_plan import EnginePlan
@@ -185,9 +188,9 @@ class FakeEngine:
                 return copy.copy(params)
             raise TypeError(f"sampling_params must be SamplingParams or a mapping of its fields, got {params!r}")
         params = {**(extras.sampling_defaults if extras else {}), **(params or {})}
-        unknown = sorted(set(params) - _SAMPLING_FIELDS)
-        if unknown:
-            raise TypeError(f"SamplingParams has no field {', '.join(map(repr, unknown))}")
+        check_sampling_fields(params, _SAMPLING_FIELDS)
+        if params.get("structured_outputs") is not None:
+            check_structured_outputs(params["structured_outputs"])
         followed = FakeSamplingParams(**{name: value for name, value in params.items() if name in _FOLLOWED_FIELDS})
         if followed.n < 1 or (followed.max_tokens is not None and followed.max_tokens < 1):
             raise ValueError("sampling_params: max_tokens and n must be at least 1")
@@ -201,9 +204,17 @@ class FakeEngine:
         """Every word is a token."""
         return None
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(self, conversation: Conversation) -> PromptInput:
         """``role: content`` for each message."""
-        return " ".join(f"{message['role']}: {message['content']}" for message in messages)
+        return PromptInput(" ".join(f"{each['role']}: {_text(each.get('content'))}" for each in conversation.messages))
+
+    def parse_chat(
+        self, conversation: Conversation, template: str, content_format: ContentFormat
+    ) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]:
+        """Return the messages as they are, with text for parts where the template reads text; there are no media."""
+        if content_format == "openai":
+            return conversation.messages, {}
+        return [{**each, "content": _text(each.get("content"))} for each in conversation.messages], {}
 
     def lora_modules(self) -> ModelModules:
         """Return the ``modules`` that it was made with."""
@@ -333,6 +344,13 @@ class FakeEngine:
 
     def _certain(self, token_ids: Sequence[int]) -> list[dict[int, FakeLogprob]]:
         return [{token: FakeLogprob(self._decode([token]))} for token in token_ids]
+
+
+def _text(content: Any) -> Any:
+    """Return the text of a message's content, which may be a list of parts."""
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return content
+    return "\n".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
 
 
 def fake_engine(
