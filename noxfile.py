@@ -19,6 +19,9 @@ nox.options.reuse_existing_virtualenvs = True
 
 RUFF = "ruff>=0.17,<0.18"
 
+# Spelling, the words of docs/.words.txt, and the form of Markdown; their settings are in pyproject.toml.
+PROSE_REQUIREMENTS = ("codespell>=2.4.3,<3", "rumdl>=0.3,<0.4")
+
 # mkdocstrings breaks the lines of signatures with ruff.
 DOCS_REQUIREMENTS = ("mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2", RUFF)
 
@@ -221,10 +224,25 @@ def quantize(session: nox.Session, tool: str, torch: str, model: str, made: Path
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and common mistakes."""
-    session.install(RUFF)
+    """Style and common mistakes, of code and of prose."""
+    session.install(RUFF, *PROSE_REQUIREMENTS)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("codespell", "src", "tests", "benchmarks", "examples", "noxfile.py")
+    session.run("rumdl", "check", ".")
+    lint_words(session)
+
+
+def lint_words(session: nox.Session) -> None:
+    """Check the pages of the documentation for the words and phrases of docs/.words.txt, outside of code."""
+    words = Path("docs/.words.txt").read_text(encoding="utf-8").splitlines()
+    phrases = [phrase for phrase in (line.partition("->")[0] for line in words) if " " in phrase]
+    # codespell looks single words up; these are words to it, too.
+    options = ["--dictionary", "-", "--dictionary", "docs/.words.txt", "--regex", "|".join([*phrases, r"[\w\-']+"])]
+    pages = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["rumdl"]["exclude"]
+    skipped = ["--skip", ",".join(f"./{page}" for page in pages)]
+    code = ["--ignore-regex", r"`[^`]+`|\w+ says:"]  # the fake engine's answers are "pirate says: ahoy"
+    session.run("codespell", *options, *skipped, *code, "./README.md", "./CONTRIBUTING.md", "./docs")
 
 
 @nox.session

@@ -241,7 +241,9 @@ def measure_pause(model: Path, adapters: Mapping[str, Path], arguments: argparse
         "plain vLLM": load_pause.PlainSide(plain),
         "ours": load_pause.OurSide(ours, dict(adapters)),
     }
-    table = load_pause.measure(sides, list(adapters), arguments.seqs // 2, arguments.repeats)
+    settings = {name: getattr(arguments, name) for name in ("shape", "quantization", "rank")}
+    settings |= {"streams": arguments.seqs // 2, "machine": common.machine()}
+    table = load_pause.measure(sides, list(adapters), arguments.seqs // 2, arguments.repeats, settings, arguments.json)
     for side in sides.values():
         side.close()
     print(f"{arguments.seqs // 2} streams\n{table}")

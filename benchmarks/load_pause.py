@@ -1,6 +1,6 @@
 """Measure the gaps between the tokens of streaming requests while adapters are loaded.
 
-    python benchmarks/load_pause.py
+    python benchmarks/load_pause.py --json runs.jsonl
 
 Some requests stream from the base model. One after another, adapters of rank 64 come and answer a request: cold, never
 seen before, then warm, in host memory and not in the one slot. Plain vLLM (with our LoRA kernels, so that only the
@@ -14,10 +14,12 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import common
+from runs import keep
 
 ENDLESS = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 100_000}
 ONE = {"temperature": 0.0, "max_tokens": 1}
@@ -31,7 +33,10 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=12)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="a file that every run is appended to")
     arguments = parser.parse_args()
+    settings = {name: getattr(arguments, name) for name in ("quantization", "streams", "adapters", "rank")}
+    settings["machine"] = common.machine()
     model = common.model_for(arguments.quantization)
     limits = {
         "max_loras": 1,
@@ -47,7 +52,7 @@ def main() -> None:
             "plain vLLM": PlainSide(common.Plain(model, arguments.quantization, adapters, our_kernels=True, **limits)),
             "ours": OurSide(common.Ours(model, arguments.quantization, {}, **limits), adapters),
         }
-        table = measure(sides, list(adapters), arguments.streams, arguments.repeats)
+        table = measure(sides, list(adapters), arguments.streams, arguments.repeats, settings, arguments.json)
         for side in sides.values():
             side.close()
     print(common.machine())
@@ -58,8 +63,24 @@ def main() -> None:
     print(table)
 
 
-def measure(sides: dict[str, Side], names: list[str], num_streams: int, repeats: int) -> str:
-    """Return the table: each side in turn, without loads, with cold ones, with warm ones."""
+def measure(
+    sides: dict[str, Side],
+    names: list[str],
+    num_streams: int,
+    repeats: int,
+    settings: Mapping[str, Any],
+    path: Path | None,
+) -> str:
+    """Return the table: each side in turn, without loads, with cold ones, with warm ones.
+
+    Args:
+        sides: The two engines by their names.
+        names: The adapters to load.
+        num_streams: Requests that stream meanwhile.
+        repeats: Turns, each with its own share of the adapters.
+        settings: What each line of JSON has besides.
+        path: The file of these lines; ``None`` for none.
+    """
     rows: dict[tuple[str, str], list[tuple[list[float], list[float]]]] = {}
     for repeat in range(repeats):
         batch = names[repeat::repeats]
@@ -67,6 +88,9 @@ def measure(sides: dict[str, Side], names: list[str], num_streams: int, repeats:
             for phase, chosen in (("no loads", []), ("cold", batch), ("warm", batch)):
                 measured = side.measure(num_streams, chosen)
                 rows.setdefault((phase, side_name), []).append(measured)
+                loads, gaps = ([round(1e3 * seconds, 2) for seconds in times] for times in measured)
+                found = {"phase": phase, "load_ms": loads, "gap_ms": gaps}
+                keep(path, {**settings, "side": side_name, "pair": repeat, **found})
                 print(f"  {phase}, {side_name}: {len(measured[1])} gaps", flush=True)
     table = []
     for (phase, side_name), runs in sorted(rows.items(), key=lambda row: ("no loads", "cold", "warm").index(row[0][0])):

@@ -1,4 +1,4 @@
-"""List the modules of each architecture that vLLM adapts: ``architectures.json``, and the table of ``docs/models.md``.
+"""List the modules of each architecture that vLLM adapts: for ``architectures.json`` and ``docs/architectures.md``.
 
 ``python benchmarks/model_survey.py`` goes through vLLM's registry. It builds each model that generates text on torch's
 meta device, without weights, from transformers' or vLLM's own config class, lets vLLM's ``LoRAModelManager`` wrap its
@@ -33,7 +33,7 @@ from qlora_infer.model.architectures import kind_of
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "src" / "qlora_infer" / "model" / architectures.FILE_NAME
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "architectures.md"
 #: A model is given up after these seconds.
 TIME_LIMIT = 90.0
 
@@ -295,7 +295,7 @@ def table(data: Mapping[str, Any]) -> Iterator[str]:
     for (beside, unadapted, experts, towers), names in sorted(_grouped(built, _facts).items(), key=_by_size):
         yield f"| linear layers{beside} | {unadapted} | {experts} | {towers} | {_joined(names)} |"
     yield ""
-    yield f"{len(failed)} were not built, so that only what their classes say of LoRA is known:"
+    yield f"{len(failed)} were not built, so only their classes' LoRA attributes are known:"
     yield ""
     yield "| reason | architectures |"
     yield "| --- | --- |"

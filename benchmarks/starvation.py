@@ -1,6 +1,6 @@
 """One request of a rare adapter behind 200 of a busy one, with one slot: when does it start, and what does it cost?
 
-    python benchmarks/starvation.py
+    python benchmarks/starvation.py --json runs.jsonl
 
 The place is the request's among all 201 by the time of its first token.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import common
+from runs import keep
 
 
 def main() -> None:
@@ -24,7 +26,10 @@ def main() -> None:
     parser.add_argument("--seqs", type=int, default=16, help="max_num_seqs")
     parser.add_argument("--tokens", type=int, default=24, help="mean tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="a file that every run is appended to")
     arguments = parser.parse_args()
+    settings = {name: getattr(arguments, name) for name in ("quantization", "busy", "slots", "seqs", "tokens")}
+    settings["machine"] = common.machine()
     model = common.model_for(arguments.quantization)
     limits = {
         "max_loras": arguments.slots,
@@ -48,7 +53,9 @@ def main() -> None:
         measured: dict[str, list[tuple[int, float, float]]] = {name: [] for name in engines}
         for repeat in range(arguments.repeats):
             for name, engine in list(engines.items())[:: 1 if repeat % 2 == 0 else -1]:
-                measured[name].append(_measure(engine, texts, params, names))
+                measured[name].append(run := _measure(engine, texts, params, names))
+                found = dict(zip(("place", "first_token_s", "seconds"), run, strict=True))
+                keep(arguments.json, {**settings, "side": name, "pair": repeat, **found})
         for engine in engines.values():
             engine.close()
     for name, runs in measured.items():

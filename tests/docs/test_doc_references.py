@@ -58,17 +58,16 @@ def test_named_tests_exist(page):
         assert path in files
 
 
-def test_each_line_of_the_readmes_table_is_shown_by_something():
-    """By a test that is in the file that the line links to, or by a section of the benchmarks."""
-    table = text_of("README.md").partition("| plain vLLM 0.32 |")[2].partition("\n\n")[0]
-    rows = table.splitlines()[2:]
+def test_each_row_against_plain_vllm_is_shown_by_something():
+    """By a test that is in the file that the row links to, or by a section of the benchmarks."""
+    rows = [row for row in text_of("docs/why.md").splitlines() if re.match(r"\| (?!---|plain vLLM 0.32)", row)]
     assert len(rows) > 10
     for row in rows:
         shown = row.rpartition(" | ")[2]
         tests = re.findall(r"\[test\]\(([^)]+)\) `(\w+)`", shown)
-        assert tests or "](docs/benchmarks.md#" in shown, row
+        assert tests or "](benchmarks.md#" in shown, row
         for path, name in tests:
-            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), row
+            assert f"def {name}(" in (ROOT / "docs" / path).read_text(encoding="utf-8"), row
 
 
 def test_readme_has_no_relative_link_on_pypi():
@@ -126,21 +125,6 @@ def test_the_compat_session_runs_each_supported_release():
     assert supported <= set(re.findall(r'"([\d.]+)"', listed[1]))
 
 
-# Figures ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_figures_for_choosing_are_those_of_the_benchmarks():
-    """The speeds on a CPU that docs/quantization.md quotes stand in docs/benchmarks.md: 16 requests, rank 16, one adapter."""
-    (quoted,) = re.findall(
-        r"^\| tokens/s, the demo on 2 CPU cores \[\^cpu\] (.*)\|$", text_of("docs/quantization.md"), re.M
-    )
-    measured = text_of("docs/benchmarks.md")
-    for method, cell in zip(("AWQ", "GPTQ", "bitsandbytes"), quoted.split("|")[1:]):
-        (row,) = re.findall(rf"^\| {method} \| 16 \| 16 \| 1 \|(.*)\|$", measured, re.M)
-        *_, base, adapter, _, _, _ = (figure.strip() for figure in row.split("|"))
-        assert cell.strip() == f"{base} (base), {adapter} (one adapter)"
-
-
 # Commands -----------------------------------------------------------------------------------------------------------
 
 COMMANDS = [command for page in pages() for command in commands(page, blocks(page))]
@@ -194,7 +178,8 @@ def help_of(command):
 
 def test_commands_are_found():
     """The check itself: prompts, output, comments, continued lines, several commands on one, and those within a sentence."""
-    assert [(c.program, c.arguments) for c in commands("README.md", blocks("README.md"))[:2]] == [
+    found = [command for command in commands("README.md", blocks("README.md")) if command.program == "nox"]
+    assert [(c.program, c.arguments) for c in found[:2]] == [
         ("nox", ("-s", "demo")),
         ("nox", ("-s", "tests")),
     ]

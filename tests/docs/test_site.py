@@ -93,6 +93,20 @@ def test_a_foreign_host_is_noticed():
     ]
 
 
+def test_examples_open_from_the_site(site):
+    """Every file of examples/ is on the site, and the first page links to the notebook."""
+    found = [{path.name for path in folder.rglob("*.*")} for folder in (ROOT / "examples", site / "examples")]
+    assert {name for name in found[0] if not name.endswith(".pyc")} == found[1]
+    assert 'href="examples/adapters.ipynb"' in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_link_to_a_file_of_the_repository_is_its_name(site):
+    """The site has no tests to link to."""
+    page = (site / "why" / "index.html").read_text(encoding="utf-8")
+    assert "<code>tests/engine/test_adapters.py</code>" in page
+    assert "../tests/" not in page
+
+
 @pytest.mark.parametrize("module", [qlora_infer, testing], ids=lambda module: module.__name__)
 def test_the_reference_has_every_public_name(site, module):
     """Each name of ``__all__`` is on the API reference, with an anchor to link to."""
@@ -102,7 +116,7 @@ def test_the_reference_has_every_public_name(site, module):
 
 
 def test_the_readme_is_told_of_every_page():
-    """Each page of the documentation is in the README, for those who read on GitHub; but the site's own first page and the reference."""
+    """Each page for users is in the README, for readers on GitHub, except the site's own first page and the reference."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
     assert {page for page in found if f"({page})" not in readme} == {"docs/index.md", "docs/api.md"}
