@@ -19,7 +19,7 @@ from qlora_infer.errors import (
     IncompatibleAdapterError,
     UnsafeAdapterError,
 )
-from qlora_infer.files.manifest import read_manifest
+from qlora_infer.files.manifest import check_file, read_manifest, weights_files
 from qlora_infer.files.safetensors import check_finite
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.testing import write_adapter
@@ -208,6 +208,8 @@ def other_base_copy(folder: Path, modules: Modules) -> None:
 
 def inspect(folder: Path, modules: Modules, *, max_lora_rank: int = 64) -> Fit:
     """Everything that is checked before vLLM sees an adapter, in the order in which the cache does it."""
+    check_file("broken", folder, "adapter_config.json")
+    weights_files("broken", folder, allow_pickle=False)
     manifest = read_manifest("broken", folder)
     check_finite("broken", folder / "adapter_model.safetensors")
     shapes = {name: ModuleShape(*shape) for name, shape in modules.items()}
