@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from qlora_infer.adapters.effect import AdapterEffect
     from qlora_infer.adapters.memory_stats import AdapterResidency
     from qlora_infer.adapters.version import LoadedAdapter
+    from qlora_infer.chat.answer import ToolCall
     from qlora_infer.durations import Durations
     from qlora_infer.engine import QuantizedLoRAEngine
     from qlora_infer.plan.decision import Decision
     from qlora_infer.plan.engine_plan import EnginePlan
     from qlora_infer.requests.handle import PartialOutputs, RequestHandle
-    from qlora_infer.requests.request import Completion, GenerationOutput, RequestTimes, ToolCall
+    from qlora_infer.requests.request import Completion, GenerationOutput, RequestTimes
     from qlora_infer.requests.stats import AdapterStats, EngineStats
     from qlora_infer.sources.blend import BlendSource
     from qlora_infer.sources.folder import FolderSource
@@ -69,7 +70,7 @@ _HOMES = {
     "Completion": "qlora_infer.requests.request",
     "GenerationOutput": "qlora_infer.requests.request",
     "RequestTimes": "qlora_infer.requests.request",
-    "ToolCall": "qlora_infer.requests.request",
+    "ToolCall": "qlora_infer.chat.answer",
     "AdapterStats": "qlora_infer.requests.stats",
     "EngineStats": "qlora_infer.requests.stats",
     "BlendSource": "qlora_infer.sources.blend",

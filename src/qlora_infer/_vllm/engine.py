@@ -45,11 +45,12 @@ from qlora_infer.errors import (
 from qlora_infer.files import scratch
 from qlora_infer.model.modules import ModelModules
 from qlora_infer.requests.backend import StepOutput
-from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, Parsed, RequestTimes
+from qlora_infer.requests.request import Completion, GenerationOutput, GenerationRequest, RequestTimes
 from qlora_infer.sources import secrets
 
 if TYPE_CHECKING:
     from qlora_infer.adapters.version import AdapterVersion
+    from qlora_infer.chat.answer import Parsed
     from qlora_infer.chat.conversation import Conversation
     from qlora_infer.chat.template import ContentFormat
     from qlora_infer.config import EngineConfig

@@ -14,8 +14,8 @@ from typing import Any, Self
 from attrs import frozen
 
 from qlora_infer._vllm.asking.chat import plain
+from qlora_infer.chat.answer import Parsed, ToolCall
 from qlora_infer.chat.conversation import Conversation
-from qlora_infer.requests.request import Parsed, ToolCall
 
 logger = logging.getLogger("qlora_infer")
 
