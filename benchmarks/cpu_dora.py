@@ -32,10 +32,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layer", action="store_true")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 512], help="of --layer")
+    parser.add_argument(
+        "--alone", action="store_true", help="one thread in --layer, which a busy machine disturbs less"
+    )
     arguments = parser.parse_args()
     print(common.machine(), flush=True)
     if arguments.layer:
-        print(layers(arguments.rank, arguments.repeats))
+        if arguments.alone:
+            from qlora_infer._vllm.kernels.cpu import rows
+
+            rows.ALONE_UP_TO = 2**62
+        print(layers(arguments.rank, arguments.rows, arguments.repeats))
         return
     for quantization in arguments.quantization:
         print(f"\n{quantization}, rank {arguments.rank}\n", flush=True)
@@ -135,13 +143,13 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def layers(rank: int, repeats: int) -> str:
+def layers(rank: int, numbers_of_rows: Sequence[int], repeats: int) -> str:
     """Return a table of a layer's LoRA, beside a slot with gains that no row uses, with gains, and of half the rows."""
     rows = [
         (model, module, num_rows, *_layer(in_size, out_sizes, rank, num_rows, repeats))
         for model, modules in cpu_lora.MODULES.items()
         for module, (in_size, out_sizes) in modules.items()
-        for num_rows in (1, 16, 512)
+        for num_rows in numbers_of_rows
     ]
     header = ("model", "module", "rows", "LoRA", "beside a slot with gains", "with gains", "half with gains")
     return common.table(header, rows)

@@ -14,7 +14,10 @@ for package in ("torch", "vllm", "peft"):
 PROGRAM = Path(__file__).with_name("dora_worker.py")
 
 
-@pytest.mark.parametrize(("model", "tolerance"), [("qwen2-gptq", 0.05), ("qwen3", 1e-3)])
+@pytest.mark.parametrize(
+    ("model", "tolerance"),
+    [("qwen2-gptq", 0.05), ("llama-awq", 0.05), ("gemma2-bitsandbytes", 0.05), ("phi3-awq", 0.05), ("qwen3", 1e-3)],
+)
 def test_a_worker_serves_dora_as_peft_and_then_lora_in_the_same_slot(model, tolerance):
     """Each layer of a tiny model gives PEFT's outputs for an adapter with magnitudes, one without, and the first again.
 
