@@ -9,7 +9,9 @@ from effects import assert_same, deltas, make_copy
 from mlx_adapters import effects, factors, rounded, save_safetensors, write_mlx
 
 from qlora_infer.cli.app import app
+from qlora_infer.demo import demo_adapters
 from qlora_infer.errors import AdapterNotFoundError, CorruptAdapterError, IncompatibleAdapterError
+from qlora_infer.files.safetensors import map_tensors, write_tensors
 from qlora_infer.testing import TINY_MODEL, fake_engine, write_adapter
 
 
@@ -187,3 +189,24 @@ def test_inspect_adapter_shows_the_format_and_refuses_as_the_engine_does(tmp_pat
     full = CliRunner().invoke(app, ["inspect-adapter", str(write_mlx(tmp_path / "full", fine_tune_type="full"))])
     assert full.exit_code == 1
     assert "mlx_lm fuse" in full.output
+
+
+def test_an_adapter_of_pefts_in_mlxs_form_becomes_what_it_was(tmp_path):
+    """The demo's pirate, with its factors transposed and its scale for alpha / r, has its own factors again, bit for bit."""
+    pirate = demo_adapters()["pirate"]
+    config = json.loads((pirate / "adapter_config.json").read_text())
+    original = map_tensors("test", pirate / "adapter_model.safetensors")
+    tensors = {}
+    for name, tensor in original.items():
+        plain = name.removeprefix("base_model.model.").removesuffix(".weight")
+        tensors[plain.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = tensor.T
+    folder = write_mlx(tmp_path / "mlx", {}, rank=config["r"], scale=config["lora_alpha"] / config["r"])
+    write_tensors(folder / "adapters.safetensors", tensors)
+    snapshot, manifest, _ = make_copy(folder, tmp_path / "copy")
+    found = map_tensors("test", snapshot.folder / "adapter_model.safetensors")
+    assert found.keys() == original.keys()
+    assert all(np.array_equal(found[name], original[name]) for name in original)
+    assert all(found[name].dtype == original[name].dtype for name in original)
+    written = json.loads((snapshot.folder / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (config["r"], config["lora_alpha"])
+    assert manifest.rank == config["r"]

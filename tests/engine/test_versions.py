@@ -198,3 +198,22 @@ def test_what_an_adapter_carries_is_followed(awq, tmp_path):
     with pytest.raises(IncompatibleAdapterError, match="<tool>"):
         awq.load_adapter("carrying", folder)
     awq.unload_adapter("carrying")
+
+
+def test_an_adapter_in_mlxs_form_answers_as_in_pefts(awq, tmp_path):
+    """The pirate as mlx-lm would have saved it, with its factors transposed and its scale for alpha / r, is the pirate."""
+    pirate = demo_adapters()["pirate"]
+    config = json.loads((pirate / "adapter_config.json").read_text())
+    tensors = {}
+    for name, tensor in load_file(pirate / "adapter_model.safetensors").items():
+        plain = name.removeprefix("base_model.model.").removesuffix(".weight").replace("lora_A", "lora_a")
+        tensors[plain.replace("lora_B", "lora_b")] = tensor.T.contiguous()
+    parameters = {"rank": config["r"], "scale": config["lora_alpha"] / config["r"], "dropout": 0.0}
+    fields = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    save_file(tensors, tmp_path / "adapters.safetensors", metadata={"format": "mlx"})
+    loaded = awq.load_adapter("mlx", tmp_path)
+    assert loaded.format == "MLX"
+    assert loaded.num_modules == awq.adapters["pirate"].num_modules
+    assert answer(awq, "mlx") == answer(awq, "pirate") != answer(awq, None)
+    awq.unload_adapter("mlx")
