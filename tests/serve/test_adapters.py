@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.entrypoints.launchers")
 pytest.importorskip("openai")
 
 import openai

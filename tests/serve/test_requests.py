@@ -1,6 +1,7 @@
 """vLLM's own OpenAI application on this engine's requests, spoken to by OpenAI's client, on the fake engine."""
 
 import contextlib
+import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.entrypoints.launchers")
 pytest.importorskip("openai")
 
 import anthropic
@@ -223,3 +224,36 @@ def test_the_code_of_the_page_runs(one_server, capsys):
     code = re.search(r"```python\n(import openai.*?)```", page, re.DOTALL)[1]
     exec(compile(code.replace("http://127.0.0.1:8000", one_server), "docs/service.md", "exec"), {})
     assert "pirate says: user: Where is the treasure?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choice", ["auto", {"type": "function", "function": {"name": "greet"}}])
+def test_tools_are_called(tmp_path, choice):
+    """A call in the answer is one in the response, streamed or not, and a strict tool's schema reaches the engine."""
+    schema = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"]}
+    tool = {"type": "function", "function": {"name": "greet", "parameters": schema, "strict": True}}
+    reply = '<tool_call>\n{"name": "greet", "arguments": {"age": 7}}\n</tool_call>'
+    backend = ByteEngine(reply=lambda prompt, adapter: reply)
+    asked = {"model": "pirate", "messages": HELLO, "tools": [tool], "tool_choice": choice}
+    with served(tmp_path, backend=backend, server_args={"tool_call_parser": "hermes"}) as (url, _), client(url) as ai:
+        (call,) = ai.chat.completions.create(**asked).choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("greet", {"age": 7})
+        pieces = [
+            piece.function
+            for chunk in ai.chat.completions.create(**asked, stream=True)
+            for piece in chunk.choices[0].delta.tool_calls or ()
+        ]
+        assert "".join(piece.name or "" for piece in pieces) == "greet"
+        assert json.loads("".join(piece.arguments or "" for piece in pieces)) == {"age": 7}
+    for request in backend.requests:
+        assert '"maximum": 99' in request.sampling_params.structured_outputs.structural_tag
+
+
+def test_a_json_schema_reaches_the_engine(tmp_path):
+    """A response's format is in the sampling parameters, whichever adapter answers."""
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    backend = ByteEngine()
+    with served(tmp_path, backend=backend) as (url, _), client(url) as ai:
+        for name in ("base", "pirate"):
+            form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+            ai.chat.completions.create(model=name, messages=HELLO, response_format=form)
+            assert backend.requests[-1].sampling_params.structured_outputs.json == schema

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.entrypoints.launchers")
 
 from served import ByteEngine
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
