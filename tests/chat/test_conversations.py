@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_infer import GenerationOutput, RequestRejectedError
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 #: What it gets, one after another.
@@ -86,3 +87,33 @@ def test_parts_are_text_for_a_template_that_reads_text(engine):
         (output,) = engine.chat(parts, adapter=adapter, use_tqdm=False)
         assert "a\nb" in output.prompt
         assert "[" not in output.prompt
+
+
+def test_a_request_that_the_engine_fails_is_an_error_of_its_own():
+    """What the engine underneath ends with an error raises it, and the others and the next are answered."""
+
+    class Picky(FakeEngine):
+        def _output(self, entry):
+            if entry.request.prompt == "bad":
+                return GenerationOutput.failed(entry.request, RequestRejectedError("not this one"))
+            return super()._output(entry)
+
+    with fake_engine(backend=Picky()) as engine:
+        outputs = list(engine.generate_iter(["bad one", "bad", "good"], on_error="return", use_tqdm=False))
+        assert [str(output.error) for output in outputs] == ["None", "not this one", "None"]
+        with pytest.raises(RequestRejectedError, match="not this one"):
+            engine.generate(["bad", "good"], use_tqdm=False)
+        assert engine.generate("good", use_tqdm=False)[0].text == "You said: good"
+        assert engine.stats().num_running == 0
+
+
+def test_outputs_are_plain_values():
+    """to_dict is what JSON takes, with log-probabilities as numbers, for answers and for errors."""
+    with fake_engine() as engine:
+        (output,) = engine.generate("one two", {"logprobs": 0, "n": 2}, use_tqdm=False)
+        plain = json.loads(json.dumps(output.to_dict()))
+        assert (plain["num_prompt_tokens"], plain["num_tokens"], plain["adapter"]) == (2, 8, None)
+        assert [each["token_logprobs"] for each in plain["completions"]] == [[0.0] * 4] * 2
+        assert (output.content, output.reasoning, output.tool_calls) == (output.text, None, ())
+        (failed,) = engine.generate_iter([["no"]], on_error="return", use_tqdm=False)
+        assert json.loads(json.dumps(failed.to_dict()))["error_type"] == "TypeError"
