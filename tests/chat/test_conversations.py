@@ -117,3 +117,23 @@ def test_outputs_are_plain_values():
         assert (output.content, output.reasoning, output.tool_calls) == (output.text, None, ())
         (failed,) = engine.generate_iter([["no"]], on_error="return", use_tqdm=False)
         assert json.loads(json.dumps(failed.to_dict()))["error_type"] == "TypeError"
+
+
+def test_parsers_are_named_for_the_engine():
+    """vLLM gets the reasoning parser as its own argument, and the plan keeps the parser of calls; each has one place."""
+    backend = FakeEngine()
+    with fake_engine(backend=backend, reasoning_parser="qwen3", tool_call_parser="hermes") as engine:
+        assert backend.engine_args["reasoning_parser"] == "qwen3"
+        assert engine.plan.tool_call_parser == "hermes"
+    with pytest.raises(ValueError, match="set by reasoning_parser="):
+        fake_engine(engine_args={"reasoning_parser": "qwen3"})
+
+
+def test_structures_are_checked_by_the_fake_engine_too():
+    """A test of one's own sees the error that vLLM would give for a field that there is not."""
+    with fake_engine() as engine:
+        assert engine.generate("hi", {"structured_outputs": {"choice": ["a"]}}, use_tqdm=False)[0].text
+        with pytest.raises(TypeError, match="'type'"):
+            engine.generate("hi", {"structured_outputs": {"type": "object"}}, use_tqdm=False)
+        with pytest.raises(TypeError, match='"structured_outputs": {"json": …}'):
+            engine.generate("hi", {"guided_json": {}}, use_tqdm=False)
