@@ -135,5 +135,5 @@ def test_structures_are_checked_by_the_fake_engine_too():
         assert engine.generate("hi", {"structured_outputs": {"choice": ["a"]}}, use_tqdm=False)[0].text
         with pytest.raises(TypeError, match="'type'"):
             engine.generate("hi", {"structured_outputs": {"type": "object"}}, use_tqdm=False)
-        with pytest.raises(TypeError, match='"structured_outputs": {"json": …}'):
+        with pytest.raises(TypeError, match=r'"structured_outputs": {"json": …}'):
             engine.generate("hi", {"guided_json": {}}, use_tqdm=False)
