@@ -1,5 +1,7 @@
 """Structured outputs are checked before anything is queued, and answers are parsed, by vLLM's own code; no engine runs."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -8,12 +10,16 @@ from chat.families import WEATHER
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine import FINISH_REASON_STRINGS
 
 from qlora_infer._vllm.asking import parsers
 from qlora_infer._vllm.asking.parsers import AnswerParser
 from qlora_infer._vllm.asking.sampling import SamplingReader
+from qlora_infer._vllm.engine import VLLMBackend, _Begun
 from qlora_infer.chat.conversation import Conversation
+from qlora_infer.errors import RequestRejectedError
 from qlora_infer.requests.arguments import _STRUCTURE_OPTIONS, STRUCTURES
+from qlora_infer.requests.request import GenerationRequest
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
@@ -75,6 +81,20 @@ def test_old_and_wrong_names_are_told_the_right_one(reader, given, error, words)
     """Names of older versions and other libraries are errors with what to write."""
     with pytest.raises(error, match=words):
         reader.read(given, {})
+
+
+def test_a_request_that_vllm_ends_with_an_error_fails():
+    """The core ends a request whose grammar it cannot compile after all; that is an error and no empty answer."""
+    backend = VLLMBackend()
+    backend._requests["0"] = _Begun(GenerationRequest("0", "hi", None))
+    ended = SimpleNamespace(
+        request_id="0", finished=True, prompt_token_ids=[1], outputs=[SimpleNamespace(index=0, finish_reason="error")]
+    )
+    output = backend._output(ended)
+    assert isinstance(output.error, RequestRejectedError)
+    assert "structured_outputs" in str(output.error)
+    assert backend._requests == {}
+    assert "error" in FINISH_REASON_STRINGS
 
 
 # Parsers

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_infer import GenerationOutput, RequestRejectedError
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 #: What it gets, one after another.
@@ -86,3 +87,53 @@ def test_parts_are_text_for_a_template_that_reads_text(engine):
         (output,) = engine.chat(parts, adapter=adapter, use_tqdm=False)
         assert "a\nb" in output.prompt
         assert "[" not in output.prompt
+
+
+def test_a_request_that_the_engine_fails_is_an_error_of_its_own():
+    """What the engine underneath ends with an error raises it, and the others and the next are answered."""
+
+    class Picky(FakeEngine):
+        def _output(self, entry):
+            if entry.request.prompt == "bad":
+                return GenerationOutput.failed(entry.request, RequestRejectedError("not this one"))
+            return super()._output(entry)
+
+    with fake_engine(backend=Picky()) as engine:
+        outputs = list(engine.generate_iter(["bad one", "bad", "good"], on_error="return", use_tqdm=False))
+        assert [str(output.error) for output in outputs] == ["None", "not this one", "None"]
+        with pytest.raises(RequestRejectedError, match="not this one"):
+            engine.generate(["bad", "good"], use_tqdm=False)
+        assert engine.generate("good", use_tqdm=False)[0].text == "You said: good"
+        assert engine.stats().num_running == 0
+
+
+def test_outputs_are_plain_values():
+    """to_dict is what JSON takes, with log-probabilities as numbers, for answers and for errors."""
+    with fake_engine() as engine:
+        (output,) = engine.generate("one two", {"logprobs": 0, "n": 2}, use_tqdm=False)
+        plain = json.loads(json.dumps(output.to_dict()))
+        assert (plain["num_prompt_tokens"], plain["num_tokens"], plain["adapter"]) == (2, 8, None)
+        assert [each["token_logprobs"] for each in plain["completions"]] == [[0.0] * 4] * 2
+        assert (output.content, output.reasoning, output.tool_calls) == (output.text, None, ())
+        (failed,) = engine.generate_iter([["no"]], on_error="return", use_tqdm=False)
+        assert json.loads(json.dumps(failed.to_dict()))["error_type"] == "TypeError"
+
+
+def test_parsers_are_named_for_the_engine():
+    """vLLM gets the reasoning parser as its own argument, and the plan keeps the parser of calls; each has one place."""
+    backend = FakeEngine()
+    with fake_engine(backend=backend, reasoning_parser="qwen3", tool_call_parser="hermes") as engine:
+        assert backend.engine_args["reasoning_parser"] == "qwen3"
+        assert engine.plan.tool_call_parser == "hermes"
+    with pytest.raises(ValueError, match="set by reasoning_parser="):
+        fake_engine(engine_args={"reasoning_parser": "qwen3"})
+
+
+def test_structures_are_checked_by_the_fake_engine_too():
+    """A test of one's own sees the error that vLLM would give for a field that there is not."""
+    with fake_engine() as engine:
+        assert engine.generate("hi", {"structured_outputs": {"choice": ["a"]}}, use_tqdm=False)[0].text
+        with pytest.raises(TypeError, match="'type'"):
+            engine.generate("hi", {"structured_outputs": {"type": "object"}}, use_tqdm=False)
+        with pytest.raises(TypeError, match=r'"structured_outputs": {"json": …}'):
+            engine.generate("hi", {"guided_json": {}}, use_tqdm=False)

@@ -22,6 +22,8 @@ logger = logging.getLogger("qlora_infer")
 
 def check_names(reasoning_parser: str | None, tool_call_parser: str | None) -> None:
     """Raise ``ValueError`` for a parser that vLLM does not have; before the model is loaded."""
+    if reasoning_parser is None and tool_call_parser is None:
+        return  # vLLM's parsers take a second to import
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
@@ -56,13 +58,16 @@ class AnswerParser:
         Raises:
             ValueError: The model's tokenizer lacks the tokens that the parser looks for.
         """
+        reasoning_parser = vllm_config.structured_outputs_config.reasoning_parser or None
+        if reasoning_parser is None and tool_call_parser is None:
+            return None
         from vllm.parser.parser_manager import ParserManager
 
         config = vllm_config.model_config
         try:
             parser_class = ParserManager.get_parser(
                 tool_parser_name=tool_call_parser,
-                reasoning_parser_name=vllm_config.structured_outputs_config.reasoning_parser or None,
+                reasoning_parser_name=reasoning_parser,
                 enable_auto_tools=tool_call_parser is not None,
                 model_name=config.model,
                 is_harmony=config.hf_config.model_type == "gpt_oss",
