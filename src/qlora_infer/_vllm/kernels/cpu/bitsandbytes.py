@@ -3,7 +3,7 @@
 vllm-bnb-plugin 0.0.3 calls ``bitsandbytes.matmul_4bit``, which on the CPU writes the whole weight out in bf16 in each
 call, unless it is packed. ``bitsandbytes.nn.Linear4bit`` packs its own weights before its first answer, the plugin
 does not. The kernel reads the four bits where they are: 4 times as fast for small layers, up to 50 times for large
-ones at one request (``docs/cpu.md``). The scales are rounded to bf16, as ``Linear4bit`` has them.
+ones at one request (``docs/internals/cpu.md``). The scales are rounded to bf16, as ``Linear4bit`` has them.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
 
 def install() -> None:
     """Install this kernel in vLLM, for this process."""
-    logger.info("this CPU has no AVX-512: AWQ and GPTQ weights are written out in float32 (docs/cpu.md)")
+    logger.info("this CPU has no AVX-512: AWQ and GPTQ weights are written out in float32 (docs/internals/cpu.md)")
     register_linear_kernel(ExpandedLinearKernel, PlatformEnum.CPU, "mp")
     disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")
     os.environ["VLLM_DISABLED_KERNELS"] = ",".join(filter(None, (disabled, CPUWNA16LinearKernel.__name__)))
