@@ -27,7 +27,7 @@ MODULES = tuple(with_examples())
 #: Python that is not executed here: page and first line of the block, and the reason, with the test that runs the like.
 NOT_EXECUTED: dict[tuple[str, str], str] = {
     ("docs/index.md", "from qlora_infer import QuantizedLoRAEngine"): "the README's, which is run on the real vLLM",
-    ("docs/service.md", "import openai"): "needs the server: tests/serve/test_requests.py runs it against one",
+    ("docs/service.md", "import openai"): "needs the server: tests/serve/test_completions.py runs it against one",
     (
         "docs/service.md",
         "from qlora_infer.serve.application import make_app",
