@@ -154,6 +154,7 @@ def test_a_loaded_adapter_is_told_line_by_line():
         name        pirate
         version     2, 0123456789ab
         source      me/pirate-lora
+        format      PEFT
         rank        8
         modules     60 of 210
         size        5.0 MiB

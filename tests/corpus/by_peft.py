@@ -86,11 +86,8 @@ _lora = functools.partial(of_peft, target_modules=ATTENTION)
 ENTRIES = [
     _lora(
         "dora",
-        "DoRA",
+        "DoRA, on a CPU",
         "PEFT's use_dora",
-        "It uses DoRA, whose magnitudes vLLM does not apply: train with use_dora=False.",
-        "It has 4 tensors that are no LoRA factors and would be lost: base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector, base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector, base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector, …; vLLM serves LoRA factors only.",
-        way_out="train with use_dora=False, or merge it",
         use_dora=True,
     ),
     _lora(

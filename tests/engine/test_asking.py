@@ -17,7 +17,7 @@ SCHEMA = {
 PROMPT = "The capital of Germany is"
 FORMS = {
     "json": {"json": SCHEMA, "disable_any_whitespace": True},
-    "text": {"json": json.dumps(SCHEMA)},
+    "text": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True},  # else a small model may write spaces alone
     "regex": {"regex": "[ab]{3}[0-9]"},
     "choice": {"choice": ["Rome", "Madrid"]},
     "grammar": {"grammar": 'root ::= "left" | "right"'},

@@ -181,10 +181,10 @@ def test_a_name_moves_from_lora_to_dora_and_back(awq):
     awq.unload_adapter("dora")
 
 
-def test_verify_adapter_finds_dora_as_near_to_peft_as_the_base(awq):
-    """The probe's log-probabilities move by the adapter, and are PEFT's."""
+def test_verify_adapter_finds_dora_nearer_to_peft_than_to_the_base(awq):
+    """The probe's log-probabilities move by the adapter, and towards PEFT's on the weights that are not quantized."""
     awq.load_adapter("dora", dora_folder("awq"))
     effect = awq.verify_adapter("dora", reference=demo("awq").unquantized)
     awq.unload_adapter("dora")
     assert effect.mean_shift > 0.1
-    assert effect.reference_shift < 1.5 * effect.reference_base_shift
+    assert effect.reference_shift < effect.mean_shift
