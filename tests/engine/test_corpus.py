@@ -1,6 +1,7 @@
 """The corpus of adapters on the real vLLM: every served kind loads into one engine, and answers as PEFT computes."""
 
 import logging
+import re
 
 import pytest
 from corpus.all_entries import REFUSED, SERVED
@@ -93,11 +94,16 @@ def test_every_served_kind_loads_and_answers_as_peft_computes(running, checkpoin
     assert far == {}
 
 
+def without_examples(reason):
+    """Leave out which of the model's modules a reason names; a running model lists more than a checkpoint."""
+    return re.sub(r"the model has model\..*?, …\.", "the model has …", reason)
+
+
 def test_every_refused_kind_is_refused_in_the_same_words(running, checkpoint):
     """The real vLLM's modules and tokens give the reasons that the corpus has; the engine goes on."""
     for entry in ENTRIES:
         if entry.error is IncompatibleAdapterError and "BASE" not in str(entry.says):
             with pytest.raises(IncompatibleAdapterError) as caught:
                 running.load_adapter("refused", checkpoint.served_adapters[entry.name])
-            assert caught.value.reasons == entry.says, entry.name
+            assert [without_examples(says) for says in caught.value.reasons] == list(map(without_examples, entry.says))
     assert running.is_running
