@@ -65,8 +65,10 @@ def make(recipe: Recipe, network: Any, folder: Path) -> None:
             elif "trainable_tokens_delta" in name:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
             elif "modules_to_save.default.weight" in name:
-                rows = list(recipe.rows)
-                parameter[rows] += 0.2 * torch.randn(parameter[rows].shape, generator=generator)
+                rows = list(recipe.rows)  # the others stay the base's, to the bit
+                changed = parameter[rows] + 0.2 * torch.randn(parameter[rows].shape, generator=generator)
+                parameter[rows] = changed.bfloat16().to(parameter.dtype)
+                continue
             else:
                 continue
             parameter.copy_(parameter.bfloat16())
