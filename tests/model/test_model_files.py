@@ -81,7 +81,7 @@ CONFIG = st.builds(
     st.none() | st.sampled_from(METHODS),
     QUANTIZATION,
 )
-quick = settings(max_examples=300, deadline=2000, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture

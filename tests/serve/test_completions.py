@@ -137,7 +137,6 @@ def test_a_request_that_finds_room_for_some_of_its_prompts_leaves_nothing(tmp_pa
         with pytest.raises(openai.RateLimitError):
             ai.completions.create(model="pirate", prompt=["x"] * 40, max_tokens=800)
         wait_until(lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
-        assert backend.requests
 
 
 @pytest.mark.parametrize(
