@@ -76,6 +76,7 @@ def test_a_copy_that_left_the_disk_is_converted_again(base, tokens):
 
 def test_a_converted_adapter_is_not_blended(base, tokens, tmp_path):
     """Its rows would be lost."""
+    pytest.importorskip("torch")
     with engine_of(base, adapters={"tokens": str(tokens), "plain": write_adapter(tmp_path / "plain")}) as engine:
         with pytest.raises(IncompatibleAdapterError, match="together with the base model"):
             engine.load_adapter("both", BlendSource({"tokens": 0.5, "plain": 0.5}))
