@@ -30,7 +30,7 @@ FLOORS = [
     "files",
     "quantization chat demo",
     "sandbox",
-    "config display durations heap tracing _forked _packages",
+    "config display durations heap http_status tracing _forked _packages",
     "errors",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

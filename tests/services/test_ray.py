@@ -26,8 +26,8 @@ from qlora_infer import (
     RequestRejectedError,
     errors,
 )
+from qlora_infer.http_status import http_status
 from qlora_infer.ray import AdapterServer, GenerationStage, build_app
-from qlora_infer.ray.server import STATUSES
 from qlora_infer.ray.stage import _without_nulls
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
@@ -375,7 +375,7 @@ def test_every_error_has_a_status():
     raised = [
         error for error in vars(errors).values() if isinstance(error, type) and error.__module__ == errors.__name__
     ]
-    statuses = {error.__name__: next(STATUSES[kind] for kind in error.__mro__ if kind in STATUSES) for error in raised}
+    statuses = {error.__name__: http_status(error) for error in raised}
     assert statuses["AdapterAccessError"] == statuses["UnsafeAdapterError"] == 422
     assert (statuses["QueueFullError"], statuses["RequestTimeoutError"], statuses["EngineDeadError"]) == (429, 504, 503)
 

@@ -390,8 +390,9 @@ class VLLMBackend:
         return rendered
 
     def _warn_of_two_bos(self, token_ids: Sequence[int]) -> None:
-        bos = self._tokenizer.bos_token_id if self._tokenizer is not None else None
-        if bos is not None and list(token_ids[:2]) == [bos, bos] and not self._warned_of_two_bos:
+        if self._warned_of_two_bos or len(token_ids) < 2 or token_ids[0] != token_ids[1]:
+            return
+        if self._tokenizer is not None and token_ids[0] == self._tokenizer.bos_token_id:
             self._warned_of_two_bos = True
             logger.warning(
                 "a prompt begins with two %s: its text has one, and the tokenizer adds another. For text that a chat "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
+from qlora_infer.conversions.parts import parts_of_modules
 from qlora_infer.errors import CorruptAdapterError
 from qlora_infer.files.peft_config import MAX_RANK, pattern_name, plain_patterns
 from qlora_infer.files.safetensors import Computed, TensorEntry, as_floats
@@ -51,14 +52,8 @@ class AdaLoRA:
             raise CorruptAdapterError(adapter, f"'init_r' must be a whole number, got {str(init_r)[:40]!r}")
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= 1e9:
             raise CorruptAdapterError(adapter, f"'lora_alpha' must be a finite number, got {str(alpha)[:40]!r}")
-        modules: dict[str, dict[str, np.ndarray]] = {}
-        converted: list[tuple[str, np.ndarray | Computed]] = []
-        for name, tensor in tensors.items():
-            match = _TENSOR.fullmatch(name)
-            if match is None or match["part"] in modules.get(match["module"], {}):
-                converted.append((name, tensor))
-            else:
-                modules.setdefault(match["module"], {})[match["part"]] = tensor
+        modules, others = parts_of_modules(_TENSOR, tensors)
+        converted: list[tuple[str, np.ndarray | Computed]] = list(others)
         kept = _ranks(adapter, config)
         ranks = {}
         for module, parts in modules.items():

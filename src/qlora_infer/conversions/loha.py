@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from qlora_infer.config import ALLOWED_RANKS
+from qlora_infer.conversions.parts import parts_of_modules
 from qlora_infer.errors import CorruptAdapterError, IncompatibleAdapterError
 from qlora_infer.files.peft_config import (
     largest_rank,
@@ -53,14 +54,8 @@ class LoHa:
         plain = {name: value for name, value in config.items() if name not in _FIELDS}
         plain = {**plain, "peft_type": "LORA", "lora_alpha": config.get("alpha"), "use_rslora": False}
         largest_rank(adapter, plain)
-        modules: dict[str, dict[str, np.ndarray]] = {}
-        converted: list[tuple[str, np.ndarray | Computed]] = []
-        for name, tensor in tensors.items():
-            match = _TENSOR.fullmatch(name)
-            if match is None or match["part"] in modules.get(match["module"], {}):
-                converted.append((name, tensor))
-            else:
-                modules.setdefault(match["module"], {})[match["part"]] = tensor
+        modules, others = parts_of_modules(_TENSOR, tensors)
+        converted: list[tuple[str, np.ndarray | Computed]] = list(others)
         resolved = with_plain_names(adapter, plain, modules)
         ranks, alphas = {}, {}
         for module, parts in modules.items():

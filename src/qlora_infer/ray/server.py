@@ -16,27 +16,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from qlora_infer import errors
 from qlora_infer.adapters.version import LoadedAdapter
+from qlora_infer.http_status import http_status
 from qlora_infer.ray.replica import EngineFactory
 from qlora_infer.requests.arguments import MEDIA_FIELDS
 from qlora_infer.requests.handle import PartialOutputs, RequestHandle
 from qlora_infer.requests.request import GenerationOutput
-
-#: The HTTP status of an error; the nearest class counts.
-STATUSES: Mapping[type[Exception], int] = {
-    ValueError: 400,
-    TypeError: 400,
-    errors.RequestRejectedError: 400,
-    errors.AdapterNotLoadedError: 404,
-    errors.AdapterError: 422,
-    errors.QueueFullError: 429,
-    errors.AdapterLoadError: 500,
-    errors.QLoRAInferError: 500,
-    errors.AdapterDownloadError: 502,
-    errors.EngineClosedError: 503,
-    errors.EngineDeadError: 503,
-    errors.RequestCancelledError: 503,
-    errors.RequestTimeoutError: 504,
-}
 
 
 def build_app(
@@ -133,8 +117,8 @@ class AdapterServer:
             parts = aiter(handle)
             # What goes wrong before the first token still has a status of its own.
             first = await anext(parts)
-        except tuple(STATUSES) as error:
-            return JSONResponse(_format_error(error), _status(error))
+        except (errors.QLoRAInferError, ValueError, TypeError) as error:
+            return JSONResponse(_format_error(error), http_status(type(error)))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(_events(first, parts), headers=headers, media_type="text/event-stream")
 
@@ -203,10 +187,6 @@ def _format_output(output: GenerationOutput, text: str) -> dict[str, Any]:
 
 def _format_error(error: Exception) -> dict[str, str]:
     return {"error": str(error), "error_type": type(error).__name__}
-
-
-def _status(error: Exception) -> int:
-    return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
 
 
 async def _events(part: GenerationOutput, parts: PartialOutputs) -> AsyncIterator[str]:

@@ -54,7 +54,7 @@ class UnloadLoRA(BaseModel):  # type: ignore[misc]
 
 
 class AdapterRoutes:
-    """What the routes do. Whatever waits does so in a thread, so that a download stops nobody."""
+    """The work of the routes. It waits in threads, so that a download stops nobody."""
 
     def __init__(self, engine: QuantizedLoRAEngine, settings: Settings) -> None:
         self._engine = engine
@@ -91,7 +91,7 @@ class AdapterRoutes:
         await _in_thread(self._engine.unload_adapter, name)
 
     async def rollback(self, name: Name) -> dict[str, Any]:
-        """Let the version before serve again."""
+        """Serve the version before again."""
         return asdict(await _in_thread(self._engine.rollback_adapter, name))
 
     async def pin(self, name: Name) -> None:
@@ -99,7 +99,7 @@ class AdapterRoutes:
         await _in_thread(self._engine.pin_adapter, name)
 
     async def unpin(self, name: Name) -> None:
-        """Let an adapter leave host memory again."""
+        """Allow an adapter to leave host memory again."""
         await _in_thread(self._engine.unpin_adapter, name)
 
     async def load_lora_adapter(self, body: LoadLoRA) -> PlainTextResponse:

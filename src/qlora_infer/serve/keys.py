@@ -31,7 +31,7 @@ class Keys:
         self._keys = [key for key in (api_key, admin_key) if key] if api_key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it with 401."""
+        """Pass a request on, or answer it with 401."""
         if self._is_allowed(scope):
             await self.app(scope, receive, send)
         else:

@@ -45,7 +45,7 @@ class Requests(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether requests are taken."""
+        """True if requests are accepted."""
         ...
 
 
@@ -121,17 +121,17 @@ class AdapterEngineClient(EngineClient):  # type: ignore[misc]
 
     @property
     def is_running(self) -> bool:
-        """Whether requests are taken."""
+        """True if requests are accepted."""
         return self._requests.is_open
 
     @property
     def is_stopped(self) -> bool:
-        """Whether no requests are taken."""
+        """True if no requests are accepted."""
         return not self.is_running
 
     @property
     def errored(self) -> bool:
-        """Whether no requests are taken, for the server's check before a stream begins."""
+        """True if no requests are accepted; the server checks it before a stream begins."""
         return not self.is_running
 
     @property

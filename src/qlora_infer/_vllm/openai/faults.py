@@ -1,4 +1,4 @@
-"""The HTTP statuses of this library's errors, and the form in which vLLM's server sends them.
+"""The form in which vLLM's server sends this library's errors.
 
 Read in vLLM 0.32.0, ``vllm/exceptions.py`` and ``vllm/entrypoints/serve/exception_handling``.
 """
@@ -15,22 +15,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import GracefulHTTPError
 
 from qlora_infer import errors
-
-#: The nearest class counts.
-STATUSES: Mapping[type[Exception], int] = {
-    errors.RequestRejectedError: 400,
-    errors.AdapterNotLoadedError: 404,
-    errors.AdapterConflictError: 409,
-    errors.AdapterError: 422,
-    errors.QueueFullError: 429,
-    errors.AdapterLoadError: 500,
-    errors.QLoRAInferError: 500,
-    errors.AdapterDownloadError: 502,
-    errors.EngineClosedError: 503,
-    errors.EngineDeadError: 503,
-    errors.RequestCancelledError: 503,
-    errors.RequestTimeoutError: 504,
-}
+from qlora_infer.http_status import http_status
 
 #: OpenAI's client tries again after 429 and any 5xx; a request that took too long is likely to do so again.
 HEADERS: Mapping[int, Mapping[str, str]] = {
@@ -44,8 +29,7 @@ class ServedError(GracefulHTTPError):  # type: ignore[misc]
     """An error of this library on its way through vLLM's server, which keeps the status that it carries."""
 
     def __init__(self, cause: errors.QLoRAInferError) -> None:
-        status = next(STATUSES[kind] for kind in type(cause).__mro__ if kind in STATUSES)
-        super().__init__(str(cause), HTTPStatus(status))
+        super().__init__(str(cause), HTTPStatus(http_status(type(cause))))
         self.cause = cause
 
 

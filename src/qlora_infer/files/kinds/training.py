@@ -30,7 +30,7 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---", re.DOTALL)
 
 @frozen
 class Training:
-    """What an adapter's files say of its training; empty where they do not.
+    """The training that an adapter's files tell of; fields are empty where they do not.
 
     Attributes:
         task: PEFT's task type, such as ``"CAUSAL_LM"``.
