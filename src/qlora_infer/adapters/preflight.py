@@ -45,7 +45,7 @@ class Fit:
         placement: Where each of its modules goes; those of vision and audio towers are left out, which is exact for
             prompts of text alone.
         stripped: What was left out of the names of its tensors: those of wrappers, and the adapter's own.
-        conversion: What of it becomes factors together with the base model.
+        conversion: The part of it that becomes factors together with the base model.
         has_magnitudes: It is DoRA.
     """
 
@@ -104,7 +104,7 @@ def check(
 
     Args:
         adapter: The adapter's name, for the message.
-        manifest: What the adapter's files contain.
+        manifest: The content of the adapter's files.
         model: The modules of the running model, or of a checkpoint.
         max_lora_rank: The largest rank that the engine has room for.
         base: The base model's tensors, for an adapter that is LoRA only together with them.
@@ -147,7 +147,7 @@ def check_with_extras(
 
     Args:
         adapter: The adapter's name, for the message.
-        manifest: What the adapter's files contain.
+        manifest: The content of the adapter's files.
         extras: What it carries.
         model: The modules of the running model, or of a checkpoint.
         vocabulary: Returns the tokens of the model's tokenizer; ``None`` where any token is known.

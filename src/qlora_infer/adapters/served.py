@@ -38,7 +38,7 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
         adapter: The adapter's name, for messages.
         folder: The adapter's private copy.
         placement: Where its modules go.
-        conversion: How the rest of it becomes factors.
+        conversion: The factors that the rest of it becomes.
 
     Returns:
         The folder for vLLM.

@@ -43,7 +43,7 @@ class Conversion:
         vera: The projections of a VeRA adapter.
         equal: Tensors that are the base model's, and are left out.
         is_needed: Whether vLLM cannot read the adapter as it is.
-        base: Where the base model's rows are.
+        base: The base model's tensors.
     """
 
     modules: Mapping[str, LoRAModule] = field(factory=dict)
@@ -102,7 +102,7 @@ def convert(
     """Hold the tensors that are no LoRA factors against the base model's.
 
     Args:
-        manifest: What the adapter's files contain.
+        manifest: The content of the adapter's files.
         model: The modules of the model.
         base: The base model's tensors; ``None`` where there are none.
         max_lora_rank: The largest rank that the engine has room for.

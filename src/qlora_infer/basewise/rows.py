@@ -35,8 +35,8 @@ class ChangedRows:
     Attributes:
         tensor: The adapter's tensor that has them.
         module: The base model's module that they are compared with.
-        places: Where they stand in that tensor.
-        rows: Where they stand in the base model's.
+        places: Their places in that tensor.
+        rows: Their places in the base model's.
         num_rows: The rows that the base model has.
         size: The numbers in a row.
         is_output: Whether the module is a linear layer, whose outputs the rows are; an embedding's are its inputs.

@@ -84,7 +84,7 @@ def render(
         messages: The conversation, of what JSON can hold.
         add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
         continue_final_message: Whether it ends where the last message does, without what the template writes after it.
-        variables: What else the template knows: ``tools``, ``documents``, and any of its own.
+        variables: Further variables of the template: ``tools``, ``documents``, and any of its own.
         special_tokens: What the template knows as ``bos_token``, ``eos_token`` and so on; those that are missing are
             undefined in it. It is what a tokenizer of transformers has as ``special_tokens_map``.
 

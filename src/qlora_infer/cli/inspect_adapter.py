@@ -53,8 +53,8 @@ class Inspection:
         rank: The largest rank of its modules.
         alpha: ``lora_alpha``.
         modules: The kinds of modules that it changes, such as ``q_proj``, and how many of each.
-        num_zero_modules: How many of them A or B of zeros leaves as they are.
-        num_magnitudes: How many of them have DoRA's magnitudes.
+        num_zero_modules: The number of them that A or B of zeros leaves as they are.
+        num_magnitudes: The number of them that have DoRA's magnitudes.
         num_bytes: The size of its tensors.
         base_model: The model that it says it was trained on.
         task: PEFT's task type, such as ``CAUSAL_LM``.

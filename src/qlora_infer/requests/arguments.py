@@ -42,7 +42,7 @@ class PromptInput:
 
     Attributes:
         prompt: Text, or token ids.
-        media: What vLLM takes beside it, such as ``multi_modal_data``.
+        media: Further fields of vLLM's mapping, such as ``multi_modal_data``.
     """
 
     prompt: str | tuple[int, ...]

@@ -35,7 +35,7 @@ class GenerationRequest:
         queued: When the request was made, in seconds of ``time.monotonic()``.
         index: The prompt's place among those of one call.
         awaited: The name of the adapter where ``adapter`` is not there: it is being loaded, or cannot be.
-        media: What vLLM takes beside the prompt, such as ``multi_modal_data``.
+        media: Further fields of vLLM's mapping, such as ``multi_modal_data``.
         conversation: The conversation that the prompt was written from, if it was.
     """
 

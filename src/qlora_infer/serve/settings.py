@@ -15,7 +15,7 @@ class Settings:
     """The settings of a server.
 
     Attributes:
-        model_names: What requests call the base model; the first one is in responses.
+        model_names: The base model's names in requests; the first one is in responses.
         api_key: The key of requests; ``None`` lets everybody ask who reaches the port.
         admin_key: The key of requests that change adapters; with ``None``, nobody changes them.
         allowed: From where adapters may come.

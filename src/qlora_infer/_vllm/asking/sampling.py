@@ -16,7 +16,7 @@ class SamplingReader:
     """Makes ``SamplingParams``, as the engine's model needs them.
 
     Attributes:
-        defaults: What the model's ``generation_config.json`` sets.
+        defaults: The fields that the model's ``generation_config.json`` sets.
         vllm_config: The engine's configuration; ``None`` before it has been started.
         tokenizer: The model's tokenizer.
     """

@@ -54,7 +54,7 @@ async def make_application(
 
     Args:
         engine: The engine, which the caller closes.
-        served_model_names: What requests call the base model; the first one is in responses.
+        served_model_names: The base model's names in requests; the first one is in responses.
         timeout: Seconds that a request may take, waiting included.
         server_args: Further arguments of vLLM's server.
     """

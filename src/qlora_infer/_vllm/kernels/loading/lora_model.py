@@ -32,7 +32,7 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         moved: The kinds of modules that ``slots.py`` moves into slots, and casts on the GPU. vLLM casts what it
             moves on the CPU, in the middle of a step; so an adapter of others is cast when it is read.
         magnitudes: DoRA's, in float32, by module.
-        gains: What ``kernels/dora.py`` makes of them, by the model's layers.
+        gains: Those that ``kernels/dora.py`` makes of them, by the model's layers.
     """
 
     moved: ClassVar[frozenset[str]] = frozenset()
