@@ -669,8 +669,8 @@ class QuantizedLoRAEngine(Displayed):
         """Queue one prompt and return at once.
 
         Args:
-            prompt: A prompt as in ``generate``, or a conversation: a list of messages, or a mapping with ``messages`` and
-                the arguments of ``chat``, such as ``{"messages": [...], "tools": [...]}``.
+            prompt: A prompt as in ``generate``, or a conversation: a list of messages, or a mapping with ``messages``
+                and the arguments of ``chat``, such as ``{"messages": [...], "tools": [...]}``.
             sampling_params: As in ``generate``.
             adapter: As in ``generate``.
             priority: As in ``generate``.
