@@ -32,6 +32,7 @@ TEST_REQUIREMENTS = (
     *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50"),  # a web service around the engine
     *("prometheus-client>=0.20", "opentelemetry-sdk>=1.25"),  # metrics and traces
     *("nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.9"),  # notebooks
+    "lm-eval[api]>=0.4.13",  # evaluation over adapters
     "ray[data,serve]>=2.60",  # several replicas
     "num2words",  # SmolVLM's processor in transformers
     *DOCS_REQUIREMENTS,
@@ -148,6 +149,16 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "--ignore=tests/engine", *IN_PARALLEL, env=environment)
     # One at a time: threads of OpenMP that share cores with others wait for each other.
     session.run("pytest", "tests/engine", env=environment)
+
+
+@nox.session
+def notebook(session: nox.Session) -> None:
+    """Run examples/adapters.ipynb on the demo model, and write its page with the outputs, examples/adapters.md."""
+    environment = install_for_tests(session)
+    session.install("nbconvert>=7.16")
+    environment |= {"TQDM_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    convert = ["jupyter", "nbconvert", "--execute", "--to", "markdown", "examples/adapters.ipynb"]
+    session.run(*convert, *session.posargs, env=environment)
 
 
 @nox.session
