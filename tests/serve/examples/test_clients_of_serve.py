@@ -12,7 +12,6 @@ pytest.importorskip("openai")
 
 import attrs
 from doc_blocks import ROOT
-from serve.conftest import byte_model, one_server  # noqa: F401
 from served import KEY, ByteEngine, served
 from vllm.logprobs import Logprob
 
@@ -44,7 +43,7 @@ def evaluate(monkeypatch, tmp_path):
     return module.evaluate
 
 
-def test_each_model_of_a_server_has_its_own_score(evaluate, byte_model, tmp_path):  # noqa: F811
+def test_each_model_of_a_server_has_its_own_score(evaluate, byte_model, tmp_path):
     """The prompts' log-probabilities are those of the adapter that is named: one that knows the capitals scores 1."""
     backend = Geographer(reply=lambda prompt, adapter: "x")  # one token, as the harness asks for
     with served(tmp_path, backend=backend) as (url, _):
@@ -54,7 +53,7 @@ def test_each_model_of_a_server_has_its_own_score(evaluate, byte_model, tmp_path
     assert len(backend.requests) == 2 * sum(len(row["choices"]) for row in ROWS)
 
 
-def test_langchain_s_chain_answers_and_streams(one_server, monkeypatch, capsys):  # noqa: F811
+def test_langchain_s_chain_answers_and_streams(one_server, monkeypatch, capsys):
     """The script prints a batch of two answers of the adapter, and a stream."""
     pytest.importorskip("langchain_openai")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
