@@ -156,9 +156,7 @@ def notebook(session: nox.Session) -> None:
     """Run examples/adapters.ipynb on the demo model, and write its page with the outputs, examples/adapters.md."""
     environment = install_for_tests(session)
     session.install("nbconvert>=7.16")
-    environment |= {"TQDM_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    convert = ["jupyter", "nbconvert", "--execute", "--to", "markdown", "examples/adapters.ipynb"]
-    session.run(*convert, *session.posargs, env=environment)
+    session.run("python", "docs/.run_notebook.py", env={**environment, "VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
 @nox.session
