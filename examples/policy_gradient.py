@@ -48,7 +48,7 @@ def loss_of(policy: PeftModel, output: GenerationOutput, rewards: torch.Tensor) 
 def train(engine: QuantizedLoRAEngine, num_steps: int = 6) -> list[float]:
     """Return the mean reward of each step's answers."""
     policy = make_policy()
-    optimizer = torch.optim.AdamW((weight for weight in policy.parameters() if weight.requires_grad), lr=1e-2)
+    optimizer = torch.optim.AdamW((weight for weight in policy.parameters() if weight.requires_grad), lr=5e-3)
     prompts, adapter, history = [f"The capital of {country} is" for country in CAPITALS], None, []
     for step in range(num_steps):
         outputs = engine.generate(prompts, {**SAMPLING_PARAMS, "seed": step}, adapter=adapter, use_tqdm=False)

@@ -9,12 +9,12 @@ pytest.importorskip("peft")
 
 
 def test_the_reward_rises_from_version_to_version(awq, monkeypatch, capsys):
-    """Each step's answers come from the version before it; after four steps the answers are better than the base's."""
+    """Each step's answers come from the version before it; after five steps the answers are better than the base's."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     spec = importlib.util.spec_from_file_location("policy_gradient", ROOT / "examples" / "policy_gradient.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    first, *_, last = example.train(awq, num_steps=5)
-    assert last > first + 0.15
+    first, *_, before_last, last = example.train(awq, num_steps=6)
+    assert (before_last + last) / 2 > first + 0.15
     adapters = [line.split()[3] for line in capsys.readouterr().out.splitlines()]
-    assert adapters == ["none", *(f"policy@{number}" for number in range(1, 5))]
+    assert adapters == ["none", *(f"policy@{number}" for number in range(1, 6))]
