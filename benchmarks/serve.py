@@ -68,7 +68,7 @@ def plain_command(model: Path, adapters: Mapping[str, Path], arguments: argparse
     modules = [f"{name}={folder}" for name, folder in adapters.items()]
     options = {
         "max_lora_rank": 8,
-        "max_cpu_loras": len(adapters),
+        "max_cpu_loras": max(len(adapters), arguments.max_loras),
         "max_model_len": 512,
         **arguments.engine_args,
         "max_loras": arguments.max_loras,
@@ -94,8 +94,9 @@ def our_command(model: Path, adapters: Mapping[str, Path], arguments: argparse.N
     named = [part for name, folder in adapters.items() for part in ("--adapter", f"{name}={folder}")]
     return [
         *(sys.executable, "-m", "qlora_infer", "serve", str(model), "--served-model-name", "base", *named),
-        *("--max-loras", str(arguments.max_loras), "--max-lora-rank", "8", "--max-cpu-loras", str(len(adapters))),
-        *("--max-model-len", "512", "--max-waiting", "100000", "--engine-args", json.dumps(arguments.engine_args)),
+        *("--max-loras", str(arguments.max_loras), "--max-lora-rank", "8"),
+        *("--max-cpu-loras", str(max(len(adapters), arguments.max_loras)), "--max-model-len", "512"),
+        *("--max-waiting", "100000", "--engine-args", json.dumps(arguments.engine_args)),
     ]
 
 

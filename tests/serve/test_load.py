@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm.entrypoints.launchers")
 
-from served import served
+from served import ByteEngine, served
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -29,11 +29,11 @@ def benchmark(monkeypatch):
 
 def test_vllm_bench_serve_measures_the_server(benchmark, tmp_path, byte_model):
     """Every request of vLLM's load generator is answered, by the adapters that it names, and pairs become a table."""
-    names = ("a0", "a1")
-    arguments = Namespace(requests=20, input_len=8, output_len=4, repeats=1)
+    options = {"adapters": ("a0", "a1"), "api_key": None}
+    arguments = Namespace(requests=20, input_len=8, output_len=16, repeats=1)
     with (
-        served(tmp_path / "ours", adapters=names, api_key=None) as (ours, engine),
-        served(tmp_path / "plain", adapters=names, api_key=None) as (plain, _),
+        served(tmp_path / "ours", backend=ByteEngine(step_seconds=0.002), **options) as (ours, engine),
+        served(tmp_path / "plain", backend=ByteEngine(step_seconds=0.002), **options) as (plain, _),
     ):
         urls = {"plain": plain, "ours": ours}
         runs = [run for number in (0, 2) for run in benchmark.measure(urls, byte_model, number, "inf", arguments)]
