@@ -25,6 +25,9 @@ from qlora_infer.adapters.version import AdapterVersion
 from qlora_infer.chat.conversation import Conversation
 from qlora_infer.chat.template import content_format, render
 
+#: The tokens around a message's author in the format of gpt-oss (OpenAI's Harmony).
+HARMONY = ("<|start|>", "<|message|>")
+
 #: What vLLM gives ``apply_chat_template`` beside the variables of a template.
 ARGUMENTS = {"chat_template", "return_dict", "tokenize", "add_generation_prompt", "continue_final_message"}
 
@@ -53,6 +56,27 @@ def make_renderer(vllm_config: Any) -> Any:
 
     renderer.render_messages_async = render_messages_async
     return renderer
+
+
+def require_harmony(online_renderer: Any) -> None:
+    """Make the server of a gpt-oss refuse chats of adapters that were trained on another format than Harmony.
+
+    vLLM writes and reads such chats in Harmony, without any template (``vllm/renderers/online_renderer.py``).
+    """
+    adjust = online_renderer.adjust_harmony_request
+
+    def adjust_harmony_request(request: Any) -> None:
+        choice = current_choice()
+        template = choice.version.extras.chat_template if choice is not None else None
+        if choice is not None and template is not None and any(token not in template for token in HARMONY):
+            raise VLLMValidationError(
+                f"adapter {choice.version.name!r} has a chat template that is not Harmony's, "
+                "in which chats of gpt-oss are written here: write the prompt yourself and send it to /v1/completions",
+                parameter="model",
+            )
+        adjust(request)
+
+    online_renderer.adjust_harmony_request = adjust_harmony_request
 
 
 def _with_lists(message: Any) -> Any:
