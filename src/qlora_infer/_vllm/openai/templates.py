@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.renderers.chat_utils import has_non_text_content
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -21,6 +20,7 @@ from vllm.tokenizers.registry import tokenizer_args_from_config
 from qlora_infer._vllm.asking import chat
 from qlora_infer._vllm.openai.choice import current_choice
 from qlora_infer._vllm.openai.faults import served_errors
+from qlora_infer._vllm.openai.pictures import check_pictures
 from qlora_infer.adapters.version import AdapterVersion
 from qlora_infer.chat.conversation import Conversation
 from qlora_infer.chat.template import content_format, render
@@ -46,15 +46,23 @@ def make_renderer(vllm_config: Any) -> Any:
 
     async def render_messages_async(messages: Any, params: Any) -> Any:
         messages = [_with_lists(message) for message in messages]
-        if has_non_text_content(messages):  # before anything is downloaded
-            raise VLLMValidationError("this server reads texts: no pictures and no sounds", parameter="messages")
+        check_pictures(renderer.model_config, messages)
         choice = current_choice()
         if choice is None or choice.version.extras.chat_template is None:
             return await with_model_template(messages, params)
         options = params.get_apply_chat_template_kwargs()
         return await asyncio.to_thread(_render, renderer, choice.version, messages, options)
 
+    process_tokens = renderer._process_tokens_async
+
+    async def process_tokens_async(prompt: Any, **options: Any) -> Any:
+        media = prompt.pop("multi_modal_data", None)
+        made = await process_tokens(prompt, **options)
+        return made if media is None else {**made, "multi_modal_data": media}
+
     renderer.render_messages_async = render_messages_async
+    # The engine's renderer processes pictures: its cache is in step with the core's, and a second one would not be.
+    renderer._process_tokens_async = process_tokens_async
     return renderer
 
 
@@ -92,7 +100,7 @@ def _with_lists(message: Any) -> Any:
 def _render(renderer: Any, version: AdapterVersion, messages: list[Any], options: Mapping[str, Any]) -> Any:
     name, template = version.name, version.extras.chat_template or ""
     with served_errors():
-        parsed, _ = chat.parse(renderer, Conversation(messages), template, content_format(name, template))
+        parsed, media = chat.parse(renderer, Conversation(messages), template, content_format(name, template))
         text = render(
             name,
             template,
@@ -102,4 +110,4 @@ def _render(renderer: Any, version: AdapterVersion, messages: list[Any], options
             variables={key: value for key, value in options.items() if key not in ARGUMENTS},
             special_tokens={**renderer.get_tokenizer().special_tokens_map, **version.extras.special_tokens},
         )
-    return parsed, parse_dec_only_prompt(text)
+    return parsed, parse_dec_only_prompt({"prompt": text, **media})
