@@ -111,7 +111,9 @@ def test_other_media_are_refused(tmp_path, backend, part, words):
     assert not engine.requests
 
 
-def test_a_model_that_reads_text_only_refuses_pictures(one_server):
-    """The error names the model's limit."""
-    with client(one_server) as ai, pytest.raises(openai.BadRequestError, match="reads text only"):
-        ai.chat.completions.create(model="pirate", messages=chat(data_url()))
+@pytest.mark.parametrize("url", [data_url(), "http://127.0.0.1:9/a.png"])
+@pytest.mark.parametrize("name", ["base", "pirate"])
+def test_a_model_that_reads_text_only_refuses_pictures(one_server, name, url):
+    """Whatever the template, and no address is looked up."""
+    with client(one_server) as ai, pytest.raises(openai.BadRequestError, match=r"reads text only|would be downloaded"):
+        ai.chat.completions.create(model=name, messages=chat(url))
