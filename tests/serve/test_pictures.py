@@ -56,33 +56,47 @@ def backend(tmp_path_factory):
 
     SeeingEngine.vllm_config = EngineArgs(model=str(folder)).create_engine_config(UsageContext.LLM_CLASS)
     SeeingEngine.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return lambda: SeeingEngine(reply=lambda prompt, adapter: "w1 w2")
+    return SeeingEngine(reply=lambda prompt, adapter: "w1 w2")
 
 
-def test_a_picture_reaches_the_engine_with_its_prompt(tmp_path, backend):
+@pytest.fixture(scope="module")
+def url(tmp_path_factory, backend):
+    """A server of it, with an adapter that has a template of its own."""
+    folder = tmp_path_factory.mktemp("adapters")
+    (folder / "own").mkdir()
+    (folder / "own" / "chat_template.jinja").write_text(TEMPLATE.replace("m.content is string", "false"))
+    with served(folder, backend=backend, adapters=("pirate", "own")) as (url, _):
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def asked(backend):
+    """The requests that the engine got in a test."""
+    backend.requests.clear()
+    return backend.requests
+
+
+def test_a_picture_reaches_the_engine_with_its_prompt(url, asked):
     """A data: URL is given to the engine as a picture, for base and adapters, those with templates of their own too."""
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "chat_template.jinja").write_text(TEMPLATE.replace("m.content is string", "false"))
-    engine = backend()
-    with served(tmp_path, backend=engine, adapters=("pirate", "own")) as (url, _), client(url) as ai:
+    with client(url) as ai:
         for name in ("base", "pirate", "own"):
             reply = ai.chat.completions.create(model=name, messages=chat(data_url()))
             assert reply.choices[0].message.content == "w1 w2"
-        asked = [{"role": "user", "content": [{"type": "input_image", "image_url": data_url(), "detail": "auto"}]}]
-        ai.responses.create(model="pirate", input=asked)
-        with anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as claude:
-            source = {"type": "base64", "media_type": "image/png", "data": data_url().partition(",")[2]}
-            content = [{"type": "image", "source": source}]
-            claude.messages.create(model="pirate", max_tokens=8, messages=[{"role": "user", "content": content}])
+        content = [{"type": "input_image", "image_url": data_url(), "detail": "auto"}]
+        ai.responses.create(model="pirate", input=[{"role": "user", "content": content}])
         ai.chat.completions.create(model="base", messages=HELLO)
-    *seeing, blind = engine.requests
-    assert len(seeing) == 5
-    for request in seeing:
+    with anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as claude:
+        source = {"type": "base64", "media_type": "image/png", "data": data_url().partition(",")[2]}
+        content = [{"type": "image", "source": source}]
+        claude.messages.create(model="pirate", max_tokens=8, messages=[{"role": "user", "content": content}])
+    blind = asked.pop(4)
+    assert not blind.media
+    assert len(asked) == 5
+    for request in asked:
         (picture,) = request.media["multi_modal_data"]["image"]
         assert getattr(picture, "media", picture).size == PICTURE.size
         assert set(request.media) == {"multi_modal_data"}
-    assert seeing[0].prompt == seeing[1].prompt == seeing[2].prompt
-    assert not blind.media
+    assert asked[0].prompt == asked[1].prompt == asked[2].prompt
 
 
 @pytest.mark.parametrize(
@@ -101,19 +115,17 @@ def test_a_picture_reaches_the_engine_with_its_prompt(tmp_path, backend):
         ([{"role": "user", "content": [{"type": "image_embeds", "image_embeds": "AAAA"}]}], "embeddings"),
     ],
 )
-def test_other_media_are_refused(tmp_path, backend, part, words):
+@pytest.mark.parametrize("name", ["base", "own"])
+def test_other_media_are_refused(url, asked, name, part, words):
     """Nothing is downloaded or read from disk unasked, a small file is no large picture, and the rest is refused."""
-    engine = backend()
-    with served(tmp_path, backend=engine) as (url, _), client(url) as ai:
-        for name in ("base", "pirate"):
-            with pytest.raises(openai.BadRequestError, match=words):
-                ai.chat.completions.create(model=name, messages=part)
-    assert not engine.requests
+    with client(url) as ai, pytest.raises(openai.BadRequestError, match=words):
+        ai.chat.completions.create(model=name, messages=part)
+    assert not asked
 
 
-@pytest.mark.parametrize("url", [data_url(), "http://127.0.0.1:9/a.png"])
+@pytest.mark.parametrize("address", [data_url(), "http://127.0.0.1:9/a.png"])
 @pytest.mark.parametrize("name", ["base", "pirate"])
-def test_a_model_that_reads_text_only_refuses_pictures(one_server, name, url):
+def test_a_model_that_reads_text_only_refuses_pictures(one_server, name, address):
     """Whatever the template, and no address is looked up."""
     with client(one_server) as ai, pytest.raises(openai.BadRequestError, match=r"reads text only|would be downloaded"):
-        ai.chat.completions.create(model=name, messages=chat(url))
+        ai.chat.completions.create(model=name, messages=chat(address))
