@@ -38,6 +38,7 @@ NOT_EXECUTED: dict[tuple[str, str], str] = {
             "from pathlib import Path",
             "from ray import serve",
             "from qlora_infer import AdapterNotLoadedError",
+            "from qlora_infer.serve.settings import Settings",
             "def make_parallel_engine():",
         )
     },
