@@ -104,7 +104,7 @@ def new_tokens() -> Files:
 
 
 @refused(
-    "tokens with other numbers",
+    "other ids for the model's tokens",
     "an adapter of another tokenizer",
     "Its tokenizer numbers 1 tokens otherwise than the model's: '<image>' (99, here 18); it was trained on another model "
     "or with another tokenizer.",

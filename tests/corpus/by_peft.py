@@ -92,7 +92,7 @@ ENTRIES = [
     ),
     _lora(
         "lora_bias",
-        "LoRA with biases of its own",
+        "trained LoRA biases",
         "PEFT's lora_bias",
         "It has LoRA biases (lora_bias) that are not zero (model.layers.0.self_attn.q_proj.lora_B.bias, model.layers.0.self_attn.v_proj.lora_B.bias, model.layers.1.self_attn.q_proj.lora_B.bias, …), which vLLM does not apply: train with lora_bias=False.",
         way_out="train with lora_bias=False",
