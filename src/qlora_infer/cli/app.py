@@ -61,7 +61,7 @@ def _print_version(is_asked: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and what vLLM logs.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and vLLM's log.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,

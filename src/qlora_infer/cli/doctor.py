@@ -75,11 +75,11 @@ def doctor(
     *,
     options: Mapping[str, Any],
 ) -> None:
-    """Print what is installed, which quantizations work here, and how to mend what does not.
+    """Print the installed packages, the quantizations that work here, and a fix for each problem.
 
-    With --model, also print how an engine with these options would start: slots, memory, CUDA graphs, kernels, and the
-    reason for each. Of the model, only small files such as config.json are read; no engine is started. Ends with 0 when
-    at least one quantization works, else with 1.
+    With --model, also print the plan of an engine with these options: slots, memory, CUDA graphs, kernels, and the
+    reason for each. It reads only small files of the model, such as config.json, and starts no engine. The exit code is
+    0 if at least one quantization works, else 1.
     """
     if options and model is None:
         raise typer.BadParameter(f"--{next(iter(options)).replace('_', '-')} is for the plan: give --model, too")

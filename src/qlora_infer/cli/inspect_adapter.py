@@ -101,21 +101,21 @@ class Inspection:
 def inspect_adapter(
     ctx: typer.Context,
     source: Annotated[str, typer.Argument(help="A Hub id, a folder or a URL, as load_adapter takes it.")],
-    base: Annotated[str | None, typer.Option(help="A base model to hold it against: a Hub id or a folder.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model to compare with: a Hub id or a folder.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base model's branch, tag or commit.")] = None,
     device: Annotated[
-        BaseDevice, typer.Option(help="Where the base is served: experts are adapted on GPUs only, DoRA on CPUs.")
+        BaseDevice, typer.Option(help="The device of the engine: adapters of experts need a GPU, DoRA a CPU.")
     ] = BaseDevice.CUDA,
-    max_lora_rank: Annotated[
-        int, typer.Option(help="The largest rank that the engine would have room for.")
-    ] = ALLOWED_RANKS[-1],
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Convert pickled weights to look at.")] = False,
+    max_lora_rank: Annotated[int, typer.Option(help="The max_lora_rank of the engine.")] = ALLOWED_RANKS[-1],
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Convert pickled weights, without running them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what an adapter is, and whether it fits a base model, without loading a model.
+    """Show an adapter, and check whether it fits a base model, without loading a model.
 
-    Every check that load_adapter makes is made here, with the same words. Ends with 0 when nothing stands against the
-    adapter, with 1 when it cannot be served (on this base, or on any), with 2 when it or the base cannot be read.
+    It makes every check of load_adapter, with the same messages. The exit code is 0 if the adapter works, 1 if it
+    cannot be served (on this base, or on any), and 2 if it or the base cannot be read.
     """
     try:
         found = _inspect(

@@ -32,15 +32,15 @@ def build_app(
     """Return an application for ``ray.serve.run``.
 
     Requests name their adapter as Serve's multiplexed model id: ``handle.options(multiplexed_model_id="pirate")``, or
-    the HTTP header ``serve_multiplexed_model_id``; without one the base model answers. Serve prefers replicas that
-    have the adapter, and then those that have the fewest. See ``AdapterServer`` for what may be called.
+    the HTTP header ``serve_multiplexed_model_id``. Without an id, the base model answers. Serve prefers replicas that
+    have the adapter, then those with the fewest adapters. ``AdapterServer`` lists the calls.
 
     Args:
-        engine: Makes a replica's engine. Its ``known_adapters`` are loaded on first use, ``max_loaded_adapters`` of
-            them at most.
-        timeout: Seconds that a request may take, waiting included; ``None`` for no limit.
-        **options: Of ``serve.deployment``: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config`` and so on.
-            ``max_ongoing_requests`` is 256 here, as many as vLLM has in a batch; Serve's own default is 5.
+        engine: A function that returns a replica's engine. The engine loads its ``known_adapters`` on first use, at
+            most ``max_loaded_adapters`` of them.
+        timeout: Seconds for a request, waiting included; ``None`` for no limit.
+        **options: Options of ``serve.deployment``: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config`` and
+            so on. ``max_ongoing_requests`` defaults to 256, vLLM's batch size, instead of Serve's 5.
 
     Example:
         >>> from qlora_infer.ray import build_app
@@ -54,15 +54,15 @@ def build_app(
 
 
 class AdapterServer:
-    """The deployment behind ``build_app``: ``generate`` and ``stream`` for handles, JSON for HTTP.
+    """The deployment of ``build_app``: ``generate`` and ``stream`` for handles, JSON for HTTP.
 
-    Over HTTP, a POST of ``{"prompt": …, "sampling_params": {…}, "stream": false}`` is answered with ``text``,
-    ``finish_reason``, ``num_prompt_tokens``, ``num_tokens`` and ``adapter``; with ``"stream": true``, by server-sent
-    events of which each has the text that was added. What is wrong is ``{"error": …, "error_type": …}`` with a status,
-    or an event when it comes after the first token.
+    POST ``{"prompt": …, "sampling_params": {…}, "stream": false}``. The response has ``text``, ``finish_reason``,
+    ``num_prompt_tokens``, ``num_tokens`` and ``adapter``. With ``"stream": true``, the response consists of server-sent
+    events with the text since the previous event. An error is ``{"error": …, "error_type": …}`` with a status, or an
+    event after the first token.
 
     Args:
-        engine: Makes the engine.
+        engine: A function that returns the engine.
         timeout: As in ``build_app``.
     """
 
@@ -90,17 +90,22 @@ class AdapterServer:
             priority: As in ``QuantizedLoRAEngine.generate``.
 
         Raises:
-            AdapterNotLoadedError: The engine knows no adapter by the model id.
-            Exception: What ``QuantizedLoRAEngine.load_adapter`` and ``QuantizedLoRAEngine.generate`` raise.
+            AdapterNotLoadedError: The engine has no adapter for the model id.
+            Exception: The errors of ``QuantizedLoRAEngine.load_adapter`` and ``QuantizedLoRAEngine.generate``.
         """
         return await (await self._submit(prompt, sampling_params, priority))
 
     async def stream(
         self, prompt: Any, sampling_params: Mapping[str, Any] | None = None, *, priority: int = 0
     ) -> AsyncIterator[GenerationOutput]:
-        """Answer one prompt and yield partial outputs as the tokens come, each with all the text so far.
+        """Answer one prompt, and yield partial outputs as tokens come, each with the whole text so far.
 
-        For ``handle.options(stream=True)``. Arguments and errors are those of ``generate``.
+        Call it with ``handle.options(stream=True)``.
+
+        Args:
+            prompt: As in ``generate``.
+            sampling_params: As in ``generate``.
+            priority: As in ``generate``.
         """
         parts = aiter(await self._submit(prompt, sampling_params, priority))
         with contextlib.closing(parts):  # cancels the request when its reader has gone
@@ -123,10 +128,10 @@ class AdapterServer:
         return StreamingResponse(_events(first, parts), headers=headers, media_type="text/event-stream")
 
     def check_health(self) -> None:
-        """For Serve, which replaces a replica whose engine has ended.
+        """Raise an error if the engine has ended; Serve then replaces the replica.
 
         Raises:
-            EngineDeadError: It has.
+            EngineDeadError: The engine has ended.
         """
         if not self._engine.is_running:
             raise errors.EngineDeadError("the engine of this replica has ended; Serve starts another")
