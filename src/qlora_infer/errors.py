@@ -4,7 +4,7 @@
     ├── MissingDependencyError            (ImportError)   a package is not installed, or its install is broken
     ├── QuantizationError                 (ValueError)    this checkpoint cannot be served this way here
     │   └── UnknownQuantizationError      (LookupError)   no strategy has that name
-    ├── ModelNotFoundError                (OSError)       the base model is not where its name says
+    ├── ModelNotFoundError                (OSError)       the base model does not exist under its name
     ├── UnsupportedModelError             (ValueError)    vLLM has no such architecture, or has it without LoRA
     ├── EngineStartError                  (RuntimeError)  vLLM did not start
     ├── ForkedEngineError                 (RuntimeError)  the engine belongs to the process that was forked
@@ -16,14 +16,14 @@
     │   ├── AdapterConflictError          (RuntimeError)  the name has moved on from the version that was expected
     │   ├── AdapterSourceError            (OSError)       the source could not be read
     │   │   ├── AdapterNotFoundError      (LookupError)   no such folder, repository, revision or file
-    │   │   ├── AdapterAccessError        (PermissionError)  the source asks for a token, or for another one
+    │   │   ├── AdapterAccessError        (PermissionError)  the source needs a token, or another one
     │   │   └── AdapterDownloadError      (ConnectionError)  the connection failed, or there is none
     │   ├── CorruptAdapterError           (ValueError)    the files cannot be read: truncated, malformed, NaN
     │   ├── UnsafeAdapterError            (ValueError)    the files could do harm: pickles, links that leave the folder
     │   ├── IncompatibleAdapterError      (ValueError)    the files are sound but cannot run on this model
     │   └── AdapterLoadError              (RuntimeError)  vLLM refused an adapter that looked right
     └── RequestError                      never raised itself: everything about one request
-        ├── RequestCancelledError         somebody cancelled it, or nobody holds its handle any more
+        ├── RequestCancelledError         it was cancelled, or its handle was dropped
         ├── RequestTimeoutError           (TimeoutError)  it has not finished within its timeout
         ├── QueueFullError                too many requests wait already
         └── RequestRejectedError          (ValueError)    vLLM cannot run it: too long, a parameter out of range

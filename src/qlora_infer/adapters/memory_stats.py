@@ -32,7 +32,7 @@ class AdapterResidency:
 
 
 class ResidencyRecorder:
-    """Counts what happens to adapters; any thread may call any method."""
+    """The counters of adapters' moves; every thread can call every method."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

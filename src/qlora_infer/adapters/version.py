@@ -111,20 +111,20 @@ class LoadedAdapters(DisplayedCollection, Mapping[str, LoadedAdapter]):
 
 @define(eq=False)
 class AdapterVersion:
-    """One immutable content under a name: what a request runs on, from its first token to its last.
+    """One immutable content under a name, which a request uses from its first token to its last.
 
     ``vllm_name`` and ``int_id`` belong to this content alone. vLLM finds KV blocks by name and path and slots by the
     integer id, so neither can ever answer for other bytes.
 
     Attributes:
-        name: What requests call it.
+        name: The name for requests.
         int_id: Its integer id in vLLM.
         source: The text of its source, without any secret.
         origin: The source itself, token and all, where it can be fetched again; else ``None``.
         allow_pickle: Whether it may be read from a pickle.
         snapshot: The private copy that vLLM reads.
-        manifest: What the copy says of itself.
-        extras: What it has beside its weights: a chat template, generation defaults, tokens.
+        manifest: The manifest of the copy.
+        extras: The files beside its weights: a chat template, generation defaults, tokens.
         number: Its number under this name, given when it is published.
         lineage: How the model that it was trained on compares with this one.
         share: Its share of the engine beside other adapters.
@@ -164,7 +164,7 @@ class AdapterVersion:
 
     @property
     def vllm_name(self) -> str:
-        """The name that vLLM knows it by."""
+        """The name in vLLM."""
         return f"{self.name}#{self.int_id}@{self.snapshot.digest[:16]}"
 
     @property

@@ -22,7 +22,7 @@ INTERRUPTED = 130  # as shells have it: 128, and the number of SIGINT
 
 
 class _Commands(TyperGroup):
-    """Commands whose errors are one message, unless ``--debug`` asks for the traceback."""
+    """Commands whose errors are one message, or a traceback with ``--debug``."""
 
     @override
     def invoke(self, ctx: Any) -> Any:
@@ -73,6 +73,6 @@ def main(start_engine: StartEngine = QuantizedLoRAEngine) -> None:
     """Run the program on ``sys.argv``.
 
     Args:
-        start_engine: What makes the engine; tests pass ``qlora_infer.testing.fake_engine``.
+        start_engine: The function that makes the engine; tests pass ``qlora_infer.testing.fake_engine``.
     """
     app(prog_name="qlora-infer", obj=start_engine)

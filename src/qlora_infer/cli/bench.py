@@ -35,7 +35,7 @@ class Measurement:
         seconds: How long that took.
         tokens_per_second: Generated tokens by that time.
         first_token_median: The median time to the first token, in seconds from the request.
-        first_token_p99: What 99 of 100 requests were faster than.
+        first_token_p99: The 99th percentile, in seconds.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The command ``doctor``, which lists what works on this machine and the fix for what does not."""
+"""The command ``doctor``, which lists the quantizations that work here, and a fix for each problem."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Diagnosis:
     Attributes:
         python: Python's version.
         packages: The versions of the packages that matter; ``None`` for one that is not installed.
-        machine: What an engine would run on.
-        device: What vLLM would run on: ``"cuda"``, ``"cpu"``, or ``None`` without a vLLM that works here.
-        quantizations: By kind of checkpoint; why it does not work here, or ``None`` where it does.
-        multimodal: Why models that need torchvision do not start here, or ``None`` where they do.
-        advice: What else is amiss, and the fix.
+        machine: The machine.
+        device: vLLM's device: ``"cuda"``, ``"cpu"``, or ``None`` without a vLLM that works here.
+        quantizations: The problem of each kind of checkpoint here; ``None`` if it works.
+        multimodal: The problem of models that need torchvision; ``None`` if they start.
+        advice: Other problems, each with its fix.
     """
 
     python: str
@@ -156,7 +156,7 @@ def _vllm_fault(installed: Mapping[str, str], machine: Machine) -> str | None:
 
 
 def _kinds() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield the kinds of checkpoints: a name for each, the strategy's, and what a checkpoint says of itself."""
+    """Yield the kinds of checkpoints: a name, the strategy's name, and the fields of its config."""
     for name in quantization.registered():
         if name != "compressed-tensors":
             yield name, name, {} if name == "none" else {"quant_method": name}

@@ -131,7 +131,7 @@ def _count(prompts: Path, use: str | None, answered: dict[int, int]) -> tuple[in
 
 
 class _Answers:
-    """Asks lines and writes what comes, whichever comes first."""
+    """The loop that sends lines and writes answers, whichever is due first."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class _Answers:
                 self._fail(line, output.error)
 
     def _sound(self, lines: Iterable[PromptLine]) -> Iterator[PromptLine]:
-        """Yield the lines that can be asked, and write what is wrong with the others."""
+        """Yield the valid lines, and write the errors of the others."""
         number = 0
         for line in lines:
             if line.fault:

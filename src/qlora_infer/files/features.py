@@ -60,7 +60,7 @@ _KNOWN = frozenset(
 
 
 def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say, in a sentence each, what an ``adapter_config.json`` asks for that vLLM 0.32 refuses or ignores."""
+    """Return a sentence for each feature of an ``adapter_config.json`` that vLLM 0.32 refuses or ignores."""
     peft_type = str(config.get("peft_type", "LORA"))
     if peft_type.upper() in CONVERTED_TYPES:
         return

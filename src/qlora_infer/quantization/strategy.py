@@ -135,7 +135,7 @@ def unserved(model: str, says: str, why: str) -> QuantizationError:
     Args:
         model: The checkpoint.
         says: The field of its quantization config, with the value.
-        why: What vLLM runs instead.
+        why: The forms that vLLM runs instead.
     """
     return QuantizationError(
         f"{model} is quantized with {says}: {why}. Take another checkpoint of the same model: one in AWQ or "

@@ -28,7 +28,7 @@ class GenerationRequest:
         prompt: Text, or token ids.
         sampling_params: vLLM's ``SamplingParams``.
         adapter: The exact version that answers, ``None`` for the base model.
-        stream: Whether somebody may read partial outputs; the engine need not make them otherwise.
+        stream: Whether partial outputs can be read; the engine need not make them otherwise.
         add_special_tokens: Whether the tokenizer adds its own; a chat template has written them already.
         priority: Lower goes first.
         timeout: Seconds from ``queued`` in which it must finish; ``None`` for no limit.

@@ -134,7 +134,7 @@ class EngineStats(Displayed):
 
 
 class StatsRecorder:
-    """Counts what happens to requests; any thread may call any method."""
+    """The counters of requests; every thread can call every method."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

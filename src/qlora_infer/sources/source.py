@@ -85,7 +85,7 @@ def parse_source(source: SourceLike) -> Source:
 
 
 def parse_sources(adapters: Mapping[str, SourceLike]) -> dict[str, Source]:
-    """Return the sources of several adapters by name; raises what ``parse_source`` raises."""
+    """Return the sources of several adapters by name; raises the errors of ``parse_source``."""
     if not isinstance(adapters, Mapping):
         raise TypeError(
             f'adapters must map names to sources, such as {{"pirate": "./pirate"}}, got {type(adapters).__name__}'

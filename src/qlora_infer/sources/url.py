@@ -26,8 +26,8 @@ class URL:
     names a place (``abfs://container@account.dfs.core.windows.net``).
 
     Attributes:
-        scheme: What stands before ``://``.
-        user: What stands before the host's ``@``; ``None`` where there is none.
+        scheme: The text before ``://``.
+        user: The text before the host's ``@``; ``None`` if there is none.
         place: The host or bucket, and the path.
         query: The query with its ``?``, or nothing.
     """

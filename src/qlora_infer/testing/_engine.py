@@ -251,7 +251,7 @@ class FakeEngine:
         return {version: self._end_load(version) for version, began in [*self._being_read.items()] if began <= latest}
 
     def _end_load(self, version: AdapterVersion) -> AdapterError | None:
-        """Put a version in host memory, or return what is wrong with it; its files are not read."""
+        """Put a version in host memory, or return its error; its files are not read."""
         del self._being_read[version]
         if version.name in self._refused:
             why = f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}"
