@@ -51,11 +51,11 @@ class Loader(Protocol):
 
 
 class KnownAdapters:
-    """Loads adapters when they are first asked for, several at a time, in threads of its own.
+    """Adapters that are loaded on first use, several at a time, in threads of this object.
 
-    Whoever asks is called when the adapter is there, or with the error, which everybody hears who asks within the next
-    ``RETRY_AFTER`` seconds. Over the limit, the least recently used of the adapters that this object loaded and that
-    have no requests is unloaded. Any thread may use it.
+    A request's callback gets the adapter or the error. Requests within the next ``RETRY_AFTER`` seconds get the same
+    error. Over the limit, this object unloads the least recently used of the adapters that it loaded and that have no
+    requests. Every thread can use it.
 
     Args:
         sources: The sources by name; a mapping is read anew each time. ``None`` has none.

@@ -299,7 +299,7 @@ def check_tokens(adapter: str, extras: Extras, vocabulary: Mapping[str, int] | N
     if moved:
         pairs = (f"{_name(token)} ({extras.added_tokens[token]}, here {vocabulary[token]})" for token in moved)
         reasons.append(
-            f"Its tokenizer numbers {len(moved)} tokens otherwise than the model's: {format_names(pairs)}; "
+            f"Its tokenizer has other ids than the model's for {len(moved)} tokens: {format_names(pairs)}; "
             "it was trained on another model or with another tokenizer."
         )
     if beyond:
