@@ -51,6 +51,7 @@ NEEDED = {
     "qlora_infer.ray.server": "ray.serve",
     "qlora_infer.ray.stage": "ray.data",
     "docs/adapters.md": "torch",
+    "docs/which-adapters.md": "torch",
 }
 
 LANGUAGES = {"python", "console", "text", "json", "yaml", "toml"}

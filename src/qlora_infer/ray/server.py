@@ -33,20 +33,20 @@ def build_app(
     """Return an application for ``ray.serve.run``.
 
     Requests name their adapter as Serve's multiplexed model id: ``handle.options(multiplexed_model_id="pirate")``, or
-    the HTTP header ``serve_multiplexed_model_id``; without one the base model answers. Serve prefers replicas that
-    have the adapter, and then those that have the fewest. See ``AdapterServer`` for what may be called.
+    the HTTP header ``serve_multiplexed_model_id``. Without an id, the base model answers. Serve prefers replicas that
+    have the adapter, then those with the fewest adapters. ``AdapterServer`` lists the calls.
 
     Over HTTP, a replica is the server of ``qlora-infer serve``, whose requests name their adapter as ``model``; with
     the header beside it, Serve chooses a replica that has the adapter.
 
     Args:
-        engine: Makes a replica's engine. Its ``known_adapters`` are loaded on first use, ``max_loaded_adapters`` of
-            them at most.
-        timeout: Seconds that a request of a handle may take, waiting included; ``None`` for no limit.
+        engine: A function that returns a replica's engine. The engine loads its ``known_adapters`` on first use, at
+            most ``max_loaded_adapters`` of them.
+        timeout: Seconds for a request of a handle, waiting included; ``None`` for no limit.
         http: The settings of the OpenAI server that each replica is over HTTP; ``None`` for handles only. It needs
             vLLM 0.32.
-        **options: Of ``serve.deployment``: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config`` and so on.
-            ``max_ongoing_requests`` is 256 here, as many as vLLM has in a batch; Serve's own default is 5.
+        **options: Options of ``serve.deployment``: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config`` and
+            so on. ``max_ongoing_requests`` defaults to 256, vLLM's batch size, instead of Serve's 5.
 
     Raises:
         ValueError: ``http`` has an admin key.
@@ -68,10 +68,10 @@ def build_app(
 
 
 class AdapterServer:
-    """The deployment behind ``build_app``: ``generate`` and ``stream`` for handles, OpenAI's API for HTTP.
+    """The deployment of ``build_app``: ``generate`` and ``stream`` for handles, OpenAI's API for HTTP.
 
     Args:
-        engine: Makes the engine.
+        engine: A function that returns the engine.
         timeout: As in ``build_app``.
         http: As in ``build_app``.
     """
@@ -102,17 +102,22 @@ class AdapterServer:
             priority: As in ``QuantizedLoRAEngine.generate``.
 
         Raises:
-            AdapterNotLoadedError: The engine knows no adapter by the model id.
-            Exception: What ``QuantizedLoRAEngine.load_adapter`` and ``QuantizedLoRAEngine.generate`` raise.
+            AdapterNotLoadedError: The engine has no adapter for the model id.
+            Exception: The errors of ``QuantizedLoRAEngine.load_adapter`` and ``QuantizedLoRAEngine.generate``.
         """
         return await (await self._submit(prompt, sampling_params, priority))
 
     async def stream(
         self, prompt: Any, sampling_params: Mapping[str, Any] | None = None, *, priority: int = 0
     ) -> AsyncIterator[GenerationOutput]:
-        """Answer one prompt and yield partial outputs as the tokens come, each with all the text so far.
+        """Answer one prompt, and yield partial outputs as tokens come, each with the whole text so far.
 
-        For ``handle.options(stream=True)``. Arguments and errors are those of ``generate``.
+        Call it with ``handle.options(stream=True)``.
+
+        Args:
+            prompt: As in ``generate``.
+            sampling_params: As in ``generate``.
+            priority: As in ``generate``.
         """
         parts = aiter(await self._submit(prompt, sampling_params, priority))
         with contextlib.closing(parts):  # cancels the request when its reader has gone
@@ -127,10 +132,10 @@ class AdapterServer:
         return _Forwarded(await asyncio.shield(self._http), self._announce_loaded)
 
     async def check_health(self) -> None:
-        """For Serve, which replaces a replica whose engine has ended.
+        """Raise an error if the engine has ended; Serve then replaces the replica.
 
         Raises:
-            EngineDeadError: It has.
+            EngineDeadError: The engine has ended.
             Exception: The settings of ``http`` are wrong, or it needs another vLLM; Serve does not start the replica.
         """
         if self._http is not None:
