@@ -182,12 +182,14 @@ class AdapterManifest:
     def with_zeros(self, tensors: Iterable[str]) -> AdapterManifest:
         """Return this manifest with the modules that have one of these tensors of zeros.
 
-        One with a magnitude is none of them: that changes the module by itself.
+        One with a magnitude is none of them, nor one with a LoRA bias: these change the module by themselves.
         """
         zeros = frozenset(tensors)
         modules = {factor.module for factor in map(factor_of, zeros) if factor is not None}
         modules |= {tensor.module for name, tensor in self.saved.items() if name in zeros and tensor.is_lambda}
-        return evolve(self, zero_modules=frozenset(modules) - self.magnitudes, zeros=zeros)
+        others = {tensor.module.removesuffix(".lora_B") for name, tensor in self.saved.items()
+                  if name not in zeros and tensor.module.endswith(".lora_B")}  # fmt: skip
+        return evolve(self, zero_modules=frozenset(modules) - self.magnitudes - others, zeros=zeros)
 
 
 def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
