@@ -9,9 +9,9 @@ any format. Only products with it are needed, and the base's own layer makes the
 
 ``|W|^2`` is the base's alone. It takes a product with each input, so it is made for a layer's first adapter and kept.
 
-What an adapter adds to the base's bias goes the same way, as a shift: PEFT's ``lora_bias`` gives
-``y = W x + bias + s (B A x + b)`` (``Linear.forward`` in ``peft/tuners/lora/layer.py``), and ``bias="all"`` another bias
-in place of the base's, which magnitudes do not scale.
+A bias of an adapter goes the same way, as a shift: PEFT's ``lora_bias`` gives ``y = W x + bias + s (B A x + b)``
+(``Linear.forward`` in ``peft/tuners/lora/layer.py``), and ``bias="all"`` another bias in place of the base's, which
+magnitudes do not scale.
 
 vLLM's products on the CPU write to memory that all threads share, so they are made on the thread of the steps, some
 milliseconds between two of them. Read in vLLM 0.32.0, ``vllm/lora/layers``, ``vllm/model_executor/layers/linear.py``
