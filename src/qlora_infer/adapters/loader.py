@@ -94,7 +94,10 @@ class AdapterLoader:
                 versions = {part: stack.enter_context(self._registry.in_use(part)) for part in source.adapters}
                 for version in versions.values():
                     self._registry.fetch(version)
-                named = {part: (f"{v.name}@{v.number}", v.manifest) for part, v in versions.items()}
+                named = {
+                    part: (f"{version.name}@{version.number}", stack.enter_context(self._registry.plain(version)))
+                    for part, version in versions.items()
+                }
                 source = source.of(named)
             return self._replace(name, source, share=share, allow_pickle=allow_pickle, strict=strict, expect=expect)
 

@@ -26,8 +26,15 @@ _PREFIX = "base_model.model."
 _LINEAR, _EMBEDDING = ".lora_{}.weight", ".lora_embedding_{}"
 
 
-def write_served(adapter: str, folder: Path, placement: Placement, conversion: Conversion | None = None) -> Path:
-    """Write the copy for vLLM into a folder beside an adapter's own files.
+def write_served(
+    adapter: str,
+    folder: Path,
+    placement: Placement,
+    conversion: Conversion | None = None,
+    *,
+    target: Path | None = None,
+) -> Path:
+    """Write the copy for vLLM, by default into a folder beside an adapter's own files.
 
     The factors are the adapter's, bit for bit, or made by a conversion. Those of experts that it holds in one tensor
     become one pair for each expert where the model has them one by one, and what it leaves of a layer's experts becomes
@@ -39,6 +46,7 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
         folder: The adapter's private copy.
         placement: Where its modules go.
         conversion: The factors that the rest of it becomes.
+        target: The folder for the copy.
 
     Returns:
         The folder for vLLM.
@@ -46,7 +54,7 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
     Raises:
         OSError: The disk is full.
     """
-    target = folder / SERVED_NAME
+    target = target or folder / SERVED_NAME
     target.mkdir(exist_ok=True)
     conversion = conversion or Conversion()
     config = conversion.config(read_config(adapter, folder / CONFIG_NAME))
