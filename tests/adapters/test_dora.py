@@ -73,11 +73,11 @@ def test_what_peft_saves_has_a_magnitude_for_each_module(tmp_path):
 
 
 def test_magnitudes_without_use_dora_are_tensors_that_would_be_lost(tmp_path):
-    """PEFT passes over them; the adapter was trained with them."""
+    """PEFT passes over them; the adapter was trained with them, as torchtune's are."""
     write_dora(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}))
-    assert "no LoRA factors" in read_manifest("dora", tmp_path / "a").unsupported[0]
+    assert "does not set use_dora" in read_manifest("dora", tmp_path / "a").unsupported[0]
 
 
 def test_a_module_without_its_magnitude_is_named(tmp_path):

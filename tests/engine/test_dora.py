@@ -65,7 +65,7 @@ def pirate_folder(form, option):
             if "lora_magnitude_vector" in name:
                 parameter.mul_(1 + 0.15 * torch.randn(parameter.shape, generator=generator))
             elif name.endswith("lora_B.default.bias"):
-                parameter.normal_(0.0, 0.05, generator=generator)
+                parameter.normal_(0.0, 0.005, generator=generator)
     made = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     model.save_pretrained(made, save_embedding_layers=False)

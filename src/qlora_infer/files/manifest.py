@@ -237,7 +237,12 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
             raise
         leftover = []
     foreign = foreign_kind(list(modules or leftover), config)
-    if leftover and not (foreign and not modules):
+    if modules and leftover and all(map(magnitude_of, leftover)):
+        unsupported.append(
+            f"It has {len(leftover)} magnitudes of DoRA ({format_names(leftover)}), and its config does not set "
+            "use_dora: save it with PEFT, or train without DoRA."
+        )
+    elif leftover and not (foreign and not modules):
         unsupported.append(format_strays(leftover, num_factors=len(modules)))
     return AdapterManifest(
         folder=folder,
