@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import logging
+import sys
 
 import pytest
 
@@ -43,6 +45,17 @@ def test_every_part_of_the_server_asks_this_engine(app):
     left = [made for made in gc.get_objects() if type(made) is OpenAIServingModels]
     holders = {type(holder).__name__ for made in left for holder in gc.get_referrers(made) if holder is not left}
     assert holders <= {"frame", "list"}
+
+
+def test_an_application_s_log_stays_as_it_is(byte_model, monkeypatch):
+    """vLLM imports a package that sets the root logger to ERROR; the program's own warnings are seen all the same."""
+    for name in [name for name in sys.modules if name.startswith("model_hosting_container_standards")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    with fake_engine(backend=ByteEngine()) as engine:
+        asyncio.run(make_application(engine, served_model_names=["base"]))
+    assert "model_hosting_container_standards.logging_config" in sys.modules
+    assert logging.root.level == logging.WARNING
 
 
 def test_the_engine_s_names(app):

@@ -6,6 +6,7 @@ Read in vLLM 0.32.0, ``vllm/entrypoints/launchers``; tests/serve/test_surface.py
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,10 @@ async def make_application(
         given={**parsers, **(server_args or {})},
     )
     tasks = await client.get_supported_tasks()
+    level = logging.root.level
     app: FastAPI = build_app(arguments, tasks, client.model_config)
+    # SageMaker's package, which vLLM imports there, leaves the root logger at ERROR: warnings would be gone.
+    logging.root.setLevel(level)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     await init_app_state(client, app.state, arguments, tasks)
     _adopt(app, client, engine, AdapterChooser(engine._registry, engine._known))
