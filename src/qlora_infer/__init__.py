@@ -84,7 +84,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a name stands for; of vLLM's own, ``SamplingParams`` is here, too, for those who are used to it."""
+    """Import the object of a public name; vLLM's ``SamplingParams`` is one, too."""
     if name == "SamplingParams":
         from qlora_infer._vllm.engine import sampling_params_class
 

@@ -11,7 +11,7 @@ def require(purpose: str, *packages: str) -> None:
     """Check that packages are installed, without importing them.
 
     Args:
-        purpose: What needs them, for the message: "an adapter from memory is written".
+        purpose: The purpose, for the message: "an adapter from memory is written".
         packages: Their names, which those of their modules are.
 
     Raises:

@@ -109,10 +109,10 @@ class EngineConfig:
     )
     quantization: object = field(
         default="auto",
-        metadata={"help": '"auto" (what config.json has; an unquantized model in 4 bits), or a strategy\'s name.'},
+        metadata={"help": '"auto" (config.json decides; an unquantized model in 4 bits), or the name of a strategy.'},
     )
     max_loras: int | Literal["auto"] = field(
-        default=8, validator=_positive_or_auto, metadata={"help": "Adapters that one batch may mix."}
+        default=8, validator=_positive_or_auto, metadata={"help": "Adapters that one batch can mix."}
     )
     max_slot_bytes: int | None = field(
         default=None,
@@ -140,7 +140,7 @@ class EngineConfig:
     max_loaded_adapters: int | None = field(
         default=256,
         validator=_positive_or_none,
-        metadata={"help": "Adapters loaded on first use that are kept; over it the least recently used is unloaded."},
+        metadata={"help": "Known adapters that stay loaded; above it, the least recently used is unloaded."},
     )
     max_model_len: int | None = field(
         default=None,
@@ -148,17 +148,17 @@ class EngineConfig:
         metadata={"help": "Tokens of prompt and answer together."},
     )
     enforce_eager: bool | Literal["auto"] = field(
-        default="auto", validator=_yes_no_or_auto, metadata={"help": "Without CUDA graphs, or with."}
+        default="auto", validator=_yes_no_or_auto, metadata={"help": "Run without CUDA graphs."}
     )
     startup: Startup = field(
         default="fast",
         validator=_one_of("fast", "compiled"),
-        metadata={"help": "On a GPU: CUDA graphs alone, or torch.compile too."},
+        metadata={"help": "On a GPU: CUDA graphs only, or also torch.compile."},
     )
     lora_kernels: LoraKernels = field(
         default="auto",
         validator=_one_of("auto", "vllm"),
-        metadata={"help": "On a GPU: the faster LoRA kernels, or always vLLM's own."},
+        metadata={"help": "On a GPU: the faster LoRA kernels, or always vLLM's."},
     )
     revision: str | None = field(default=None, metadata={"help": "The model's branch, tag or commit."})
     token: str | None = field(default=None, repr=False, metadata={"help": "The Hub's access token; never printed."})
@@ -176,7 +176,7 @@ class EngineConfig:
     tool_call_parser: str | None = field(
         default=None,
         validator=validators.optional(validators.instance_of(str)),
-        metadata={"help": "The vLLM parser that finds calls of tools in answers, such as hermes."},
+        metadata={"help": "The vLLM parser that finds tool calls in answers, such as hermes."},
     )
     policy: Literal["fair", "fcfs"] = field(
         default="fair",
@@ -186,12 +186,12 @@ class EngineConfig:
     max_waiting: int | None = field(
         default=None,
         validator=_positive_or_none,
-        metadata={"help": "Requests that may wait at a time."},
+        metadata={"help": "Requests that can wait at a time."},
     )
     restart: Literal["never", "on-failure"] = field(
         default="never",
         validator=_one_of("never", "on-failure"),
-        metadata={"help": "Never, or start an engine core again that dies."},
+        metadata={"help": "Start a new engine core if one dies, or never."},
     )
 
     @property

@@ -39,8 +39,8 @@ class Table:
 
     Attributes:
         rows: The cells; ``None`` is shown as ``-``, and columns of numbers are aligned to the right.
-        header: What stands above the columns.
-        empty: What is shown where there are no rows.
+        header: The titles of the columns.
+        empty: The text for a table without rows.
     """
 
     rows: Sequence[Sequence[Cell]]
@@ -48,7 +48,7 @@ class Table:
     empty: str = "none"
 
     def text(self) -> str:
-        """Aligned text; what could move a terminal's cursor is written as Python writes it."""
+        """Aligned text; characters that can move a terminal's cursor are escaped as in Python."""
         if not self.rows:
             return self.empty
         length = MAX_CHARS_IN_COLUMN if self.header else MAX_CHARS

@@ -15,10 +15,10 @@ class Durations:
     """Several measured times, in seconds.
 
     Attributes:
-        count: How many.
+        count: Their number.
         total: Their sum.
         max: The longest.
-        buckets: How many lie between each two of ``BOUNDS``: up to 1 ms first, above 300 s last.
+        buckets: The numbers of times between each two of ``BOUNDS``: up to 1 ms first, above 300 s last.
     """
 
     count: int = 0
@@ -28,11 +28,15 @@ class Durations:
 
     @property
     def mean(self) -> float | None:
-        """Their mean; ``None`` while there are none."""
+        """The mean; ``None`` without any."""
         return self.total / self.count if self.count else None
 
     def plus(self, seconds: float) -> Durations:
-        """Return these durations and one more."""
+        """Return these durations and one more.
+
+        Args:
+            seconds: The further duration.
+        """
         i, buckets = bisect_left(BOUNDS, seconds), self.buckets
         buckets = (*buckets[:i], buckets[i] + 1, *buckets[i + 1 :])
         return Durations(self.count + 1, self.total + seconds, max(self.max, seconds), buckets)

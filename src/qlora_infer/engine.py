@@ -1,8 +1,8 @@
-"""``QuantizedLoRAEngine``, the engine that users hold: one quantized base model and its LoRA adapters.
+"""``QuantizedLoRAEngine``: one quantized base model and its LoRA adapters.
 
-Plain vLLM can serve both, and hands its caller a list of traps: an adapter that does not load ends the engine, an
-integer id used twice silently serves the wrong adapter, new bytes under an old name are answered from old KV blocks,
-and on the CPU a base request in a mixed batch gets somebody else's adapter. This class exists to take them away.
+Plain vLLM serves both, with traps: an adapter that does not load ends the engine, an integer id used twice silently
+serves the wrong adapter, old KV blocks answer for new bytes under an old name, and on the CPU a base request in a mixed
+batch gets another request's adapter. This class removes them.
 """
 
 from __future__ import annotations
@@ -57,67 +57,67 @@ Sampling: TypeAlias = SamplingParams | Mapping[str, Any] | None
 
 
 class QuantizedLoRAEngine(Displayed):
-    """A quantized base model on vLLM that serves many LoRA adapters, which come and go while it runs.
+    """A quantized base model on vLLM that serves many LoRA adapters, which you load and remove while it runs.
 
-    Any thread may call any method. An adapter is copied, checked and loaded before a request can name it, so that no
-    adapter, however broken, ends the engine or disturbs another request.
+    Every thread can call every method. The engine copies, checks and loads an adapter before requests can use it, so a
+    broken adapter neither ends the engine nor affects other requests.
 
-    Until the last engine is closed, Python's garbage collector passes over the objects that were there when the newest
-    one started: to go through all of them stops the process for tenths of a second. ``gc.unfreeze()`` ends that before.
+    While an engine is open, Python's garbage collector skips the objects that existed when the newest engine started,
+    because a pass over all of them stops the process for tenths of a second. ``gc.unfreeze()`` undoes this.
 
     Args:
-        model: A Hub id or a local folder with a checkpoint.
-        quantization: ``"auto"`` reads ``config.json`` and takes what it says; an unquantized checkpoint is quantized
-            to 4 bits with bitsandbytes as it loads. ``"none"`` serves such a checkpoint in its own 16 bits. Or the name
-            of a registered strategy, or a strategy. ``None`` is as in vLLM: what ``config.json`` says, and an
-            unquantized checkpoint as it is.
-        adapters: Adapters to load at once, by name.
-        known_adapters: Adapters to load when a request first names them: their sources by name, a folder that has one
-            in each of its folders, or a function from a name to a source, or to ``None`` where it knows none. Requests
-            for other adapters go on meanwhile.
-        max_loras: Adapters that one batch may mix; each takes a slot in the device's memory, of the size that
-            ``max_lora_rank`` needs. ``"auto"`` chooses from that size and the memory, and logs it.
+        model: A Hub id, or a local folder with a checkpoint.
+        quantization: ``"auto"`` reads the checkpoint's ``config.json``, and quantizes an unquantized checkpoint to 4
+            bits with bitsandbytes as it loads. ``"none"`` serves an unquantized checkpoint in its own 16 bits. ``None``
+            does the same as vLLM: it reads ``config.json``, and leaves an unquantized checkpoint as it is. You can also
+            pass a strategy, or the name of a registered one.
+        adapters: Adapters to load at the start, name to source.
+        known_adapters: Adapters to load when the first request names them: a mapping of names to sources, a folder with
+            one adapter in each folder, or a function that returns a name's source, or ``None`` for an unknown name.
+            Other requests continue meanwhile.
+        max_loras: The number of adapters that one batch can mix. Each takes a slot in the device's memory, whose size
+            depends on ``max_lora_rank``. ``"auto"`` chooses the number from the free memory, and logs it.
         max_slot_bytes: With ``max_loras="auto"``, the bytes for all slots; ``None`` for a twentieth of the memory.
-        max_lora_rank: The largest rank that an adapter may have: 1, 8, 16, 32, 64, 128, 256, 320 or 512. ``"auto"``
-            takes what ``adapters`` need, or 64 where none are given.
-        max_cpu_loras: Adapters kept in host memory, ready to move into a slot. ``"auto"`` chooses from the memory
-            that is free, and logs it.
-        max_cpu_bytes: Bytes of adapters kept there, by their real sizes; ``None`` for no limit but their number.
-        max_disk_bytes: Bytes of private copies on disk, from which adapters are read; ``None`` for no limit. Over it,
-            copies of idle adapters go, and are made again from their source when they are asked for: keep what the
-            source names as it was.
-        max_loaded_adapters: Of more adapters than these that were loaded on first use, the least recently used that
-            has no requests is unloaded, until it is asked for again; ``None`` for no limit. Those that ``adapters`` or
-            ``load_adapter`` loaded, or that are pinned, stay.
-        max_model_len: Tokens of prompt and answer together; ``None`` takes what the model allows.
-        enforce_eager: Run without CUDA graphs: several times slower. ``"auto"`` does so only on a GPU that is short of
-            memory for them, and logs it.
-        startup: On a GPU, ``"fast"`` captures CUDA graphs and does not compile, so that a model is there in about
-            a minute; ``"compiled"`` is vLLM's own default, which takes longer, the larger the model.
-            ``compilation_config`` in ``engine_args`` goes before it. On a CPU it makes no difference.
-        lora_kernels: On a GPU, ``"auto"`` computes LoRA with this library's kernels where they were tried (Hopper), and
-            with vLLM's own elsewhere; ``"vllm"`` always with vLLM's own, for whoever wants to compare.
+        max_lora_rank: The largest rank of an adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512. ``"auto"`` takes the rank
+            that ``adapters`` need, or 64 without ``adapters``.
+        max_cpu_loras: The number of adapters kept in host memory, ready to move into a slot. ``"auto"`` chooses it from
+            the free memory, and logs it.
+        max_cpu_bytes: The bytes of adapters in host memory, by their real sizes; ``None`` for no limit.
+        max_disk_bytes: The bytes of private copies on disk; ``None`` for no limit. When the limit is exceeded, copies
+            of idle adapters are deleted and made again on next use, so a source must not change.
+        max_loaded_adapters: The number of known adapters that stay loaded; ``None`` for no limit. When it is exceeded,
+            the least recently used one without requests is unloaded until its next request. Pinned adapters, and those
+            of ``adapters`` and ``load_adapter``, stay.
+        max_model_len: The tokens of prompt and answer together; ``None`` for the model's limit.
+        enforce_eager: Run without CUDA graphs, which is several times slower. ``"auto"`` does so only on a GPU with too
+            little memory for graphs, and logs it.
+        startup: On a GPU, ``"fast"`` captures CUDA graphs without torch.compile and starts in about a minute.
+            ``"compiled"`` is vLLM's default, which takes longer for larger models. ``compilation_config`` in
+            ``engine_args`` overrides it. On a CPU it has no effect.
+        lora_kernels: On a GPU, ``"auto"`` uses this library's LoRA kernels on Hopper and vLLM's on other GPUs;
+            ``"vllm"`` always uses vLLM's.
         revision: The model's branch, tag or commit on the Hub.
-        token: The Hub's access token, for the model and for adapters without one of their own. Never printed.
-        engine_args: Further arguments of vLLM's ``EngineArgs``, as they are.
-        reasoning_parser: The name of the parser of vLLM that finds the thoughts in answers (``"qwen3"``,
-            ``"deepseek_r1"``): ``output.reasoning``, and ``output.content`` without them.
-        tool_call_parser: The name of the parser of vLLM that finds calls of tools (``"hermes"``, ``"llama3_json"``) in
-            answers to ``chat`` with ``tools``: ``output.tool_calls``.
-        policy: ``"fair"`` shares the engine among adapters, so that none starves behind a busy one; see
-            docs/scheduling.md. ``"fcfs"`` serves requests strictly in the order in which they came.
-        max_waiting: Requests that may wait at a time; ``add_request`` then blocks or raises. ``None`` for no limit.
-        restart: ``"on-failure"`` starts a new engine core when one dies, loads the same adapters, and runs again what
-            had not produced a token; what had fails with ``EngineDeadError``. With ``"never"``, everything fails.
-        backend: What runs the model; ``None`` for vLLM. Tests pass ``qlora_infer.testing.FakeEngine()``.
+        token: The Hub's access token, for the model and for adapters without their own. It is never printed.
+        engine_args: Further arguments of vLLM's ``EngineArgs``.
+        reasoning_parser: The name of vLLM's parser that separates reasoning from answers (``"qwen3"``,
+            ``"deepseek_r1"``), for ``output.reasoning`` and ``output.content``.
+        tool_call_parser: The name of vLLM's parser that finds tool calls (``"hermes"``, ``"llama3_json"``) in answers
+            to ``chat`` with ``tools``, for ``output.tool_calls``.
+        policy: ``"fair"`` shares the engine among adapters, so that none starves behind a busy one
+            (docs/scheduling.md). ``"fcfs"`` serves requests strictly first come, first served.
+        max_waiting: The number of requests that can wait; ``None`` for no limit. Above it, ``add_request`` blocks or
+            raises ``QueueFullError``.
+        restart: ``"on-failure"`` starts a new engine core if one dies, loads the same adapters, and repeats the
+            requests without output; the others fail with ``EngineDeadError``. With ``"never"``, all fail.
+        backend: The engine underneath; ``None`` for vLLM. Tests pass ``qlora_infer.testing.FakeEngine()``.
 
     Raises:
-        TypeError: There is no such argument; an argument of vLLM belongs into ``engine_args``.
+        TypeError: An argument is unknown. Pass vLLM's arguments in ``engine_args``.
         ValueError: An argument is out of range, or ``engine_args`` contradicts another.
         MissingDependencyError: A package is missing; the message has the command that installs it.
-        QuantizationError: The checkpoint cannot be served this way here.
+        QuantizationError: The checkpoint cannot be served this way on this machine.
         ModelNotFoundError: There is no such model, or the token does not open it.
-        AdapterError: One of ``adapters`` cannot be loaded; nothing is left running.
+        AdapterError: One of ``adapters`` cannot be loaded.
         UnsupportedModelError: vLLM does not serve the model's architecture, or not with adapters.
         EngineStartError: vLLM did not start.
 
@@ -256,7 +256,7 @@ class QuantizedLoRAEngine(Displayed):
 
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
-        """The adapters that requests may name now, by name; a copy that does not change."""
+        """The loaded adapters by name; a copy that does not change."""
         return self._registry.records()
 
     def load_adapter(
@@ -269,43 +269,43 @@ class QuantizedLoRAEngine(Displayed):
         allow_pickle: bool = False,
         strict: bool = False,
     ) -> LoadedAdapter:
-        """Load an adapter, or replace the one that has this name, while requests go on.
+        """Load an adapter, or replace the adapter of this name, while requests run.
 
-        The call fetches, checks and loads the adapter, and then moves the name over in one step: requests that were
-        added before finish on the old content, later ones run on the new. When anything is wrong, it raises, and
-        whatever had the name keeps it. The content that a name has already is not loaded again.
+        The call fetches, checks and loads the adapter, and then moves the name in one step. Earlier requests finish on
+        the old content, later ones use the new. If anything fails, the call raises and the name keeps its adapter.
+        Content that the name already has is not loaded again.
 
         Args:
-            name: The name that requests use.
+            name: The name for requests.
             source: A Hub id (``"org/repo"``, ``"org/repo@revision:sub/folder"``), a local folder, the URL of a folder
                 on any fsspec filesystem (``"s3://bucket/pirate"``, ``"https://host/pirate"``), or PEFT's ``PeftModel``.
-                ``HubSource`` and ``URLSource`` add tokens and options, ``TensorSource`` is a state dict with its
-                config, and ``BlendSource`` blends loaded adapters. ``None`` is what ``known_adapters`` has for the
-                name, where it is not loaded already; the other arguments are then those of a first use.
-            share: Its share of the engine while others wait too; the base model counts as an adapter of share 1.
-                Loading the same content again changes the share only.
-            expect: The version that the name stands for now, by number or digest, or 0 for none; for trainers that
-                push in a loop, so that none overwrites what it has not seen.
-            allow_pickle: Convert an ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
-            strict: Refuse an adapter with an invalid chat template, generation config or tokenizer, which are
-                otherwise left out with a warning.
+                ``HubSource`` and ``URLSource`` add tokens and options, ``TensorSource`` takes a state dict with its
+                config, and ``BlendSource`` blends loaded adapters. ``None`` loads the adapter of this name from
+                ``known_adapters``, unless it is loaded; the other arguments then have no effect.
+            share: The adapter's weight when others wait too; the base model has 1. If you load the same content again,
+                only the share changes.
+            expect: The version that you replace, by number or digest, or 0 if no adapter has the name yet. Use it if
+                several programs push versions, so that none overwrites another's.
+            allow_pickle: Convert an ``adapter_model.bin`` if there is no ``adapter_model.safetensors``.
+            strict: Refuse an adapter with an invalid chat template, generation config or tokenizer. By default these
+                files are ignored with a warning.
 
         Returns:
-            What was loaded.
+            The loaded adapter.
 
         Raises:
-            ValueError: The source is not written as one is, or a blend's adapters cannot be blended this way.
+            ValueError: The source is malformed, or a blend's adapters cannot be blended this way.
             AdapterNotFoundError: The source does not exist.
             AdapterNotLoadedError: An adapter of a blend is not loaded, or ``known_adapters`` does not have the name.
             AdapterAccessError: The source needs a token, or another one.
             AdapterDownloadError: The connection failed.
-            AdapterSourceError: Its files cannot be read.
+            AdapterSourceError: The source's files cannot be read.
             MissingDependencyError: The package for this kind of source is not installed.
-            CorruptAdapterError: The files cannot be read.
+            CorruptAdapterError: The files are malformed.
             UnsafeAdapterError: Reading the files could do harm.
             IncompatibleAdapterError: The adapter does not fit this engine; ``reasons`` lists every reason.
-            AdapterLoadError: vLLM refused it.
-            AdapterConflictError: The name does not stand for the version that ``expect`` names.
+            AdapterLoadError: vLLM refused the adapter, or there is no room.
+            AdapterConflictError: The name stands for another version than ``expect``.
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
 
@@ -325,41 +325,76 @@ class QuantizedLoRAEngine(Displayed):
         return loaded
 
     def rollback_adapter(self, name: str) -> LoadedAdapter:
-        """Go back to the version before the one that ``name`` stands for, and forget the newer one.
+        """Go back to the previous version of an adapter, and remove the newer one.
 
-        Of each name the version before is held, on disk; over ``max_disk_bytes`` its copy is the last to go. Requests
-        that were added before finish on what they have.
+        The engine keeps the previous version of each name on disk. Earlier requests finish on the version that they
+        have.
+
+        Args:
+            name: The adapter's name.
 
         Returns:
-            What serves now.
+            The adapter that serves now.
 
         Raises:
-            AdapterNotLoadedError: No adapter has that name, or no earlier version of it is held.
-            AdapterLoadError: vLLM refused it; the newer one still serves.
+            AdapterNotLoadedError: No adapter has that name, or it has no earlier version.
+            AdapterLoadError: vLLM refused the version; the newer one still serves.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine, write_adapter
+            >>> with fake_engine() as engine:
+            ...     for seed in (1, 2):
+            ...         _ = engine.load_adapter("pirate", write_adapter("pirate", seed=seed))
+            ...     engine.rollback_adapter("pirate").version
+            1
         """
         return self._loader.rollback(name)
 
     def adapter_versions(self, name: str) -> list[LoadedAdapter]:
-        """Return the versions of an adapter that requests may name (``"name@2"``, or by digest), the newest first.
+        """Return the versions of an adapter that requests can use, the newest first.
+
+        Args:
+            name: The adapter's name. Requests name a version as ``"name@2"``, or with a digest instead of the number.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine, write_adapter
+            >>> with fake_engine() as engine:
+            ...     for seed in (1, 2):
+            ...         _ = engine.load_adapter("pirate", write_adapter("pirate", seed=seed))
+            ...     [loaded.version for loaded in engine.adapter_versions("pirate")]
+            [2, 1]
         """
         return self._registry.versions(name)
 
     def pin_adapter(self, name: str) -> None:
-        """Keep an adapter, and each later version of it, in host memory until it is unpinned or unloaded.
+        """Keep an adapter and its later versions in host memory, until you unpin or unload it.
+
+        Args:
+            name: The adapter's name; a known adapter is loaded first.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
             AdapterLoadError: No room would be left for adapters that are not pinned.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine, write_adapter
+            >>> with fake_engine() as engine:
+            ...     _ = engine.load_adapter("pirate", write_adapter("pirate"))
+            ...     engine.pin_adapter("pirate")
+            ...     engine.unpin_adapter("pirate")
         """
         self._known.require(name)
         self._loader.pin(name)
         self._known.keep(name)
 
     def unpin_adapter(self, name: str) -> None:
-        """Allow a pinned adapter to leave host memory again; harmless when it was not pinned.
+        """Allow a pinned adapter to leave host memory again; do nothing if it is not pinned.
+
+        Args:
+            name: The adapter's name.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
@@ -367,10 +402,20 @@ class QuantizedLoRAEngine(Displayed):
         self._loader.unpin(name)
 
     def prefetch_adapters(self, names: Iterable[str]) -> None:
-        """Begin to read adapters into host memory, as far as there is room, so that their first requests are quick.
+        """Start to read adapters into host memory, so that their first requests wait less.
+
+        The call returns at once. It reads as many adapters as there is room for.
+
+        Args:
+            names: The names of loaded or known adapters.
 
         Raises:
             AdapterNotLoadedError: One of them is neither loaded nor known; nothing is read.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine, write_adapter
+            >>> with fake_engine(known_adapters={"pirate": write_adapter("pirate")}) as engine:
+            ...     engine.prefetch_adapters(["pirate"])
         """
         names, loaded = list(names), self.adapters
         to_load = {name for name in names if name not in loaded and self._known.knows(name)}
@@ -379,41 +424,52 @@ class QuantizedLoRAEngine(Displayed):
             self._known.request(name, lambda found: None)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter, all its versions, and that it was pinned; requests that were added before finish on them.
+        """Unload an adapter with all its versions, and unpin it; earlier requests finish.
+
+        Args:
+            name: The adapter's name.
 
         Raises:
             AdapterNotLoadedError: No adapter has that name.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine, write_adapter
+            >>> with fake_engine() as engine:
+            ...     _ = engine.load_adapter("pirate", write_adapter("pirate"))
+            ...     engine.unload_adapter("pirate")
+            ...     list(engine.adapters)
+            []
         """
         self._loader.unload(name)
 
     def verify_adapter(
         self, name: str, prompts: Sequence[str] | None = None, *, reference: str | os.PathLike[str] | None = None
     ) -> AdapterEffect:
-        """Measure whether an adapter does anything, and, against PEFT, whether it does the right thing.
+        """Measure how much an adapter changes predictions, and optionally how far it is from PEFT.
 
-        The base model and the adapter read the same texts, and their opinions of each token are compared. An adapter
-        that was never trained, or is not applied, changes nothing.
+        The base model and the adapter read the same texts, and the log-probabilities of each token are compared. An
+        adapter that was never trained, or is not applied, changes nothing.
 
         Args:
             name: A loaded adapter, or one of its versions.
-            prompts: Texts of at least two tokens to read, near to what the adapter is for; by default five of
-                everyday English and code.
-            reference: A checkpoint of the same model that transformers can load, the unquantized one say. It is then
-                loaded too, in this process and host memory, with the adapter on top by PEFT, for comparison.
+            prompts: Texts of at least two tokens, similar to the adapter's task; by default five texts of everyday
+                English and code.
+            reference: A checkpoint of the same model that transformers can load, such as the unquantized one. It is
+                loaded into this process and the host's memory, with the adapter on top by PEFT.
 
         Returns:
-            What was found; ``print`` it.
+            The measured effect; ``print`` shows it.
 
         Raises:
-            ValueError: ``prompts`` is empty, or holds a text of one token.
+            ValueError: ``prompts`` is empty, or contains a text of one token.
             AdapterNotLoadedError: No adapter has that name.
             MissingDependencyError: With ``reference``, a package is missing.
             ModelNotFoundError: transformers cannot load ``reference``.
-            Exception: What ``generate`` raises.
+            Exception: The errors of ``generate``.
 
         Example:
             >>> from qlora_infer.testing import fake_engine, write_adapter
-            >>> with fake_engine() as engine:  # whose adapters change no opinion
+            >>> with fake_engine() as engine:  # its adapters change no probability
             ...     _ = engine.load_adapter("pirate", write_adapter("pirate"))
             ...     engine.verify_adapter("pirate", ["ahoy my hearties"]).share_changed
             0.0
@@ -459,21 +515,21 @@ class QuantizedLoRAEngine(Displayed):
         use_tqdm: bool = True,
         **_unknown: Never,
     ) -> list[GenerationOutput]:
-        """Answer prompts and wait for all of them.
+        """Answer prompts, and wait for all of them.
 
         Args:
-            prompts: A text, a list of token ids, a mapping as vLLM takes it (``{"prompt": …, "multi_modal_data":
-                {"image": …}}``), or a list of these.
-            sampling_params: A mapping of the fields of vLLM's ``SamplingParams``, ``None``, or one of these per
-                prompt; what is left out is as the adapter's ``generation_config.json`` says, then as the model's
-                does, then vLLM's default (16 for ``max_tokens``). Or a ``SamplingParams``, which is taken as it is.
-                Answers end at the stop tokens of model and adapter, unless ``ignore_eos``.
-            adapter: The name of a loaded adapter, ``None`` for the base model, or one of these per prompt.
-            priority: Lower goes first, over all fairness; one for all, or one per prompt.
-            timeout: Seconds that each prompt may take from now, waiting included; ``None`` for no limit.
-            add_special_tokens: Whether the tokenizer adds its special tokens to texts; ``False`` for a text in which
-                a chat template has written them.
-            use_tqdm: Whether to show progress on a terminal or in a notebook.
+            prompts: A text, a list of token ids, a mapping as in vLLM (``{"prompt": …, "multi_modal_data": {"image":
+                …}}``), or a list of these.
+            sampling_params: A mapping of the fields of vLLM's ``SamplingParams``, ``None``, or one of these per prompt.
+                Missing fields come from the adapter's ``generation_config.json``, then from the model's, then from vLLM
+                (``max_tokens``: 16). A ``SamplingParams`` is used without these defaults. Answers end at the stop
+                tokens of model and adapter, unless ``ignore_eos`` is set.
+            adapter: The name of an adapter, ``None`` for the base model, or one of these per prompt.
+            priority: A lower number goes first, before all fairness; one for all, or one per prompt.
+            timeout: Seconds for each prompt from now, waiting included; ``None`` for no limit.
+            add_special_tokens: Add the tokenizer's special tokens to texts. Pass ``False`` for a text that a chat
+                template has written.
+            use_tqdm: Show progress on a terminal or in a notebook.
 
         Returns:
             One output per prompt, in the order of the prompts.
@@ -482,9 +538,15 @@ class QuantizedLoRAEngine(Displayed):
             ValueError: The lengths differ, or a sampling parameter is out of range; nothing is queued.
             AdapterNotLoadedError: An adapter is not loaded; nothing is queued.
             RequestRejectedError: vLLM cannot run one of them, such as a prompt that is too long; the rest is cancelled.
-            RequestTimeoutError: One of them has not finished in time; the rest is cancelled.
+            RequestTimeoutError: One of them did not finish in time; the rest is cancelled.
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine
+            >>> with fake_engine() as engine:
+            ...     [output.text for output in engine.generate(["ahoy", "hello"], {"max_tokens": 8})]
+            ['You said: ahoy', 'You said: hello']
         """
         check_unknown("generate", _unknown)
         return self._client.generate(
@@ -512,32 +574,38 @@ class QuantizedLoRAEngine(Displayed):
         use_tqdm: bool = True,
         **_unknown: Never,
     ) -> list[GenerationOutput]:
-        """Answer conversations and wait for all of them.
+        """Answer conversations, and wait for all of them.
 
-        Each is written with the chat template that its adapter carries, or else with the model's, and as
-        ``vllm.LLM.chat`` writes it.
+        The adapter's chat template formats each conversation, or the model's if the adapter has none, as
+        ``vllm.LLM.chat`` does.
 
         Args:
             messages: One conversation, a list of messages with ``role`` and ``content``, or a list of conversations.
-                ``content`` is a text or a list of parts, as OpenAI has them: ``{"type": "text", "text": …}``,
-                ``{"type": "image_url", "image_url": {"url": …}}``.
+                ``content`` is a text or a list of OpenAI's parts: ``{"type": "text", "text": …}``, ``{"type":
+                "image_url", "image_url": {"url": …}}``.
             sampling_params: As in ``generate``.
             adapter: As in ``generate``.
             priority: As in ``generate``.
             timeout: As in ``generate``.
-            tools: The tools that the model may call, ``{"type": "function", "function": {…}}`` each.
+            tools: The tools that the model can call, each ``{"type": "function", "function": {…}}``.
             chat_template_kwargs: Further variables of the template, such as ``{"enable_thinking": False}``.
-            add_generation_prompt: Whether the prompt ends where the assistant's answer begins; ``None`` for yes, unless
+            add_generation_prompt: End the prompt with the beginning of the assistant's turn; ``None`` for yes, unless
                 ``continue_final_message``.
-            continue_final_message: Go on with the last message, which is the beginning of the answer.
+            continue_final_message: Continue the last message, which is the beginning of the answer.
             use_tqdm: As in ``generate``.
 
         Returns:
-            One output per conversation, in their order; ``prompt`` is the conversation as the template writes it.
+            One output per conversation, in their order; ``prompt`` is the formatted conversation.
 
         Raises:
-            ValueError: The template cannot write the messages, or they hold an image and the model reads text only;
-                and everything that ``generate`` raises.
+            ValueError: The template cannot format the messages, or they contain an image and the model reads text only.
+            Exception: The errors of ``generate``.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine
+            >>> with fake_engine() as engine:
+            ...     engine.chat([{"role": "user", "content": "ahoy"}], {"max_tokens": 8})[0].prompt
+            'user: ahoy'
         """
         check_unknown("chat", _unknown)
         conversations = conversation_list(
@@ -564,29 +632,28 @@ class QuantizedLoRAEngine(Displayed):
         use_tqdm: bool = True,
         **_unknown: Never,
     ) -> Iterator[GenerationOutput]:
-        """Answer any number of prompts, and yield outputs while later prompts have not been read yet.
+        """Answer any number of prompts, and yield outputs while it reads further prompts.
 
         Args:
-            prompts: Any iterable of prompts as in ``add_request``, endless ones too; it is read as outputs are taken.
+            prompts: An iterable of prompts as in ``add_request``, which can be endless.
             sampling_params: As in ``generate``; one for all, or an iterable with one per prompt.
             adapter: As in ``generate``; one for all, or an iterable with one per prompt.
             priority: As in ``generate``, one for all.
-            timeout: As in ``generate``; a prompt's time begins when it is read.
+            timeout: As in ``generate``; the time of a prompt begins when it is read.
             add_special_tokens: As in ``generate``.
-            in_order: Whether outputs come in the order of the prompts; otherwise as they finish.
-            max_pending: So many prompts are read ahead of the output that is yielded; ``None`` for four batches
-                (``4 * max_num_seqs``). The more they are, the better adapters can be kept together.
+            in_order: Yield outputs in the order of the prompts, else as they finish.
+            max_pending: The number of prompts read ahead of the yielded output; ``None`` for four batches (``4 *
+                max_num_seqs``). A larger number groups adapters better.
             on_error: ``"raise"`` ends the loop at the first prompt that fails. ``"return"`` yields an output with its
-                ``error`` in its place, and the others go on; the death of the engine is raised.
+                ``error``, and the others continue; if the engine dies, the loop still raises.
             use_tqdm: As in ``generate``.
 
         Yields:
-            One output per prompt; ``output.index`` is its place among the prompts. Leaving the loop early cancels
-            what is on its way.
+            One output per prompt; ``output.index`` is the prompt's position. If you leave the loop early, unfinished
+            requests are cancelled.
 
         Raises:
-            Exception: What ``generate`` raises, when the prompt in question is read or its output due; the rest is
-                cancelled.
+            Exception: The errors of ``generate``, when the prompt is read or its output is due; the rest is cancelled.
 
         Example:
             >>> from qlora_infer.testing import fake_engine
@@ -623,10 +690,10 @@ class QuantizedLoRAEngine(Displayed):
         block: bool = True,
         **_unknown: Never,
     ) -> PartialOutputs:
-        """Answer one prompt and yield partial outputs as the tokens come, each with all the text so far.
+        """Answer one prompt, and yield partial outputs as tokens come, each with the whole text so far.
 
-        Both ``for part in engine.stream(...)`` and ``async for part in engine.stream(...)``. Leaving the loop early
-        cancels the request.
+        Use ``for part in engine.stream(...)`` or ``async for part in engine.stream(...)``. If you leave the loop early,
+        the request is cancelled.
 
         Args:
             prompt: As in ``add_request``.
@@ -639,7 +706,15 @@ class QuantizedLoRAEngine(Displayed):
 
         Raises:
             QueueFullError: ``max_waiting`` requests wait, and ``block`` is false.
-            Exception: What ``generate`` raises; what is wrong with the arguments, already when it is called.
+            Exception: The errors of ``generate``. The call itself raises errors of the arguments, the loop the others.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine
+            >>> with fake_engine() as engine:
+            ...     for part in engine.stream("one two", {"max_tokens": 8}):
+            ...         text = part.text
+            >>> text
+            'You said: one two'
         """
         check_unknown("stream", _unknown)
         return iter(
@@ -676,20 +751,26 @@ class QuantizedLoRAEngine(Displayed):
             priority: As in ``generate``.
             timeout: As in ``generate``.
             add_special_tokens: As in ``generate``.
-            block: What happens while ``max_waiting`` requests wait already: wait for room, or raise. A coroutine, which
-                may not block its event loop, is never kept waiting.
+            block: If ``max_waiting`` requests wait already, wait for room, else raise. In a coroutine the call always
+                raises, because it must not block the event loop.
 
         Returns:
-            A handle: ``handle.result(timeout)``, ``await handle``, ``for`` and ``async for``, ``handle.cancel()``. A
-            handle that is thrown away cancels its request.
+            A handle: ``handle.result(timeout)``, ``await handle``, ``for`` and ``async for``, ``handle.cancel()``. If
+            you drop the handle, the request is cancelled.
 
         Raises:
-            ValueError: A sampling parameter is out of range, or the template cannot write the conversation.
+            ValueError: A sampling parameter is out of range, or the template cannot format the conversation.
             AdapterNotLoadedError: The adapter is not loaded.
             QueueFullError: ``max_waiting`` requests wait, and ``block`` is false, or this is a coroutine.
             RequestTimeoutError: There was no room within ``timeout``.
             EngineClosedError: The engine was closed.
             EngineDeadError: The engine core died.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine
+            >>> with fake_engine() as engine:
+            ...     engine.add_request("one two", {"max_tokens": 8}).result(timeout=10).text
+            'You said: one two'
         """
         check_unknown("add_request", _unknown)
         return self._client.add_request(
@@ -697,7 +778,14 @@ class QuantizedLoRAEngine(Displayed):
         )
 
     def stats(self) -> EngineStats:
-        """Return the engine's counts and current load in numbers; a call every second costs little."""
+        """Return the engine's counters and current load; you can call it every second.
+
+        Example:
+            >>> from qlora_infer.testing import fake_engine
+            >>> with fake_engine() as engine:
+            ...     engine.stats().num_waiting
+            0
+        """
         return self._driver.stats()
 
     def _held_by(self, outputs: Iterator[GenerationOutput]) -> Iterator[GenerationOutput]:
@@ -707,21 +795,22 @@ class QuantizedLoRAEngine(Displayed):
 
     @property
     def plan(self) -> EnginePlan:
-        """The decisions that were made before vLLM started, with their reasons; ``print`` shows them."""
+        """The decisions before vLLM started, with their reasons; ``print`` shows them."""
         return self._plan
 
     @property
     def is_running(self) -> bool:
-        """True if the engine accepts requests: it is neither closed nor known to be dead. For health checks.
+        """True while the engine accepts requests; use it for health checks.
 
-        A core that dies while it has nothing to do is noticed at the next request.
+        If an idle core dies, the next request detects it.
         """
         return self._driver.is_open
 
     def close(self) -> None:
-        """End the engine and free the device's memory; what is unfinished fails with ``EngineClosedError``.
+        """Close the engine and free the device's memory.
 
-        Takes at most some 20 seconds, also when the engine hangs. Harmless a second time.
+        Unfinished requests fail with ``EngineClosedError``. The call takes at most about 20 seconds, also if the engine
+        hangs. A second call does nothing.
         """
         self._close()
 
@@ -732,7 +821,7 @@ class QuantizedLoRAEngine(Displayed):
         self.close()
 
     async def aclose(self) -> None:
-        """Do what ``close`` does, while the event loop goes on."""
+        """Close the engine as ``close`` does, without blocking the event loop."""
         import asyncio
 
         await asyncio.to_thread(self.close)

@@ -4,7 +4,7 @@
     ├── MissingDependencyError            (ImportError)   a package is not installed, or its install is broken
     ├── QuantizationError                 (ValueError)    this checkpoint cannot be served this way here
     │   └── UnknownQuantizationError      (LookupError)   no strategy has that name
-    ├── ModelNotFoundError                (OSError)       the base model is not where its name says
+    ├── ModelNotFoundError                (OSError)       the base model does not exist under its name
     ├── UnsupportedModelError             (ValueError)    vLLM has no such architecture, or has it without LoRA
     ├── EngineStartError                  (RuntimeError)  vLLM did not start
     ├── ForkedEngineError                 (RuntimeError)  the engine belongs to the process that was forked
@@ -16,14 +16,14 @@
     │   ├── AdapterConflictError          (RuntimeError)  the name has moved on from the version that was expected
     │   ├── AdapterSourceError            (OSError)       the source could not be read
     │   │   ├── AdapterNotFoundError      (LookupError)   no such folder, repository, revision or file
-    │   │   ├── AdapterAccessError        (PermissionError)  the source asks for a token, or for another one
+    │   │   ├── AdapterAccessError        (PermissionError)  the source needs a token, or another one
     │   │   └── AdapterDownloadError      (ConnectionError)  the connection failed, or there is none
     │   ├── CorruptAdapterError           (ValueError)    the files cannot be read: truncated, malformed, NaN
     │   ├── UnsafeAdapterError            (ValueError)    the files could do harm: pickles, links that leave the folder
     │   ├── IncompatibleAdapterError      (ValueError)    the files are sound but cannot run on this model
     │   └── AdapterLoadError              (RuntimeError)  vLLM refused an adapter that looked right
     └── RequestError                      never raised itself: everything about one request
-        ├── RequestCancelledError         somebody cancelled it, or nobody holds its handle any more
+        ├── RequestCancelledError         it was cancelled, or its handle was dropped
         ├── RequestTimeoutError           (TimeoutError)  it has not finished within its timeout
         ├── QueueFullError                too many requests wait already
         └── RequestRejectedError          (ValueError)    vLLM cannot run it: too long, a parameter out of range
@@ -37,13 +37,13 @@ from collections.abc import Iterable
 
 
 class QLoRAInferError(Exception):
-    """The base of this library's errors; never raised itself."""
+    """The base of this library's errors; catch it to catch all others."""
 
 
 class MissingDependencyError(QLoRAInferError, ImportError):
-    """A package that this call needs is not installed, or its installation is broken.
+    """A package that this call needs is missing or broken.
 
-    The message ends with the command that mends it.
+    The message ends with the command that installs it.
     """
 
 
@@ -52,15 +52,15 @@ class QuantizationError(QLoRAInferError, ValueError):
 
 
 class UnknownQuantizationError(QuantizationError, LookupError):
-    """No strategy is registered under that name; the message lists those that are."""
+    """No strategy is registered under that name; the message lists the names."""
 
 
 class ModelNotFoundError(QLoRAInferError, OSError):
-    """The base model is neither a local checkpoint nor a model that the Hub lets us read."""
+    """The base model is neither a local checkpoint nor a readable model on the Hub."""
 
 
 class UnsupportedModelError(QLoRAInferError, ValueError):
-    """vLLM does not serve the model's architecture, or not with LoRA adapters; found before weights are read."""
+    """vLLM does not serve the model's architecture, or not with LoRA adapters; raised before weights are read."""
 
 
 class EngineStartError(QLoRAInferError, RuntimeError):
@@ -68,11 +68,11 @@ class EngineStartError(QLoRAInferError, RuntimeError):
 
 
 class ForkedEngineError(QLoRAInferError, RuntimeError):
-    """The engine belongs to the process that this one was forked from; make it after the fork, or spawn."""
+    """The engine belongs to the parent of this forked process; make it after the fork, or spawn."""
 
 
 class StorageError(QLoRAInferError, OSError):
-    """No folder for temporary files can be written, and adapters are copied into one."""
+    """No temporary folder is writable, and every adapter is copied into one."""
 
 
 class EngineClosedError(QLoRAInferError, RuntimeError):
@@ -84,10 +84,10 @@ class EngineDeadError(QLoRAInferError, RuntimeError):
 
 
 class AdapterError(QLoRAInferError):
-    """Everything that goes wrong with one adapter; never raised itself.
+    """The base of all errors about one adapter.
 
     Attributes:
-        adapter: The adapter's name, or its source where it has no name yet.
+        adapter: The adapter's name, or its source if it has no name yet.
     """
 
     def __init__(self, adapter: str, message: str) -> None:
@@ -103,23 +103,23 @@ class AdapterError(QLoRAInferError):
 
 
 class AdapterNotLoadedError(AdapterError, LookupError):
-    """No adapter of that name is loaded; the message lists those that are."""
+    """No adapter of that name is loaded; the message lists the loaded ones."""
 
 
 class AdapterConflictError(AdapterError, RuntimeError):
-    """The name does not stand for the version that ``expect`` names; nothing was changed."""
+    """The name stands for another version than ``expect``; nothing was changed."""
 
 
 class AdapterSourceError(AdapterError, OSError):
-    """The source could not be read."""
+    """The source cannot be read."""
 
 
 class AdapterNotFoundError(AdapterSourceError, LookupError):
-    """No such folder, repository, revision, subfolder or adapter file."""
+    """The folder, repository, revision, subfolder or adapter file does not exist."""
 
 
 class AdapterAccessError(AdapterSourceError, PermissionError):
-    """The source asks for a token, or for another one."""
+    """The source needs a token, or another one."""
 
 
 class AdapterDownloadError(AdapterSourceError, ConnectionError):
@@ -127,7 +127,7 @@ class AdapterDownloadError(AdapterSourceError, ConnectionError):
 
 
 class CorruptAdapterError(AdapterError, ValueError):
-    """The adapter's files cannot be read or hold values that no weight may have."""
+    """The adapter's files cannot be read, or contain values that no weight can have."""
 
 
 class UnsafeAdapterError(AdapterError, ValueError):
@@ -135,10 +135,10 @@ class UnsafeAdapterError(AdapterError, ValueError):
 
 
 class IncompatibleAdapterError(AdapterError, ValueError):
-    """The adapter is well-formed but cannot run on this engine.
+    """The adapter is valid but cannot run on this engine.
 
     Attributes:
-        reasons: Every reason found, each a sentence.
+        reasons: Every reason, each a sentence.
     """
 
     def __init__(self, adapter: str, reasons: Iterable[str]) -> None:
@@ -150,11 +150,11 @@ class IncompatibleAdapterError(AdapterError, ValueError):
 
 
 class AdapterLoadError(AdapterError, RuntimeError):
-    """An adapter that had passed every check was not loaded: vLLM refused it, or there was no room or no time."""
+    """An adapter that passed every check was not loaded: vLLM refused it, or there was no room or no time."""
 
 
 class RequestError(QLoRAInferError):
-    """Everything that goes wrong with one request; never raised itself."""
+    """The base of all errors about one request."""
 
 
 class RequestCancelledError(RequestError):
@@ -162,11 +162,11 @@ class RequestCancelledError(RequestError):
 
 
 class RequestTimeoutError(RequestError, TimeoutError):
-    """The request has not finished within its ``timeout``; it was stopped."""
+    """The request did not finish within its ``timeout``, and was stopped."""
 
 
 class QueueFullError(RequestError):
-    """``max_waiting`` requests wait already; this one was not taken."""
+    """``max_waiting`` requests wait already; this one was refused."""
 
 
 class RequestRejectedError(RequestError, ValueError):

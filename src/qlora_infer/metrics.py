@@ -39,14 +39,14 @@ _ENGINE, _ADAPTER, _ERROR = ("engine",), ("engine", "adapter"), ("engine", "erro
 def register(
     engine: QuantizedLoRAEngine, *, name: str | None = None, registry: CollectorRegistry = REGISTRY
 ) -> EngineCollector:
-    """Export an engine's numbers with a registry of prometheus_client, for as long as the engine lives.
+    """Export an engine's numbers to a registry of prometheus_client, as long as the engine exists.
 
-    It serves no HTTP: that is ``prometheus_client.start_http_server(8000)``, or ``make_asgi_app()`` in a web service.
+    It does not serve HTTP: call ``prometheus_client.start_http_server(8000)``, or ``make_asgi_app()`` in a web service.
 
     Args:
-        engine: The engine; it is not kept alive.
-        name: Its ``engine`` label; by default the model's name.
-        registry: Where to.
+        engine: The engine; the registry does not keep it alive.
+        name: The value of the ``engine`` label; by default the model's name.
+        registry: The registry; by default that of prometheus_client.
 
     Returns:
         The collector of all engines in that registry.

@@ -1,6 +1,6 @@
 """OpenTelemetry spans of requests, where opentelemetry-api is installed and an SDK is configured.
 
-Names follow OpenTelemetry's semantic conventions for generative AI. What is asked and answered is in no span.
+Names follow OpenTelemetry's semantic conventions for generative AI. No span contains prompts or answers.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class RequestTrace:
     """The span of one request, until the request ends.
 
     Attributes:
-        span: What is recorded.
+        span: The span.
         epoch: What makes the request's times, which are of ``time.monotonic()``, seconds since 1970. It is measured
             once, so that times of one span fit each other when the clock is set.
     """

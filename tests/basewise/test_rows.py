@@ -255,7 +255,7 @@ def test_whatever_an_adapter_saves_is_served_or_refused(tensors, fields, tiny_ba
 
 
 def test_a_served_row_is_nearer_than_bfloat16_rounds():
-    """The base model's row plus the difference, each in bfloat16, as vLLM adds them; docs/adapters.md has the figures."""
+    """The base model's row plus the difference, each in bfloat16, as vLLM adds them."""
     torch.manual_seed(0)
     for change in (0.001, 0.02, 0.1):
         base = (torch.randn(1000, 512) * 0.02).bfloat16().float()

@@ -256,7 +256,7 @@ def test_torchtunes_own_weights_beside_pefts_are_not_read(tmp_path):
         *((name, "merge_and_unload") for name in ("OFT", "BOFT", "IA3", "LN_TUNING", "ROAD", "HRA")),
         *((name, "train a LoRA") for name in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT")),
         ("XLORA", "load those that it mixes"),
-        ("BRAND_NEW", "BRAND_NEW adapter, and vLLM serves LoRA only."),
+        ("BRAND_NEW", "type BRAND_NEW, and vLLM serves LoRA only."),
     ],
 )
 def test_another_method_of_pefts_says_what_it_is_and_the_way_out(peft_type, words, tmp_path):
@@ -264,5 +264,5 @@ def test_another_method_of_pefts_says_what_it_is_and_the_way_out(peft_type, word
     folder = write_with(tmp_path / "other", {"peft_type": peft_type, "base_model_name_or_path": "fake/model"})
     with fake_engine() as engine, pytest.raises(IncompatibleAdapterError) as caught:
         engine.load_adapter("pirate", folder)
-    assert f"It is a {peft_type} adapter" in caught.value.reasons[0]
+    assert f"It is an adapter of type {peft_type}," in caught.value.reasons[0]
     assert words in caught.value.reasons[0]

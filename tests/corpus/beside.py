@@ -104,9 +104,9 @@ def new_tokens() -> Files:
 
 
 @refused(
-    "tokens with other numbers",
+    "other ids for the model's tokens",
     "an adapter of another tokenizer",
-    "Its tokenizer numbers 1 tokens otherwise than the model's: '<image>' (99, here 18); it was trained on another model "
+    "Its tokenizer has other ids than the model's for 1 tokens: '<image>' (99, here 18); it was trained on another model "
     "or with another tokenizer.",
     way_out="serve it on the model that it was trained on",
     is_refused_alone=False,

@@ -20,7 +20,7 @@ _SECTION = re.compile(r"(?<=<!-- corpus -->\n).*?(?=<!-- end of corpus -->)", re
 def table() -> str:
     """Return the table as Markdown."""
     rows = [
-        "| what it is | from | what the message says | the way out |",
+        "| adapter | from | error and message | remedy |",
         "| --- | --- | --- | --- |",
         *map(_row, REFUSED),
     ]

@@ -129,10 +129,10 @@ def rank_128() -> Files:
 
 
 @refused(
-    "a switch of a later PEFT that is on",
-    "a PEFT to come",
+    "a feature that a later PEFT adds",
+    "a later PEFT",
     "It sets quantum_config, a feature of PEFT '0.99.0' that this library does not know, and that may change what is computed: train it without, or use a newer qlora-infer.",
-    way_out="train without it, or take a newer qlora-infer",
+    way_out="train without it, or use a newer qlora-infer",
 )
 def later_switch() -> Files:
     return lora(peft_version="0.99.0", quantum_config={"qubits": [1, 2]})
@@ -191,7 +191,7 @@ def gpt_2() -> Files:
 
 
 @refused(
-    "adapter of another architecture whose sizes are this one's",
+    "adapter of another architecture of the same sizes",
     "Phi-3 and others",
     "None of its 2 modules is in this model: it has transformer.blocks.0.attn.q, transformer.blocks.1.attn.q; the model has model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj, ….",
     way_out="serve it on the model that it was trained on",
@@ -268,7 +268,7 @@ def two_adapters() -> Files:
     "a training that diverged",
     "1 tensors hold NaN or infinity: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight (or more than float16 holds); did its training diverge?",
     error=CorruptAdapterError,
-    way_out="take an earlier checkpoint",
+    way_out="use an earlier checkpoint",
 )
 def diverged() -> Files:
     files = lora()
@@ -288,7 +288,7 @@ def integers() -> Files:
 
 
 @refused(
-    "factors A alone",
+    "factors A without B",
     "a save that was cut off",
     "model.layers.0.self_attn.q_proj has no lora_B: an adapter has both factors of a module",
     error=CorruptAdapterError,
@@ -338,7 +338,7 @@ def no_json() -> Files:
     "other tools' configs",
     "adapter_config.json has no 'r'",
     error=CorruptAdapterError,
-    way_out="take the config that PEFT wrote",
+    way_out="use the config that PEFT wrote",
 )
 def no_rank() -> Files:
     return lora().without_fields("r")
@@ -357,11 +357,11 @@ def pickled() -> Files:
 
 
 @refused(
-    "weights in several files",
+    "one of several weight files",
     "FSDP, and PEFT of very large adapters",
     "FOLDER has 1 of the 2 files that its weights are in (without 00002): copy all of them there",
     error=CorruptAdapterError,
-    way_out="save them as one file",
+    way_out="copy all of them there, or save them as one file",
 )
 def sharded() -> Files:
     files = lora(LINEAR)

@@ -109,7 +109,7 @@ def checkpoints() -> Files:
 
 
 @refused(
-    "nothing of PEFT's",
+    "folder without an adapter",
     "any",
     "FOLDER has no adapter_config.json; it has README.md, data.jsonl, notes.txt, …: is it an adapter?",
     error=AdapterNotFoundError,

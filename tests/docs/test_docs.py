@@ -38,6 +38,7 @@ NOT_EXECUTED: dict[tuple[str, str], str] = {
             "from pathlib import Path",
             "from ray import serve",
             "from qlora_infer import AdapterNotLoadedError",
+            "from qlora_infer.serve.settings import Settings",
             "def make_parallel_engine():",
         )
     },
@@ -50,6 +51,7 @@ NEEDED = {
     "qlora_infer.ray.server": "ray.serve",
     "qlora_infer.ray.stage": "ray.data",
     "docs/adapters.md": "torch",
+    "docs/which-adapters.md": "torch",
 }
 
 LANGUAGES = {"python", "console", "text", "json", "yaml", "toml"}

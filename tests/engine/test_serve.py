@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm.entrypoints.launchers")
 
+from other_clients import ask_in_node, langchain, litellm
 from served import ADMIN_KEY, KEY, running, wait_until
 
 from engine.conftest import unload_others
@@ -62,6 +63,19 @@ def test_the_server_answers_as_the_engine_does(awq, ai, name):
     chunks = list(ai.chat.completions.create(model=name or "base", messages=HELLO, stream=True, **GREEDY))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == chatted.text
     assert chunks[-1].choices[0].finish_reason == chatted.finish_reason
+
+
+def test_other_clients_get_the_engine_s_answers(awq, ai, url):
+    """LiteLLM, LangChain and OpenAI's client in Node read the adapter's text, whole and as a stream."""
+    (chatted,) = awq.chat(HELLO, GREEDY, adapter="pirate", use_tqdm=False)
+    asked = {"model": "openai/pirate", "messages": HELLO, "api_base": f"{url}/v1", "api_key": KEY, **GREEDY}
+    assert litellm().completion(**asked).choices[0].message.content == chatted.text
+    model = langchain(url, "pirate", temperature=0.0, max_tokens=GREEDY["max_tokens"])
+    assert model.invoke(PROMPT).content == chatted.text
+    assert "".join(chunk.content for chunk in model.stream(PROMPT)) == chatted.text
+    found = ask_in_node(url, "pirate", PROMPT, GREEDY["max_tokens"])
+    assert found["text"] == found["streamed"] == chatted.text
+    assert found["usage"] == chatted.num_tokens
 
 
 def test_several_completions_with_log_probabilities(awq, ai):

@@ -172,7 +172,7 @@ def test_what_stands_beside_a_pickle_is_kept(engine, tmp_path):
     ("files", "error", "message"),
     [
         ({"tokens": {"<tool>": 4}}, IncompatibleAdapterError, "'<tool>' \\(4\\)"),
-        ({"tokens": {"a": 7}}, IncompatibleAdapterError, "numbers 1 tokens otherwise"),
+        ({"tokens": {"a": 7}}, IncompatibleAdapterError, "other ids than the model's for 1 tokens"),
         ({"generation": {"eos_token_id": 99}}, IncompatibleAdapterError, "stops at the token ids 99"),
         ({"generation": {"temperature": "hot"}}, CorruptAdapterError, "temperature"),
         ({"template": "{% for %}"}, CorruptAdapterError, "malformed"),

@@ -201,15 +201,6 @@ def test_tools_in_an_adapter_s_own_template(tmp_path):
         assert reply.choices[0].message.content == "own says: [f]glad|user ask|assistant f(3)|tool 4|"
 
 
-@pytest.mark.parametrize("name", ["base", "pirate"])
-def test_pictures_are_refused_before_they_are_fetched(one_server, name):
-    """Whatever the model and the template, no address in a message is looked up."""
-    picture = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/picture.png"}}
-    messages = [{"role": "user", "content": [{"type": "text", "text": "see"}, picture]}]
-    reply = wire(one_server).post("/v1/chat/completions", json={"model": name, "messages": messages})
-    assert (reply.status_code, "texts" in reply.json()["error"]["message"]) == (400, True)
-
-
 def test_a_hostile_template_harms_its_own_request_only(tmp_path):
     """A template that never ends is stopped, its request is refused, and the next one is answered."""
     folder = write_adapter(tmp_path / "hostile")

@@ -1,8 +1,10 @@
 """Ray Data and Ray Serve, on a real Ray of this machine, with two replicas of the fake engine."""
 
-import json
+import asyncio
 import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,7 @@ from qlora_infer import (
 from qlora_infer.http_status import http_status
 from qlora_infer.ray import AdapterServer, GenerationStage, build_app
 from qlora_infer.ray.stage import _without_nulls
+from qlora_infer.serve.settings import Settings
 from qlora_infer.testing import FakeEngine, fake_engine, write_adapter
 
 pytestmark = pytest.mark.timeout(300)
@@ -211,15 +214,6 @@ def serving(url):
     serve.delete("default")
 
 
-def post(url, adapter, prompt, **fields):
-    return httpx.post(url, json={"prompt": prompt, **fields}, headers={HEADER: adapter} if adapter else {}, timeout=120)
-
-
-def events(response):
-    """The server-sent events of a streamed response."""
-    return [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
-
-
 def test_requests_go_to_the_replica_that_has_their_adapter(serving, adapters, tmp_path):
     """Of two replicas each serves the adapters that it loaded, and a new adapter goes to the one that has fewer."""
     adapters["bard"] = write_adapter(tmp_path / "bard")
@@ -255,7 +249,7 @@ def wait_until_routed(handle, name):
 
 
 def test_answers_streams_and_errors_of_a_replica(serving, url, adapters, tmp_path):
-    """Handles give outputs, partial outputs and our exceptions; HTTP gives JSON, server-sent events and statuses."""
+    """Handles give outputs, partial outputs and our exceptions; without settings there is no HTTP."""
     adapters["dora"] = write_adapter(tmp_path / "dora", use_dora=True)
     adapters["gone"] = tmp_path / "gone"
     handle = serving(factory(adapters))
@@ -280,34 +274,57 @@ def test_answers_streams_and_errors_of_a_replica(serving, url, adapters, tmp_pat
     with pytest.raises(RequestRejectedError):
         handle.generate.remote("word " * 60).result()
 
-    answer = post(url, "pirate", "ahoy", sampling_params={"max_tokens": 9})
-    assert answer.json() == {
-        "text": "pirate says: ahoy",
-        "finish_reason": "stop",
-        "num_prompt_tokens": 1,
-        "num_tokens": 3,
-        "adapter": "pirate",
-    }
-    asked = {"prompt": "one two", "stream": True}
-    with httpx.stream("POST", url, json=asked, headers={HEADER: "poet"}, timeout=120) as response:
-        assert response.headers["content-type"].startswith("text/event-stream")
-        found = events(response)
-    assert "".join(event["text"] for event in found) == "poet says: one two"
-    assert (found[-1]["finish_reason"], found[-1]["num_tokens"]) == ("stop", 4)
+    answer = httpx.post(f"{url}/v1/completions", json={"model": "pirate", "prompt": "ahoy"}, timeout=120)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, 404)
+    assert "build_app(http=...)" in answer.json()["error"]["message"]
 
-    wrong = [
-        (404, "AdapterNotLoadedError", post(url, "parrot", "ahoy")),
-        (422, "IncompatibleAdapterError", post(url, "dora", "ahoy")),
-        (422, "AdapterNotFoundError", post(url, "gone", "ahoy", stream=True)),
-        (400, "RequestRejectedError", post(url, None, "word " * 60)),
-        (400, "RequestRejectedError", post(url, None, "word " * 60, stream=True)),
-        (400, "ValueError", post(url, None, "ahoy", sampling_params={"max_tokens": 0})),
-        (400, "ValueError", post(url, None, "ahoy", temperature=0)),
-        (400, "ValueError", post(url, None, {"prompt": "ahoy", "multi_modal_data": {"image": [[0.0]]}})),
-        (400, "ValueError", httpx.post(url, content=b"ahoy", timeout=120)),
-    ]
-    for status, error_type, answer in wrong:
-        assert (answer.status_code, answer.json()["error_type"]) == (status, error_type), answer.text
+
+def test_http_is_the_openai_server_s(serving, url, adapters, tmp_path):
+    """OpenAI's client gets answers, streams and errors; the header makes its adapter's replica known to Serve."""
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("vllm.entrypoints.launchers")
+    from served import KEY, write_model
+
+    model, here = str(write_model(tmp_path / "bytes")), str(Path(__file__).parents[1] / "serve")
+    adapters["dora"] = write_adapter(tmp_path / "dora", use_dora=True, alpha_pattern={"x": 1})
+
+    def make_engine():
+        sys.path.append(here)
+        from served import ByteEngine
+        from tokenizers import Tokenizer
+        from vllm import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
+
+        ByteEngine.vllm_config = EngineArgs(model=model).create_engine_config(UsageContext.LLM_CLASS)
+        ByteEngine.tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+        return fake_engine(model, backend=ByteEngine(), known_adapters=adapters)
+
+    handle = serving(make_engine, http=Settings(("base",), api_key=KEY, max_body_bytes=10_000))
+    ai = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120)
+    asked = {"model": "pirate", "messages": [{"role": "user", "content": "ahoy"}], "extra_headers": {HEADER: "pirate"}}
+    reply = ai.chat.completions.create(**asked)
+    assert reply.choices[0].message.content == "pirate says: user: ahoy\nassistant:"
+    wait_until_routed(handle, "pirate")
+    chunks = ai.chat.completions.create(**asked, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == reply.choices[0].message.content
+    assert ai.completions.create(model="base", prompt="ahoy").choices[0].text == "You said: ahoy"
+    assert [card.id for card in ai.models.list()] == ["base", "pirate"]
+    with pytest.raises(openai.NotFoundError, match="no adapter is loaded as 'parrot'"):
+        ai.completions.create(model="parrot", prompt="ahoy", extra_headers={HEADER: "parrot"})
+    with pytest.raises(openai.UnprocessableEntityError, match="DoRA"):
+        ai.completions.create(model="dora", prompt="ahoy")
+    with pytest.raises(openai.APIStatusError) as caught:
+        ai.completions.create(model="base", prompt="a" * 20_000)
+    assert caught.value.status_code == 413
+    with pytest.raises(openai.AuthenticationError):
+        ai.with_options(api_key="wrong").completions.create(model="chef", prompt="x", extra_headers={HEADER: "chef"})
+    assert [card.id for card in ai.models.list()] == ["base", "pirate"]
+
+
+def test_adapters_are_not_loaded_over_the_http_of_one_replica():
+    """An admin key is refused: a load would reach one replica of several."""
+    with pytest.raises(ValueError, match="known_adapters"):
+        build_app(fake_engine, http=Settings(("base",), admin_key="a-secret"))
 
 
 def test_the_least_recently_used_adapter_is_unloaded(serving, adapters):
@@ -340,7 +357,7 @@ def test_the_least_recently_used_adapter_is_unloaded(serving, adapters):
     assert [(text.split()[0], text.split()[-1]) for text in texts] == [(name, str(i)) for i, name in enumerate(names)]
 
 
-def test_a_client_that_hangs_up_during_a_load_harms_no_other(serving, url, adapters, tmp_path):
+def test_a_client_that_hangs_up_during_a_load_harms_no_other(serving, adapters, tmp_path):
     """The load that it began goes on for those who ask next, and the adapter stays."""
     begun, left = tmp_path / "begun", tmp_path / "left"
 
@@ -359,9 +376,10 @@ def test_a_client_that_hangs_up_during_a_load_harms_no_other(serving, url, adapt
 
     handle = serving(factory(Registry(adapters)))
     pirate = handle.options(multiplexed_model_id="pirate")
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(url, json={"prompt": "one"}, headers={HEADER: "pirate"}, timeout=1)
-    assert begun.exists()
+    first = pirate.generate.remote("one")
+    while not begun.exists():
+        time.sleep(0.01)
+    first.cancel()
     second = pirate.generate.remote("two")
     time.sleep(0.5)  # the replica hears that the first client has left
     left.touch()
@@ -383,11 +401,11 @@ def test_every_error_has_a_status():
 def test_a_replica_whose_engine_has_ended_is_not_healthy():
     """Serve asks, and replaces it."""
     engine = fake_engine()
-    server = AdapterServer(lambda: engine, timeout=None)
-    server.check_health()
+    server = AdapterServer(lambda: engine)
+    asyncio.run(server.check_health())
     engine.close()
     with pytest.raises(EngineDeadError):
-        server.check_health()
+        asyncio.run(server.check_health())
 
 
 # The page ---------------------------------------------------------------------------------------------------------

@@ -517,11 +517,11 @@ def _unsupported(model: str, reason: str) -> UnsupportedModelError:
 
 
 def _start_error(error: Exception, fault: str | None, engine_args: Mapping[str, Any]) -> QLoRAInferError:
-    """Return what keeps an engine from starting, by its first cause.
+    """Return the error of a failed start, by its first cause.
 
     Args:
-        error: What vLLM raised here.
-        fault: What its processes left.
+        error: vLLM's error in this process.
+        fault: The fault that vLLM's processes recorded.
         engine_args: vLLM's arguments.
     """
     model, reason = engine_args["model"], fault or start_fault.format_error(error)

@@ -1,4 +1,4 @@
-"""The script of the guard process, which ends what an engine leaves behind.
+"""The script of the guard process, which ends the processes that an engine leaves behind.
 
     python -I -S guard.py GROUP SCRATCH CALLER END
 
@@ -54,7 +54,7 @@ def is_alive(pid: int) -> bool:
 
 
 def kill(group: int) -> None:
-    """Kill all processes of a group, and what they have started outside it, and remove what they share in memory."""
+    """Kill a group's processes and those that they started outside it, and remove their shared memory."""
     shared: set[str] = set()
     for _ in range(LOOKS):
         left = members(group)

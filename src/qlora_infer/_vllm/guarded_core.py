@@ -30,7 +30,7 @@ _vllms_own: Any = None
 
 @contextlib.contextmanager
 def guarded_cores() -> Iterator[None]:
-    """Start vLLM's cores with guards, meanwhile, in place of vLLM's own way.
+    """Start vLLM's cores with guards inside this context.
 
     ``CoreEngineProcManager`` (``v1/engine/utils.py`` in vLLM 0.32.0) takes ``EngineCoreProc.run_engine_core`` when it
     makes a core's process. Several engines may start at once.

@@ -22,7 +22,7 @@ def segments_of(pids: Iterable[int]) -> set[str]:
 
 
 def remove(names: Iterable[str]) -> None:
-    """Remove segments that nobody uses any more; those that are gone already are left alone."""
+    """Remove unused segments; missing ones are ignored."""
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             segment = SharedMemory(name)

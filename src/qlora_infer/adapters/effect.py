@@ -48,14 +48,14 @@ class AdapterEffect:
     """The change that an adapter makes to a model's predictions.
 
     Attributes:
-        adapter: Its name, with the version.
-        num_tokens: The tokens of the probe that were compared.
-        share_changed: The share of them in whose place the adapter makes another token the most likely, 0 to 1.
-        mean_shift: By how much it moves the log-probability of a token in the mean, in nats.
-        reference_base_shift: The same distance between the base model here and in transformers, which is what
-            quantization and arithmetic make; ``None`` without a reference.
-        reference_shift: The same distance between the adapter here and in PEFT. Where the adapter is applied rightly,
-            it is about ``reference_base_shift``, and far below ``mean_shift``.
+        adapter: The adapter's name, with the version.
+        num_tokens: The number of compared tokens.
+        share_changed: The share of tokens, 0 to 1, for which the adapter makes another token the most likely.
+        mean_shift: The mean change of a token's log-probability, in nats.
+        reference_base_shift: The mean distance between the base model here and in transformers, which is the effect of
+            quantization and arithmetic; ``None`` without a reference.
+        reference_shift: The mean distance between the adapter here and in PEFT; ``None`` without a reference. If the
+            adapter is applied correctly, it is about ``reference_base_shift``, and far below ``mean_shift``.
 
     Example:
         >>> str(AdapterEffect("pirate@1", 98, 0.34, 0.71))

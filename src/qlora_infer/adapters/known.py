@@ -1,4 +1,4 @@
-"""Adapters that are known by name and loaded when a request first asks for one."""
+"""Adapters that are known by name and loaded when the first request names them."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Loader(Protocol):
 
 
 class KnownAdapters:
-    """Loads adapters when they are first asked for, several at a time, in threads of its own.
+    """Adapters that are loaded on first use, several at a time, in threads of this object.
 
-    Whoever asks is called when the adapter is there, or with the error, which everybody hears who asks within the next
-    ``RETRY_AFTER`` seconds. Over the limit, the least recently used of the adapters that this object loaded and that
-    have no requests is unloaded. Any thread may use it.
+    A request's callback gets the adapter or the error. Requests within the next ``RETRY_AFTER`` seconds get the same
+    error. Over the limit, this object unloads the least recently used of the adapters that it loaded and that have no
+    requests. Every thread can use it.
 
     Args:
-        sources: Where adapters come from; a mapping is asked anew each time. ``None`` knows none.
+        sources: The sources by name; a mapping is read anew each time. ``None`` has none.
         registry: The adapters that are loaded.
         loader: Loads one.
         max_loaded: The limit; ``None`` for none.
@@ -131,7 +131,7 @@ class KnownAdapters:
 
         Raises:
             AdapterNotLoadedError: It is not known.
-            Exception: What ``load_adapter`` raises.
+            Exception: The errors of ``load_adapter``.
         """
         current = self._registry.current(name)
         if current is not None:
@@ -151,12 +151,12 @@ class KnownAdapters:
             self.load(name)
 
     def keep(self, name: str) -> None:
-        """Leave an adapter loaded, however long ago it was used: somebody loaded or pinned it by name."""
+        """Keep an adapter loaded, because a caller loaded or pinned it by name."""
         with self._lock:
             self._loaded.discard(name)
 
     def trim(self) -> None:
-        """Begin to unload what is over the limit; called when an adapter's last request has ended."""
+        """Start to unload adapters over the limit; called when an adapter's last request has ended."""
         with self._lock:
             if self._num_over() and not self._closed:
                 self._pool.submit(self._unload_unused)
@@ -220,7 +220,7 @@ class KnownAdapters:
             waiter(found)
 
     def _unload_unused(self) -> None:
-        """Unload what is over the limit, but nothing that has requests or is being loaded."""
+        """Unload adapters over the limit, except those with requests or in loading."""
         with self._lock:
             versions = {name: self._registry.current(name) for name in self._loaded - self._waiters.keys()}
             self._loaded -= {name for name, version in versions.items() if version is None}  # somebody unloaded it
@@ -256,7 +256,7 @@ def _settle(ended: Future[LoadedAdapter], found: AdapterVersion | Exception) -> 
 
 
 def _checked(sources: Sources | None) -> Mapping[str, SourceLike] | Path | Callable[[str], SourceLike | None] | None:
-    """Return the sources with a folder as a path; raise ``TypeError`` for what is none."""
+    """Return the sources, a folder as a path; raise ``TypeError`` for anything else."""
     if isinstance(sources, str | os.PathLike):
         folder = Path(sources)
         if not folder.is_dir():

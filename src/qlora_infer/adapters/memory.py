@@ -115,7 +115,7 @@ class HostMemory:
 
     @property
     def is_loading(self) -> bool:
-        """True if somebody waits for the result of ``load``."""
+        """True if a caller waits for the result of ``load``."""
         return bool(self._loads)
 
     def state(self, version: AdapterVersion) -> State | None:
@@ -151,7 +151,7 @@ class HostMemory:
             Whether the adapter has to be moved into a slot first.
 
         Raises:
-            AdapterError: It could not be loaded. Whoever requests it from now on has it read again.
+            AdapterError: It could not be loaded. The next request reads it again.
         """
         if version is None:
             return False
@@ -272,7 +272,7 @@ class HostMemory:
             self._memory.start_load(version)
 
     def _keep_promises(self) -> None:
-        """End the loads whose adapters are there or have failed, and forget those that nobody waits for."""
+        """End the loads whose adapters are there or have failed, and drop cancelled ones."""
         for load in list(self._loads):
             version, loaded = load
             place = self._places.get(version)

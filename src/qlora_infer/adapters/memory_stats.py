@@ -13,15 +13,15 @@ from qlora_infer.durations import NONE, Durations
 
 @define
 class AdapterResidency:
-    """The place of an adapter and the number of its moves, over all versions of its name; an independent copy.
+    """The place of an adapter and its moves, over all versions of its name; an independent copy.
 
     Attributes:
-        num_resident: Versions in host memory now, or on their way there: 1, or 0 while it is on disk only. More while
-            requests still run on an older version.
+        num_resident: Versions in host memory now, or on their way there: 0 if the adapter is only on disk, 1, or more
+            while requests still run on an older version.
         num_in_slots: Versions in slots on the device now, or about to move into one.
-        num_loads: How often it was loaded into host memory: by ``load_adapter``, and again after each eviction.
-        num_evictions: How often it left host memory to make room for another.
-        load_time: How long the engine stood still for these loads; reading from disk goes on beside its steps.
+        num_loads: Loads into host memory, by ``load_adapter`` and again after each eviction.
+        num_evictions: Evictions from host memory to make room for another adapter.
+        load_time: The times that these loads stopped the engine; reading from disk does not stop it.
     """
 
     num_resident: int = 0
@@ -32,7 +32,7 @@ class AdapterResidency:
 
 
 class ResidencyRecorder:
-    """Counts what happens to adapters; any thread may call any method."""
+    """The counters of adapters' moves; every thread can call every method."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

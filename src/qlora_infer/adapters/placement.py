@@ -23,7 +23,7 @@ class Piece:
 
     Attributes:
         source: The adapter's module; ``None`` for factors of zeros, which vLLM needs beside those of other experts.
-        module: The shape of what it gets.
+        module: The shape of its part.
         expert: Which expert's factors it gets, of a module that holds those of all experts.
         first_output: Where its outputs begin among those of B.
         order: The order of its outputs in the running model, where that is not the checkpoint's.
@@ -43,11 +43,11 @@ class Placement:
     """An adapter's modules in a model.
 
     Attributes:
-        pieces: What each module of the model gets, by the running model's names.
+        pieces: The parts for each module of the model, by the running model's names.
         absent: Modules of the adapter that the model does not list.
         left_out: Those that belong to a tower, which text alone does not pass.
         repeated: Pairs of modules that are one in the model.
-        wrappers: What was left out of the adapter's names, such as ``_orig_mod``, to find its modules.
+        wrappers: The prefixes removed from the adapter's names to find its modules, such as ``_orig_mod``.
     """
 
     pieces: Mapping[str, Piece]

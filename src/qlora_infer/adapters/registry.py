@@ -271,7 +271,7 @@ class AdapterRegistry:
             return
         if current is None or not _is_meant(current, str(expect)):
             now = f"version {current.number}, digest {current.snapshot.digest[:12]}" if current else "not loaded"
-            raise AdapterConflictError(name, f"adapter {name!r} is {now}, not {expect!r}: somebody else has moved it")
+            raise AdapterConflictError(name, f"adapter {name!r} is {now}, not {expect!r}: another caller changed it")
 
     def _not_loaded(self, name: str) -> AdapterNotLoadedError:
         known = ", ".join(map(repr, self._held)) or "none"

@@ -21,25 +21,25 @@ NUM_REMEMBERED = 10_000
 
 @frozen
 class LoadedAdapter(Displayed):
-    """An adapter that requests may name.
+    """A loaded adapter; ``print`` shows a table.
 
     Attributes:
-        name: What requests call it.
-        version: Its number under this name: 1 for the first content, 2 for the next, never one that another content
-            had. ``"name@2"`` names it exactly.
-        int_id: Its integer id in vLLM, never used again for another content.
-        source: Where it came from, without any token.
-        digest: SHA-256 of its files, in hexadecimal digits.
-        rank: The largest rank of its modules.
-        num_modules: How many of the model's modules it changes.
-        num_model_modules: How many modules of the model an adapter may change.
-        num_bytes: The size of its tensors.
-        base_model: The model that it says it was trained on, if it says so.
-        lineage: How that compares with the model of this engine: ``"same"``, ``"quantized"`` (another quantization of
-            it), ``"other"``, or ``"unknown"``.
-        share: Its share of the engine beside other adapters.
-        carries: The files that it has beside its config and weights, and that its requests follow.
-        format: The format that its source has it in: ``"PEFT"``, or one that was converted, such as ``"MLX"``.
+        name: The name for requests.
+        version: The number of the version under this name, from 1. It is never reused for other content, and requests
+            can name it as ``"name@2"``.
+        int_id: The integer id of the version in vLLM, never reused.
+        source: The source, without any token.
+        digest: The SHA-256 of the files, in hexadecimal digits.
+        rank: The largest rank of a module.
+        num_modules: The number of the model's modules that the adapter changes.
+        num_model_modules: The number of the model's modules that an adapter can change.
+        num_bytes: The size of the tensors in bytes.
+        base_model: The base model in the adapter's config; ``None`` if it has none.
+        lineage: The relation of that model to the engine's: ``"same"``, ``"quantized"`` (another quantization of it),
+            ``"other"``, or ``"unknown"``.
+        share: The adapter's weight beside other adapters; the default is 1.
+        carries: The files in use beside config and weights, such as ``chat_template.jinja``.
+        format: The source's format: ``"PEFT"``, or a converted one, such as ``"MLX"``.
     """
 
     name: str
@@ -74,7 +74,7 @@ class LoadedAdapter(Displayed):
 
 
 class LoadedAdapters(DisplayedCollection, Mapping[str, LoadedAdapter]):
-    """Adapters by name, as they were at one moment: reading it changes nothing, and nobody can change it."""
+    """Adapters by name, as they were at one moment; a copy that does not change."""
 
     def __init__(self, loaded: Mapping[str, LoadedAdapter] = {}) -> None:  # it is copied
         self._loaded = dict(loaded)
@@ -111,20 +111,20 @@ class LoadedAdapters(DisplayedCollection, Mapping[str, LoadedAdapter]):
 
 @define(eq=False)
 class AdapterVersion:
-    """One immutable content under a name: what a request runs on, from its first token to its last.
+    """One immutable content under a name, which a request uses from its first token to its last.
 
     ``vllm_name`` and ``int_id`` belong to this content alone. vLLM finds KV blocks by name and path and slots by the
     integer id, so neither can ever answer for other bytes.
 
     Attributes:
-        name: What requests call it.
+        name: The name for requests.
         int_id: Its integer id in vLLM.
         source: The text of its source, without any secret.
         origin: The source itself, token and all, where it can be fetched again; else ``None``.
         allow_pickle: Whether it may be read from a pickle.
         snapshot: The private copy that vLLM reads.
-        manifest: What the copy says of itself.
-        extras: What it has beside its weights: a chat template, generation defaults, tokens.
+        manifest: The manifest of the copy.
+        extras: The files beside its weights: a chat template, generation defaults, tokens.
         number: Its number under this name, given when it is published.
         lineage: How the model that it was trained on compares with this one.
         share: Its share of the engine beside other adapters.
@@ -164,7 +164,7 @@ class AdapterVersion:
 
     @property
     def vllm_name(self) -> str:
-        """The name that vLLM knows it by."""
+        """The name in vLLM."""
         return f"{self.name}#{self.int_id}@{self.snapshot.digest[:16]}"
 
     @property

@@ -10,13 +10,13 @@ from attrs import frozen
 
 @frozen
 class ToolCall:
-    """A call of a tool that a model has written.
+    """A tool call in a model's answer.
 
     Attributes:
         name: The tool's name.
-        text: The arguments as the model wrote them, JSON as a rule.
-        arguments: The arguments; ``None`` where the text is no JSON object.
-        id: The call's id, by which a ``tool`` message answers it.
+        text: The arguments as the model wrote them, usually JSON.
+        arguments: The arguments; ``None`` if the text is not a JSON object.
+        id: The call's id, for the ``tool`` message that answers it.
     """
 
     name: str
@@ -25,7 +25,7 @@ class ToolCall:
     id: str | None = None
 
     def to_message(self) -> dict[str, Any]:
-        """Return it as an assistant message has it in ``tool_calls``."""
+        """Return the call's form in ``tool_calls`` of an assistant message."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.text}}
 
 

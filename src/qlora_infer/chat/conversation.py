@@ -1,4 +1,4 @@
-"""A conversation, and what beside its messages decides the prompt that a template makes of it."""
+"""A conversation, and the other inputs of a template."""
 
 from __future__ import annotations
 

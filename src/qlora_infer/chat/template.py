@@ -81,18 +81,18 @@ def render(
     Args:
         adapter: The adapter's name, for messages.
         template: Its chat template.
-        messages: The conversation, of what JSON can hold.
+        messages: The conversation, of JSON's types.
         add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
-        continue_final_message: Whether it ends where the last message does, without what the template writes after it.
+        continue_final_message: Whether it ends where the last message does, without the template's ending.
         variables: Further variables of the template: ``tools``, ``documents``, and any of its own.
-        special_tokens: What the template knows as ``bos_token``, ``eos_token`` and so on; those that are missing are
-            undefined in it. It is what a tokenizer of transformers has as ``special_tokens_map``.
+        special_tokens: The template's ``bos_token``, ``eos_token`` and so on; those that are missing are
+            undefined in it. It is a tokenizer's ``special_tokens_map`` in transformers.
 
     Raises:
         ValueError: The template refuses these messages or fails on them, or they are too long.
-        TypeError: The messages hold what is not JSON.
+        TypeError: The messages contain a type that JSON does not have.
         CorruptAdapterError: The template is malformed.
-        UnsafeAdapterError: The template takes too much time or memory, or reaches for what it must not have.
+        UnsafeAdapterError: The template takes too much time or memory, or accesses forbidden attributes.
         MissingDependencyError: No process for templates can be started.
     """
     final = ""

@@ -1,4 +1,4 @@
-"""The file of answers: reading what it contains, and repairing it after an interruption."""
+"""The file of answers: reading it, and repairing it after an interruption."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ INTERRUPTED = 130  # as shells have it: 128, and the number of SIGINT
 
 
 class _Commands(TyperGroup):
-    """Commands whose errors are one message, unless ``--debug`` asks for the traceback."""
+    """Commands whose errors are one message, or a traceback with ``--debug``."""
 
     @override
     def invoke(self, ctx: Any) -> Any:
@@ -61,7 +61,7 @@ def _print_version(is_asked: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and what vLLM logs.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and vLLM's log.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -73,6 +73,6 @@ def main(start_engine: StartEngine = QuantizedLoRAEngine) -> None:
     """Run the program on ``sys.argv``.
 
     Args:
-        start_engine: What makes the engine; tests pass ``qlora_infer.testing.fake_engine``.
+        start_engine: The function that makes the engine; tests pass ``qlora_infer.testing.fake_engine``.
     """
     app(prog_name="qlora-infer", obj=start_engine)

@@ -35,7 +35,7 @@ class Measurement:
         seconds: How long that took.
         tokens_per_second: Generated tokens by that time.
         first_token_median: The median time to the first token, in seconds from the request.
-        first_token_p99: What 99 of 100 requests were faster than.
+        first_token_p99: The 99th percentile, in seconds.
     """
 
     name: str
@@ -52,16 +52,16 @@ def bench(
     model: start.Model,
     adapter: start.Adapters = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests of each run.")] = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests on their way at a time.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 16,
     prompt_words: Annotated[int, typer.Option(min=1, help="Words of a prompt.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, all of which are generated.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     *,
     options: Mapping[str, Any],
 ) -> None:
-    """Measure tokens per second and the time to the first token: base, each adapter, and all of them mixed.
+    """Measure tokens per second and the time to first token: base, each adapter, and all of them mixed.
 
-    Prompts are random words, new ones for each run, so that no cache of prefixes helps. One run warms up first.
+    Each run has new random prompts, so that no prefix cache helps. The first run only warms up.
     """
     with start.start_engine(ctx, model, adapter, options) as engine:
         load = _Load(engine, requests, concurrency, prompt_words, max_tokens)

@@ -1,4 +1,4 @@
-"""The command ``doctor``, which lists what works on this machine and the fix for what does not."""
+"""The command ``doctor``, which lists the quantizations that work here, and a fix for each problem."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Diagnosis:
     Attributes:
         python: Python's version.
         packages: The versions of the packages that matter; ``None`` for one that is not installed.
-        machine: What an engine would run on.
-        device: What vLLM would run on: ``"cuda"``, ``"cpu"``, or ``None`` without a vLLM that works here.
-        quantizations: By kind of checkpoint; why it does not work here, or ``None`` where it does.
-        multimodal: Why models that need torchvision do not start here, or ``None`` where they do.
-        advice: What else is amiss, and the fix.
+        machine: The machine.
+        device: vLLM's device: ``"cuda"``, ``"cpu"``, or ``None`` without a vLLM that works here.
+        quantizations: The problem of each kind of checkpoint here; ``None`` if it works.
+        multimodal: The problem of models that need torchvision; ``None`` if they start.
+        advice: Other problems, each with its fix.
     """
 
     python: str
@@ -75,11 +75,11 @@ def doctor(
     *,
     options: Mapping[str, Any],
 ) -> None:
-    """Print what is installed, which quantizations work here, and how to mend what does not.
+    """Print the installed packages, the quantizations that work here, and a fix for each problem.
 
-    With --model, also print how an engine with these options would start: slots, memory, CUDA graphs, kernels, and the
-    reason for each. Of the model, only small files such as config.json are read; no engine is started. Ends with 0 when
-    at least one quantization works, else with 1.
+    With --model, also print the plan of an engine with these options: slots, memory, CUDA graphs, kernels, and the
+    reason for each. It reads only small files of the model, such as config.json, and starts no engine. The exit code is
+    0 if at least one quantization works, else 1.
     """
     if options and model is None:
         raise typer.BadParameter(f"--{next(iter(options)).replace('_', '-')} is for the plan: give --model, too")
@@ -156,7 +156,7 @@ def _vllm_fault(installed: Mapping[str, str], machine: Machine) -> str | None:
 
 
 def _kinds() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield the kinds of checkpoints: a name for each, the strategy's, and what a checkpoint says of itself."""
+    """Yield the kinds of checkpoints: a name, the strategy's name, and the fields of its config."""
     for name in quantization.registered():
         if name != "compressed-tensors":
             yield name, name, {} if name == "none" else {"quant_method": name}

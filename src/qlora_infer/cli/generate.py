@@ -40,7 +40,7 @@ def generate(
         typer.Option(help="The adapter of prompts that name none; by default the only one, or the base model."),
     ] = None,
     sampling_params: start.SamplingParams = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that a prompt may take.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for each prompt.")] = None,
     max_pending: Annotated[int, typer.Option(min=1, help="Prompts read ahead of the answers.")] = 1024,
     adapter: start.Adapters = None,
     known_adapters: Annotated[
@@ -52,9 +52,9 @@ def generate(
 ) -> None:
     """Answer prompts with a model and its adapters.
 
-    With --prompts, a line is {"prompt": …} and may have "adapter", "sampling_params" and "id"; an answer is a line, as
-    they finish. The same command again goes on after an interruption. Ends with 0 when all lines were answered, with 1
-    when some failed, with 130 after Ctrl-C.
+    With --prompts, each line is {"prompt": …} and can have "adapter", "sampling_params" and "id". Answers are written
+    as they finish, one a line. After an interruption, run the same command again. The exit code is 0 if all lines were
+    answered, 1 if some failed, and 130 after Ctrl-C.
     """
     if bool(prompt) == bool(prompts):
         raise typer.BadParameter("give either --prompt, or --prompts")
@@ -131,7 +131,7 @@ def _count(prompts: Path, use: str | None, answered: dict[int, int]) -> tuple[in
 
 
 class _Answers:
-    """Asks lines and writes what comes, whichever comes first."""
+    """The loop that sends lines and writes answers, whichever is due first."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class _Answers:
                 self._fail(line, output.error)
 
     def _sound(self, lines: Iterable[PromptLine]) -> Iterator[PromptLine]:
-        """Yield the lines that can be asked, and write what is wrong with the others."""
+        """Yield the valid lines, and write the errors of the others."""
         number = 0
         for line in lines:
             if line.fault:

@@ -48,7 +48,7 @@ class Inspection:
     """The facts that ``inspect`` reports about an adapter.
 
     Attributes:
-        source: What the user named, without secrets.
+        source: The source, without secrets.
         digest: SHA-256 of its files, as in ``LoadedAdapter``.
         rank: The largest rank of its modules.
         alpha: ``lora_alpha``.
@@ -56,21 +56,21 @@ class Inspection:
         num_zero_modules: The number of them that A or B of zeros leaves as they are.
         num_magnitudes: The number of them that have DoRA's magnitudes.
         num_bytes: The size of its tensors.
-        base_model: The model that it says it was trained on.
+        base_model: The base model in its config.
         task: PEFT's task type, such as ``CAUSAL_LM``.
         training_class: The class of the model that it was trained on.
         tools: The trainers that left their names.
         peft_version: The version of PEFT that saved it.
-        carries: What it has beside its weights, in words.
-        left_out: What of that is invalid and not followed, with the reason.
+        carries: The files in use beside its weights, in words.
+        left_out: The invalid files beside its weights, with the reasons.
         format: The format that it is in: ``"PEFT"``, or one that was converted.
         pickled: Whether its weights are a pickle, which was converted.
         base: The model that it was held against.
         lineage: How that compares with ``base_model``.
-        checked: What was checked of that model.
-        fit: How much of that model it changes, and what of it is left out.
+        checked: The checked parts of that model.
+        fit: The number of that model's modules that it changes, and its parts that are left out.
         changes_nothing: Whether A or B is all zeros in each module that is applied.
-        reasons: Why it cannot be served (on ``base``, where one is given); empty where nothing stands against it.
+        reasons: The reasons why it cannot be served (on ``base``, if given); empty if it can.
     """
 
     source: str
@@ -101,21 +101,21 @@ class Inspection:
 def inspect_adapter(
     ctx: typer.Context,
     source: Annotated[str, typer.Argument(help="A Hub id, a folder or a URL, as load_adapter takes it.")],
-    base: Annotated[str | None, typer.Option(help="A base model to hold it against: a Hub id or a folder.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model to compare with: a Hub id or a folder.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base model's branch, tag or commit.")] = None,
     device: Annotated[
-        BaseDevice, typer.Option(help="Where the base is served: experts are adapted on GPUs only, DoRA on CPUs.")
+        BaseDevice, typer.Option(help="The device of the engine: adapters of experts need a GPU, DoRA a CPU.")
     ] = BaseDevice.CUDA,
-    max_lora_rank: Annotated[
-        int, typer.Option(help="The largest rank that the engine would have room for.")
-    ] = ALLOWED_RANKS[-1],
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Convert pickled weights to look at.")] = False,
+    max_lora_rank: Annotated[int, typer.Option(help="The max_lora_rank of the engine.")] = ALLOWED_RANKS[-1],
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Convert pickled weights, without running them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what an adapter is, and whether it fits a base model, without loading a model.
+    """Show an adapter, and check whether it fits a base model, without loading a model.
 
-    Every check that load_adapter makes is made here, with the same words. Ends with 0 when nothing stands against the
-    adapter, with 1 when it cannot be served (on this base, or on any), with 2 when it or the base cannot be read.
+    It makes every check of load_adapter, with the same messages. The exit code is 0 if the adapter works, 1 if it
+    cannot be served (on this base, or on any), and 2 if it or the base cannot be read.
     """
     try:
         found = _inspect(

@@ -17,13 +17,13 @@ NVIDIA_SMI_TIMEOUT = 30.0
 
 @frozen
 class GPU:
-    """An NVIDIA GPU, as ``nvidia-smi`` tells of it.
+    """An NVIDIA GPU, as ``nvidia-smi`` reports it.
 
     Attributes:
         name: Its product name.
         capability: CUDA's compute capability times ten (90 for an H100).
         memory: Its memory in bytes.
-        free_memory: What of it nobody uses.
+        free_memory: The free part of it.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look at this machine; what cannot be found out is left out."""
+    """Return this machine; unknown values are left out."""
     return Machine(_cpu(), _num_threads(), _memory(), _gpus())
 
 

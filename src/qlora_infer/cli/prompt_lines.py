@@ -21,7 +21,7 @@ class PromptLine:
         number: Its number in the file; the first is 1.
         prompt: Text, or a list of token ids.
         adapter: The adapter that answers; ``None`` for the base model.
-        sampling_params: What the line sets itself.
+        sampling_params: The line's own parameters.
         id: Whatever the line gives as its id.
         fault: Why it cannot be asked, if so.
     """

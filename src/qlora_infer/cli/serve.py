@@ -27,20 +27,18 @@ def serve(
     ] = None,
     adapters_folder: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="Adapters in it are loaded when a request names them, or by an operator."
-        ),
+        typer.Option(exists=True, file_okay=False, help="A folder of adapters that requests and operators can load."),
     ] = None,
     allow_source: Annotated[
         list[str] | None,
-        typer.Option(metavar="PREFIX/", help="The same for Hub ids and URLs that begin with it; may be repeated."),
+        typer.Option(metavar="PREFIX/", help="Hub ids and URLs that requests and operators can load; may be repeated."),
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar=[API_KEY, VLLM_API_KEY], show_envvar=True, help="The key of requests; rather set the variable."
+            envvar=[API_KEY, VLLM_API_KEY], show_envvar=True, help="The key for requests; better set the variable."
         ),
     ] = None,
     admin_key: Annotated[
@@ -48,12 +46,12 @@ def serve(
         typer.Option(
             envvar=ADMIN_KEY,
             show_envvar=True,
-            help="The key of requests that change adapters; rather set the variable.",
+            help="The key for routes that change adapters; better set the variable.",
         ),
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused with 429.")] = 256,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 4 << 20,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that can wait; others get status 429.")] = 256,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for each request.")] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request body.")] = 4 << 20,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for requests to finish after SIGTERM.")] = 30.0,
     server_args: Annotated[
         Any,
@@ -68,8 +66,8 @@ def serve(
 ) -> None:
     """Serve a model and its adapters over HTTP, with OpenAI's API.
 
-    `model` in a request is the base model's name, an adapter's, or that of a version of it (name@2). GET /health/ready
-    is for probes, GET /metrics for Prometheus. A core that dies is started again. SIGTERM lets requests finish.
+    `model` in a request names the base model, an adapter, or a version of it (name@2). GET /health/ready is for probes,
+    GET /metrics for Prometheus. A core that dies is started again. After SIGTERM, requests can finish.
     """
     from qlora_infer._vllm.openai.application import require_server
 

@@ -109,7 +109,7 @@ def start_engine(
 
     Raises:
         typer.BadParameter: An option is out of range, or two contradict each other.
-        QLoRAInferError: What the engine raises.
+        QLoRAInferError: The errors of the engine.
     """
     log_to_stderr(ctx)
     with usage_errors():

@@ -80,7 +80,7 @@ class MLX:
 
 
 def _parameters(adapter: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """Return the rank, and what the product is multiplied with."""
+    """Return the rank, and the factor of the product."""
     parameters = config.get("lora_parameters")
     if parameters is None and {"rank", "alpha"} <= config.keys():
         if config["rank"] != 1:

@@ -18,12 +18,12 @@ _FORMS = {"none": "none", "bitsandbytes": "none", **{form: form for form in ("aw
 
 
 def demo_model(quantization: str = "awq", *, cache_dir: Path | None = None) -> Path:
-    """Return the folder of the demo model in one form; the first call builds it, which takes half a minute.
+    """Return the folder of the demo model; the first call builds it, which takes half a minute.
 
     Args:
         quantization: ``"awq"``, ``"gptq"``, ``"compressed-tensors"`` (W4A16), or ``"none"``, the unquantized
-            checkpoint; ``"bitsandbytes"`` is the same one, since it is quantized as it loads.
-        cache_dir: Where to build; by default ``$QLORA_INFER_CACHE``, ``$XDG_CACHE_HOME/qlora_infer`` or
+            checkpoint. ``"bitsandbytes"`` returns the same folder as ``"none"``, because it is quantized at load.
+        cache_dir: The folder to build in; by default ``$QLORA_INFER_CACHE``, ``$XDG_CACHE_HOME/qlora_infer`` or
             ``~/.cache/qlora_infer``.
 
     Raises:
@@ -47,7 +47,7 @@ def demo_model(quantization: str = "awq", *, cache_dir: Path | None = None) -> P
 
 
 def demo_adapters() -> dict[str, Path]:
-    """Return the demo adapters, name to folder.
+    """Return the folders of the demo adapters, by name.
 
     Example:
         >>> sorted(demo_adapters())

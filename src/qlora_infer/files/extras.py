@@ -66,7 +66,7 @@ class Extras:
             template is written for these.
         file_names: The files that it has, the digest of which belongs to its version; none that is too large, a link
             that leads nowhere, or in whose place another stands.
-        left_out: What of these files is invalid and not followed: a file, or the part of one, with the reason.
+        left_out: The invalid files, or parts of files, that are ignored, with the reasons.
     """
 
     chat_template: str | None = None
@@ -85,7 +85,7 @@ class Extras:
 
 
 def read_extras(adapter: str, folder: Path, *, strict: bool = False) -> Extras:
-    """Read what an adapter carries beside its weights.
+    """Read the files beside an adapter's weights.
 
     PEFT reads none of these files, so that many adapters work with an invalid one. It is left out.
 
@@ -184,7 +184,7 @@ def _read(adapter: str, folder: Path, name: str) -> bytes | None:
 
 @frozen
 class _Reader:
-    """The files' contents, and what they say."""
+    """The files' contents, and their values."""
 
     adapter: str
     folder: Path
@@ -274,7 +274,7 @@ def check_tokens(adapter: str, extras: Extras, vocabulary: Mapping[str, int] | N
 
     Args:
         adapter: The adapter's name, for the message.
-        extras: What the adapter carries.
+        extras: The files beside the adapter's weights.
         vocabulary: All tokens of the model's tokenizer with their ids, as ``tokenizer.get_vocab()`` gives them;
             ``None`` where any token is known.
         strict: Refuse stop tokens that the model does not have, which ``with_model_tokens`` leaves out.
@@ -299,7 +299,7 @@ def check_tokens(adapter: str, extras: Extras, vocabulary: Mapping[str, int] | N
     if moved:
         pairs = (f"{_name(token)} ({extras.added_tokens[token]}, here {vocabulary[token]})" for token in moved)
         reasons.append(
-            f"Its tokenizer numbers {len(moved)} tokens otherwise than the model's: {format_names(pairs)}; "
+            f"Its tokenizer has other ids than the model's for {len(moved)} tokens: {format_names(pairs)}; "
             "it was trained on another model or with another tokenizer."
         )
     if beyond:

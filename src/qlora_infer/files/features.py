@@ -60,13 +60,13 @@ _KNOWN = frozenset(
 
 
 def unsupported_features(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say, in a sentence each, what an ``adapter_config.json`` asks for that vLLM 0.32 refuses or ignores."""
+    """Yield a sentence for each feature of an ``adapter_config.json`` that vLLM 0.32 refuses or ignores."""
     peft_type = str(config.get("peft_type", "LORA"))
     if peft_type.upper() in CONVERTED_TYPES:
         return
     if peft_type.upper() != "LORA":
         way_out = _WAY_OUT.get(peft_type.upper(), "")
-        yield f"It is a {peft_type[:40]} adapter, and vLLM serves LoRA only. {way_out}".rstrip()
+        yield f"It is an adapter of type {peft_type[:40]}, and vLLM serves LoRA only. {way_out}".rstrip()
         return
     if does := _TASKS.get(str(config.get("task_type")).upper()):
         yield (

@@ -353,7 +353,7 @@ def vllms_pattern_name(module: str) -> str:
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return what a module's product B A is multiplied with."""
+    """Return the scale of a module's product B A."""
     return module_alpha(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

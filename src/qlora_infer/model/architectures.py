@@ -53,7 +53,7 @@ class Architecture:
 
 
 def find(name: str) -> Architecture | None:
-    """Return what is known of an architecture, or ``None``."""
+    """Return the entry of an architecture, or ``None``."""
     record = _read()["architectures"].get(name)
     if record is None:
         return None

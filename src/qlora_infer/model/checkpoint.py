@@ -171,7 +171,7 @@ def _matrices(tensors: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterat
 
 
 def _module_without_shape(tensors: Mapping[str, Shape], config: Mapping[str, Any], architecture: Architecture) -> str:
-    """Return a module of the language model whose shape nothing tells; empty where there is none."""
+    """Return a module of the language model without a known shape; empty if there is none."""
     for name, shape in packed.unpack(tensors, config):
         module = _running_name(name, architecture)
         is_left_out = module.startswith(tuple(architecture.left_out))
@@ -205,7 +205,7 @@ def _is_not_loaded(module: str, architecture: Architecture, config: Mapping[str,
 
 
 def _is_adapted(module: str, architecture: Architecture) -> bool:
-    """Return whether vLLM adapts a module: what the survey saw, and all other linear layers."""
+    """Return whether vLLM adapts a module: the survey's modules, and all other linear layers."""
     kind = kind_of(module)
     if kind in architecture.kinds:
         return kind in architecture.adapted
@@ -286,7 +286,7 @@ def _tensors_of_config(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _shape_of_config(kind: str, config: Mapping[str, Any]) -> Shape | None:
-    """Return the ``[outputs, inputs]`` that a text model's config tells of a kind of module, or ``None``."""
+    """Return the ``[outputs, inputs]`` of a kind of module from a text model's config, or ``None``."""
     text = _text(config)
     names = ("hidden_size", "intermediate_size", "num_attention_heads")
     hidden, inner, heads = (size_of(text, name) for name in names)

@@ -19,8 +19,8 @@ class Decision(Generic[T]):
     Attributes:
         name: The option, vLLM's argument or the environment variable.
         value: Its value.
-        reason: The reason, in a phrase.
-        level: The level at which it is logged.
+        reason: A phrase.
+        level: The level of its log line.
     """
 
     name: str

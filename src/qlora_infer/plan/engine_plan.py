@@ -27,15 +27,15 @@ KERNELS_CAPABILITY = 90
 
 @frozen(kw_only=True)
 class EnginePlan(Displayed):
-    """Everything that is decided before vLLM starts. ``print`` shows each decision with its reason.
+    """The decisions before vLLM starts. ``print`` shows each with its reason.
 
     Attributes:
         quantization: The name of the quantization strategy.
-        max_loras: Adapters that one batch may mix.
-        max_cpu_loras: Adapters kept in host memory.
-        engine_args: All arguments of vLLM's ``EngineArgs``, the Hub's token among them.
-        environment: Environment variables that are set while vLLM starts. Yours are not among them, and stay.
-        tool_call_parser: The name of vLLM's parser for calls of tools.
+        max_loras: The number of adapters that one batch can mix.
+        max_cpu_loras: The number of adapters kept in host memory.
+        engine_args: All arguments of vLLM's ``EngineArgs``, including the Hub's token.
+        environment: Environment variables that the engine sets while vLLM starts. It does not change yours.
+        tool_call_parser: The name of vLLM's parser for tool calls.
         decisions: Each decision with its reason.
     """
 
@@ -49,7 +49,7 @@ class EnginePlan(Displayed):
 
     @classmethod
     def of(cls, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> Self:
-        """Decide; nothing is read, set or started here.
+        """Return the plan for a model on a machine. It reads, sets and starts nothing.
 
         Args:
             config: The options.
@@ -59,7 +59,7 @@ class EnginePlan(Displayed):
         Raises:
             ValueError: ``engine_args`` contradicts the strategy, or an option is for another device.
             MissingDependencyError: The quantization needs a package that is not installed.
-            QuantizationError: The checkpoint cannot be served this way here.
+            QuantizationError: The checkpoint cannot be served this way on this machine.
         """
         strategy = quantization.choose(config, model_config)
         strategy.check(config, model_config, platform)

@@ -22,7 +22,7 @@ def weight_bytes(model_config: Mapping[str, Any], quantization: str) -> int | No
 
     Args:
         model_config: The model's ``config.json``.
-        quantization: The strategy's name, which decides what becomes of an unquantized checkpoint.
+        quantization: The strategy's name, which determines the weights of an unquantized checkpoint.
 
     Returns:
         Bytes, or ``None`` if the ``config.json`` is not that of a usual decoder.

@@ -35,14 +35,14 @@ MAX_BITS, MAX_SIZE, MAX_LAYERS = 32, 1 << 31, 10_000
 
 
 def size_of(config: Mapping[str, Any], name: str) -> int | None:
-    """Return a size that a ``config.json`` tells; ``None`` for what is no size, such as a list of one per layer."""
+    """Return a size from a ``config.json``; ``None`` for other values, such as a list of one per layer."""
     size = config.get(name)
     limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
     return size if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= limit else None
 
 
 def quantization_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a ``config.json`` says of the quantization, also of a multimodal model's text; empty if nothing."""
+    """Return the quantization fields of a ``config.json``, also of a multimodal model's text; empty if none."""
     for config in (model_config, model_config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(config, Mapping) and isinstance(found := config.get(key), Mapping):
@@ -65,7 +65,7 @@ def weight_bits(model_config: Mapping[str, Any], quantization: str) -> int:
 
     Args:
         model_config: The model's ``config.json``.
-        quantization: The strategy's name, which decides what becomes of an unquantized checkpoint.
+        quantization: The strategy's name, which determines the weights of an unquantized checkpoint.
     """
     fields = quantization_config(model_config)
     if not fields:
@@ -84,7 +84,7 @@ def complete(
     read: Callable[[str], Mapping[str, Any] | None],
     tensor_names: Callable[[], Iterable[str]],
 ) -> dict[str, Any]:
-    """Return a ``config.json`` with what the files beside it say of the quantization.
+    """Return a ``config.json`` with the quantization fields of the files beside it.
 
     Args:
         model: The checkpoint's name, for messages.

@@ -14,15 +14,15 @@ from qlora_infer.quantization.checkpoint import quant_method
 
 @frozen
 class Platform:
-    """The machine and the installation that a strategy is asked about.
+    """The machine and the installed packages, for a strategy's ``check``.
 
     Attributes:
         device: vLLM's device type, such as ``"cuda"`` or ``"cpu"``.
-        capability: CUDA's compute capability times ten (90 for an H100); ``None`` where there is none.
+        capability: CUDA's compute capability times ten (90 for an H100); ``None`` on other devices.
         packages: The installed distributions, by normalized name (``"vllm-bnb-plugin"``).
-        device_memory: The device's memory in bytes; ``None`` where it is not known.
-        host_memory: The host's memory that is free, in bytes; ``None`` where it is not known.
-        num_cores: The CPU cores that this process may use; ``None`` where it is not known.
+        device_memory: The device's memory in bytes; ``None`` if unknown.
+        host_memory: The host's free memory in bytes; ``None`` if unknown.
+        num_cores: The CPU cores that this process can use; ``None`` if unknown.
         environment: vLLM's environment variables that you have set.
     """
 
@@ -35,12 +35,21 @@ class Platform:
     environment: Mapping[str, str] = field(factory=dict, hash=False)
 
     def require_package(self, name: str, command: str) -> None:
-        """Raise ``MissingDependencyError`` with ``command`` unless the distribution ``name`` is installed."""
+        """Raise ``MissingDependencyError`` if a package is missing.
+
+        Args:
+            name: The distribution's name.
+            command: The command that installs it, for the message.
+        """
         if name not in self.packages:
             raise MissingDependencyError(f"{name} is not installed: {command}")
 
     def require_gpu(self, quantization: str) -> None:
-        """Raise ``QuantizationError`` on a device that is no GPU."""
+        """Raise ``QuantizationError`` if the device is not a GPU.
+
+        Args:
+            quantization: The name for the message.
+        """
         if self.device != "cuda":
             raise QuantizationError(
                 f"{quantization} runs on GPUs only, and this is vLLM's build for the {self.device}: take a checkpoint "
@@ -48,7 +57,12 @@ class Platform:
             )
 
     def require_capability(self, minimum: int, quantization: str) -> None:
-        """Raise ``QuantizationError`` on a CUDA device older than ``minimum``; other devices pass."""
+        """Raise ``QuantizationError`` on a CUDA device older than ``minimum``; other devices pass.
+
+        Args:
+            minimum: The compute capability times ten.
+            quantization: The name for the message.
+        """
         if self.capability is not None and self.capability < minimum:
             raise QuantizationError(
                 f"{quantization} needs a GPU of compute capability {minimum / 10:.1f} or newer, this one has "
@@ -60,8 +74,8 @@ class Platform:
 class QuantizationStrategy(Protocol):
     """The way to serve one kind of quantized checkpoint.
 
-    Write a class with these four members and pass an instance as ``quantization=``, or decorate the class with
-    ``register`` to give it a name and a place in ``"auto"``.
+    Write a class with these four members, and pass an instance as ``quantization=``. Or decorate the class with
+    ``register``, which gives it a name and a place in ``"auto"``.
 
     Example:
         >>> class TorchAO:
@@ -82,13 +96,22 @@ class QuantizationStrategy(Protocol):
     name: str
 
     def matches(self, model_config: Mapping[str, Any]) -> bool:
-        """Return whether a checkpoint with this ``config.json`` is of this kind."""
+        """Return True if a checkpoint is of this kind.
+
+        Args:
+            model_config: The checkpoint's ``config.json``.
+        """
         ...
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """Raise what keeps this platform from serving it, with the command that helps.
+        """Raise an error if this machine cannot serve the checkpoint, with the command that helps.
 
-        Called before any weights are downloaded. Only ``config.json`` has been read.
+        The engine calls it before it downloads any weights.
+
+        Args:
+            config: The engine's options.
+            model_config: The checkpoint's ``config.json``.
+            platform: The machine and the installed packages.
 
         Raises:
             MissingDependencyError: A package is missing.
@@ -97,7 +120,12 @@ class QuantizationStrategy(Protocol):
         ...
 
     def engine_args(self, config: EngineConfig, model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments that vLLM needs for it; a pure function."""
+        """Return vLLM's arguments for the checkpoint; a pure function.
+
+        Args:
+            config: The engine's options.
+            model_config: The checkpoint's ``config.json``.
+        """
         ...
 
 
@@ -107,7 +135,7 @@ def unserved(model: str, says: str, why: str) -> QuantizationError:
     Args:
         model: The checkpoint.
         says: The field of its quantization config, with the value.
-        why: What vLLM runs instead.
+        why: The forms that vLLM runs instead.
     """
     return QuantizationError(
         f"{model} is quantized with {says}: {why}. Take another checkpoint of the same model: one in AWQ or "
@@ -122,6 +150,9 @@ S = TypeVar("S", bound=type[Any])
 
 def register(strategy_class: S) -> S:
     """Register a strategy class under its ``name``; use it as a decorator.
+
+    Args:
+        strategy_class: A class with the members of ``QuantizationStrategy`` and a constructor without arguments.
 
     Raises:
         ValueError: The name is taken.
@@ -138,7 +169,10 @@ def register(strategy_class: S) -> S:
 
 
 def unregister(name: str) -> None:
-    """Take a strategy out of the registry again.
+    """Remove a strategy from the registry.
+
+    Args:
+        name: The strategy's name.
 
     Raises:
         UnknownQuantizationError: No strategy has that name.
@@ -147,15 +181,24 @@ def unregister(name: str) -> None:
 
 
 def registered() -> Iterator[str]:
-    """Yield the names of the registered strategies, in the order of their registration."""
+    """Yield the names of the registered strategies, in the order of their registration.
+
+    Example:
+        >>> "awq" in registered()
+        True
+    """
     return iter(tuple(_registry))
 
 
 def choose(config: EngineConfig, model_config: Mapping[str, Any]) -> QuantizationStrategy:
-    """Find the strategy that ``config.quantization`` asks for.
+    """Return the strategy for ``config.quantization``.
 
-    ``"auto"`` takes the strategy whose ``matches`` knows the checkpoint. ``None`` does, too, but leaves an unquantized
+    ``"auto"`` returns the strategy that matches the checkpoint. ``None`` does the same, but leaves an unquantized
     checkpoint as it is, as vLLM's ``quantization=None`` does.
+
+    Args:
+        config: The engine's options.
+        model_config: The checkpoint's ``config.json``.
 
     Raises:
         UnknownQuantizationError: No strategy has that name.

@@ -1,6 +1,6 @@
 """Serving on several machines with Ray: a stage of Ray Data and an application of Ray Serve.
 
-``pip install 'qlora-infer[ray]'``. docs/ray.md says what it takes on a cluster.
+Install it with ``pip install 'qlora-infer[ray]'``. docs/ray.md describes the setup of a cluster.
 """
 
 from qlora_infer.errors import MissingDependencyError

@@ -5,42 +5,51 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from ray import serve
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlora_infer import errors
 from qlora_infer.adapters.version import LoadedAdapter
-from qlora_infer.http_status import http_status
+from qlora_infer.engine import QuantizedLoRAEngine
 from qlora_infer.ray.replica import EngineFactory
-from qlora_infer.requests.arguments import MEDIA_FIELDS
-from qlora_infer.requests.handle import PartialOutputs, RequestHandle
+from qlora_infer.requests.handle import RequestHandle
 from qlora_infer.requests.request import GenerationOutput
+from qlora_infer.serve.settings import Settings
 
 
 def build_app(
     engine: EngineFactory,
     *,
     timeout: float | None = None,
+    http: Settings | None = None,
     **options: Any,
 ) -> serve.Application:
     """Return an application for ``ray.serve.run``.
 
     Requests name their adapter as Serve's multiplexed model id: ``handle.options(multiplexed_model_id="pirate")``, or
-    the HTTP header ``serve_multiplexed_model_id``; without one the base model answers. Serve prefers replicas that
-    have the adapter, and then those that have the fewest. See ``AdapterServer`` for what may be called.
+    the HTTP header ``serve_multiplexed_model_id``. Without an id, the base model answers. Serve prefers replicas that
+    have the adapter, then those with the fewest adapters. ``AdapterServer`` lists the calls.
+
+    Over HTTP, a replica is the server of ``qlora-infer serve``, whose requests name their adapter as ``model``; with
+    the header beside it, Serve chooses a replica that has the adapter.
 
     Args:
-        engine: Makes a replica's engine. Its ``known_adapters`` are loaded on first use, ``max_loaded_adapters`` of
-            them at most.
-        timeout: Seconds that a request may take, waiting included; ``None`` for no limit.
-        **options: Of ``serve.deployment``: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config`` and so on.
-            ``max_ongoing_requests`` is 256 here, as many as vLLM has in a batch; Serve's own default is 5.
+        engine: A function that returns a replica's engine. The engine loads its ``known_adapters`` on first use, at
+            most ``max_loaded_adapters`` of them.
+        timeout: Seconds for a request of a handle, waiting included; ``None`` for no limit.
+        http: The settings of the OpenAI server that each replica is over HTTP; ``None`` for handles only. It needs
+            vLLM 0.32.
+        **options: Options of ``serve.deployment``: ``num_replicas``, ``ray_actor_options``, ``autoscaling_config`` and
+            so on. ``max_ongoing_requests`` defaults to 256, vLLM's batch size, instead of Serve's 5.
+
+    Raises:
+        ValueError: ``http`` has an admin key.
 
     Example:
         >>> from qlora_infer.ray import build_app
@@ -49,26 +58,29 @@ def build_app(
 
         Then ``handle = serve.run(app)``.
     """
+    if http is not None and http.admin_key is not None:
+        raise ValueError(
+            "http has an admin key, but a load over HTTP would reach one replica: "
+            "leave it out, and give the engine known_adapters"
+        )
     deployment = serve.deployment(AdapterServer).options(**{"max_ongoing_requests": 256, **options})
-    return deployment.bind(engine, timeout=timeout)
+    return deployment.bind(engine, timeout=timeout, http=http)
 
 
 class AdapterServer:
-    """The deployment behind ``build_app``: ``generate`` and ``stream`` for handles, JSON for HTTP.
-
-    Over HTTP, a POST of ``{"prompt": …, "sampling_params": {…}, "stream": false}`` is answered with ``text``,
-    ``finish_reason``, ``num_prompt_tokens``, ``num_tokens`` and ``adapter``; with ``"stream": true``, by server-sent
-    events of which each has the text that was added. What is wrong is ``{"error": …, "error_type": …}`` with a status,
-    or an event when it comes after the first token.
+    """The deployment of ``build_app``: ``generate`` and ``stream`` for handles, OpenAI's API for HTTP.
 
     Args:
-        engine: Makes the engine.
+        engine: A function that returns the engine.
         timeout: As in ``build_app``.
+        http: As in ``build_app``.
     """
 
-    def __init__(self, engine: EngineFactory, *, timeout: float | None) -> None:
+    def __init__(self, engine: EngineFactory, *, timeout: float | None = None, http: Settings | None = None) -> None:
         self._timeout = timeout
         self._engine = engine()
+        # Made in Serve's loop, which runs already; check_health awaits it before the first request.
+        self._http = None if http is None else asyncio.ensure_future(_make_http(self._engine, http))
         # What Serve knows of a replica's adapters serves its routers: the engine loads and unloads on its own.
         max_loaded = self._engine._config.max_loaded_adapters or -1
 
@@ -90,44 +102,44 @@ class AdapterServer:
             priority: As in ``QuantizedLoRAEngine.generate``.
 
         Raises:
-            AdapterNotLoadedError: The engine knows no adapter by the model id.
-            Exception: What ``QuantizedLoRAEngine.load_adapter`` and ``QuantizedLoRAEngine.generate`` raise.
+            AdapterNotLoadedError: The engine has no adapter for the model id.
+            Exception: The errors of ``QuantizedLoRAEngine.load_adapter`` and ``QuantizedLoRAEngine.generate``.
         """
         return await (await self._submit(prompt, sampling_params, priority))
 
     async def stream(
         self, prompt: Any, sampling_params: Mapping[str, Any] | None = None, *, priority: int = 0
     ) -> AsyncIterator[GenerationOutput]:
-        """Answer one prompt and yield partial outputs as the tokens come, each with all the text so far.
+        """Answer one prompt, and yield partial outputs as tokens come, each with the whole text so far.
 
-        For ``handle.options(stream=True)``. Arguments and errors are those of ``generate``.
+        Call it with ``handle.options(stream=True)``.
+
+        Args:
+            prompt: As in ``generate``.
+            sampling_params: As in ``generate``.
+            priority: As in ``generate``.
         """
         parts = aiter(await self._submit(prompt, sampling_params, priority))
         with contextlib.closing(parts):  # cancels the request when its reader has gone
             async for part in parts:
                 yield part
 
-    async def __call__(self, request: Request) -> Response:
+    async def __call__(self, _: Request) -> Response:
         """Answer over HTTP."""
-        try:
-            prompt, sampling_params, streamed = _parse(await request.body())
-            handle = await self._submit(prompt, sampling_params, 0)
-            if not streamed:
-                return JSONResponse(_format_output(output := await handle, output.text))
-            parts = aiter(handle)
-            # What goes wrong before the first token still has a status of its own.
-            first = await anext(parts)
-        except (errors.QLoRAInferError, ValueError, TypeError) as error:
-            return JSONResponse(_format_error(error), http_status(type(error)))
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_events(first, parts), headers=headers, media_type="text/event-stream")
+        if self._http is None:
+            message = "this application has no HTTP: give build_app(http=...) the settings of a server"
+            return JSONResponse({"error": {"message": message, "type": "NotFoundError", "code": 404}}, 404)
+        return _Forwarded(await asyncio.shield(self._http), self._announce_loaded)
 
-    def check_health(self) -> None:
-        """For Serve, which replaces a replica whose engine has ended.
+    async def check_health(self) -> None:
+        """Raise an error if the engine has ended; Serve then replaces the replica.
 
         Raises:
-            EngineDeadError: It has.
+            EngineDeadError: The engine has ended.
+            Exception: The settings of ``http`` are wrong, or it needs another vLLM; Serve does not start the replica.
         """
+        if self._http is not None:
+            await asyncio.shield(self._http)
         if not self._engine.is_running:
             raise errors.EngineDeadError("the engine of this replica has ended; Serve starts another")
 
@@ -152,6 +164,12 @@ class AdapterServer:
         # In a thread, because a chat template may take its time.
         return await asyncio.to_thread(add_request)
 
+    async def _announce_loaded(self) -> None:
+        """Announce the adapter of the current request, if the request was allowed and the adapter has been loaded."""
+        name = serve.get_multiplexed_model_id()
+        if name in self._engine.adapters:
+            await asyncio.shield(self._announce(name))
+
     async def _announce(self, name: str) -> None:
         """Load an adapter unless it is loaded, and make Serve know that it is here."""
         # Of several first requests at once, Serve 2.60 would believe for ever that the adapter is being loaded.
@@ -159,44 +177,29 @@ class AdapterServer:
             await self._load(name)
 
 
-def _parse(body: bytes) -> tuple[Any, Mapping[str, Any] | None, bool]:
-    try:
-        fields = json.loads(body)
-        prompt = fields.pop("prompt")
-        sampling_params, streamed = fields.pop("sampling_params", None), fields.pop("stream", False)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError("the body must be a JSON object with the field 'prompt'") from None
-    if isinstance(prompt, dict) and (media := sorted(set(MEDIA_FIELDS) & set(prompt))):
-        raise ValueError(
-            f"the prompt has {media[0]!r}, which is for callers in Python: send images as parts of messages"
-        )
-    if fields:
-        raise ValueError(f"the body has unknown fields: {', '.join(sorted(fields))}")
-    return prompt, sampling_params, bool(streamed)
+async def _make_http(engine: QuantizedLoRAEngine, settings: Settings) -> ASGIApp:
+    from qlora_infer.serve.application import make_app  # which needs vLLM's server
+
+    return await make_app(engine, settings)
 
 
-def _format_output(output: GenerationOutput, text: str) -> dict[str, Any]:
-    return {
-        "text": text,
-        "finish_reason": output.finish_reason,
-        "num_prompt_tokens": len(output.prompt_token_ids),
-        "num_tokens": output.num_tokens,
-        "adapter": output.adapter,
-    }
+class _Forwarded(Response):  # type: ignore[misc]
+    """The response of an application to the request that Serve has received.
 
+    Args:
+        app: The application, which reads the request and writes the response.
+        before: Awaited before the response begins.
+    """
 
-def _format_error(error: Exception) -> dict[str, str]:
-    return {"error": str(error), "error_type": type(error).__name__}
+    def __init__(self, app: ASGIApp, before: Callable[[], Awaitable[None]]) -> None:
+        self._app, self._before = app, before
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application."""
 
-async def _events(part: GenerationOutput, parts: PartialOutputs) -> AsyncIterator[str]:
-    """Yield the text that each part adds to the one before; an error ends the stream as a last event."""
-    with contextlib.closing(parts):  # cancels the request when its reader has gone
-        try:
-            while True:
-                yield f"data: {json.dumps(_format_output(part, part.delta))}\n\n"
-                if part.finished:
-                    return
-                part = await anext(parts)
-        except errors.QLoRAInferError as error:
-            yield f"data: {json.dumps(_format_error(error))}\n\n"
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await self._before()
+            await send(message)
+
+        await self._app(scope, receive, sending)

@@ -44,24 +44,23 @@ _COLUMNS = {
 
 
 class GenerationStage:
-    """Answers batches of a Ray Data dataset, with one engine in each actor.
+    """A stage that answers batches of a Ray Data dataset, with one engine in each actor.
 
-    For ``Dataset.map_batches`` with ``batch_format="pyarrow"``. It reads the columns ``prompt`` (a text, token ids or a
-    conversation), ``adapter`` (a name; null or empty for the base model) and ``sampling_params`` (a struct; nulls in it
-    are left out), of which only ``prompt`` has to be there. It adds, or replaces, ``text``, ``num_prompt_tokens``,
-    ``num_tokens``, ``finish_reason``, ``error`` and ``error_type``; of ``n > 1`` answers, ``text`` is the first.
+    Use it with ``Dataset.map_batches`` and ``batch_format="pyarrow"``. It reads three columns: ``prompt`` (a text,
+    token ids or a conversation), and optionally ``adapter`` (a name; null or empty for the base model) and
+    ``sampling_params`` (a struct, without its nulls). It adds or replaces ``text``, ``num_prompt_tokens``,
+    ``num_tokens``, ``finish_reason``, ``error`` and ``error_type``. With ``n > 1``, ``text`` is the first answer.
 
-    Ray Data gives each actor several batches at a time. Their requests meet in the engine's queue, which keeps those
-    of one adapter together, so rows need not be sorted. Give the engine ``known_adapters``: it loads an adapter when a
-    row first names it, while rows of others are answered.
+    Ray Data gives each actor several batches at a time. The engine's queue groups their requests by adapter, so you
+    need not sort the rows. Give the engine ``known_adapters``: it loads an adapter when a row first names it, while
+    other rows are answered.
 
     Args:
-        engine: Makes an actor's engine.
-        sampling_params: For all rows; a row's own go over them.
-        timeout: Seconds that each row may take from the moment its batch begins, waiting included; ``None`` for no
-            limit.
-        on_error: As in ``QuantizedLoRAEngine.generate_iter``: ``"return"`` writes what is wrong with a row into its
-            ``error`` and ``error_type``, with nulls for the rest; ``"raise"`` raises the first.
+        engine: A function that returns an actor's engine.
+        sampling_params: The parameters of all rows; those of a row override them.
+        timeout: Seconds for each row from the start of its batch, waiting included; ``None`` for no limit.
+        on_error: ``"return"`` writes a row's error into ``error`` and ``error_type``, with nulls for the rest;
+            ``"raise"`` raises the first error.
 
     Example:
         >>> import pyarrow as pa
@@ -97,13 +96,16 @@ class GenerationStage:
         return await asyncio.to_thread(self.answer, batch)
 
     def answer(self, batch: pa.Table) -> pa.Table:
-        """Answer one batch and wait for it.
+        """Answer one batch, and wait for it.
+
+        Args:
+            batch: The batch, an Arrow table.
 
         Returns:
-            The batch, its rows in their order, with the columns that the stage adds.
+            The batch, its rows in their order, with the stage's columns.
 
         Raises:
-            TypeError: The batch is no Arrow table.
+            TypeError: The batch is not an Arrow table.
             ValueError: It has no column ``prompt``.
             EngineDeadError: The engine core died.
         """

@@ -111,7 +111,7 @@ class Backend(Protocol):
         ...
 
     def abort_request(self, request_id: str) -> None:
-        """Stop a request and free what it holds."""
+        """Stop a request and free its memory."""
         ...
 
     def step(self) -> StepOutput:

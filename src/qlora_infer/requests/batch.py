@@ -20,12 +20,12 @@ def as_ended(
     """Yield handles whose requests have ended, while requests that ``handles`` has not made yet are made.
 
     Args:
-        handles: Makes the next request each time that it is asked for one.
-        max_pending: So many requests are on their way, or have ended and are not yet yielded.
+        handles: An iterator that makes a request for each item.
+        max_pending: The number of requests that run, or have ended and are not yet yielded.
         in_order: Whether handles come in the order of the requests; otherwise as they end.
 
     Raises:
-        Exception: What ``handles`` raises. The requests on their way are cancelled then, as they are when the caller
+        Exception: The errors of ``handles``. Unfinished requests are cancelled then, as they are when the caller
             stops.
     """
     source, pending = iter(handles), OrderedDict[RequestHandle, None]()  # whose oldest is found at once

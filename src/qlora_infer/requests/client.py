@@ -151,7 +151,7 @@ class Client:
     ) -> list[GenerationOutput]:
         """Answer a list of prompts, or of conversations.
 
-        What is wrong with any of them is raised before the first is queued, but for those whose adapters are still to
+        An error of any of them is raised before the first is queued, except for those whose adapters are still to
         be loaded.
         """
         number, limit, queued = len(prompts), check_timeout(timeout), time.monotonic()
@@ -241,7 +241,7 @@ class Client:
         return handle
 
     def _output(self, handle: RequestHandle, faults: tuple[type[Exception], ...]) -> GenerationOutput:
-        """Return what came of a row; raise what is no fault of the row alone."""
+        """Return the output of a row; raise errors that are not the row's alone."""
         try:
             return handle.result()
         except faults as fault:
@@ -368,7 +368,7 @@ class Client:
         return handle
 
     def _complete(self, pending: PendingRequest, row: _Row, found: AdapterVersion | Exception) -> None:
-        """Queue a request whose adapter has been loaded, or end it with what went wrong."""
+        """Queue a request whose adapter has been loaded, or end it with the error."""
         if isinstance(found, Exception):
             self._driver.refuse(pending, found)
             return

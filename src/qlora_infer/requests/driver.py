@@ -101,7 +101,7 @@ class Driver:
     # For other threads ------------------------------------------------------------------------------------------
 
     def start(self, plan: EnginePlan) -> None:
-        """Start the engine and wait until it is ready; raises what kept it from starting."""
+        """Start the engine and wait until it is ready; raises the error of a failed start."""
         self._plan = plan
         self._thread.start()
         self._started.result()
@@ -157,7 +157,7 @@ class Driver:
         pending.fail(error)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Run a function on the driving thread, between two steps, and return what it returns."""
+        """Run a function on the driving thread, between two steps, and return its result."""
         if threading.current_thread() is self._thread:
             return function(*args)
         return self.post(function, *args).result()
@@ -172,7 +172,7 @@ class Driver:
         return future
 
     def forget(self, name: str) -> None:
-        """Drop what is remembered of an adapter that is gone."""
+        """Drop the records of an unloaded adapter."""
 
         def drop() -> None:
             with self._lock:
@@ -196,7 +196,7 @@ class Driver:
         return self._queue.num_adapters_in_line
 
     def close(self) -> None:
-        """End what is unfinished with ``EngineClosedError``, then the engine; harmless a second time."""
+        """Fail unfinished requests with ``EngineClosedError``, then end the engine; a second call does nothing."""
         with self._lock:
             self._closing = True
             self._work.notify_all()
@@ -241,7 +241,7 @@ class Driver:
         return len(self._queue) + len(self._awaiting)
 
     def _let_go(self, pending: PendingRequest) -> None:
-        """Make the driving thread drop a request that has ended early, or that nobody waits for any more.
+        """Make the driving thread drop a request that has ended early, or whose handle is gone.
 
         It neither locks nor waits, because a handle that is thrown away calls it from wherever that happens. The
         driving thread need not be woken: while there are requests, it does not sleep.
@@ -281,7 +281,7 @@ class Driver:
         self._spare(0)
 
     def _spare(self, num_ending: int) -> None:
-        """Make places for some requests more than the batch holds, where so many sequences are about to end."""
+        """Add places beyond the batch for sequences that are about to end."""
         max_num_seqs = self._backend.max_num_seqs
         self._num_spare = num_spare(max_num_seqs, num_ending)
         with self._lock:
@@ -411,7 +411,7 @@ class Driver:
             self._memory.prefetch(version)
 
     def _take(self, step: StepOutput, seconds: float) -> None:
-        """Pass on what a step gave, and count it."""
+        """Pass on the outputs of a step, and count them."""
         self._num_backlog = step.num_waiting
         given: dict[str | None, int] = {}
         given_to: dict[str | None, PendingRequest] = {}  # one of each adapter's requests
@@ -476,7 +476,7 @@ class Driver:
     # The end ----------------------------------------------------------------------------------------------------
 
     def _restart(self, death: EngineDeadError) -> None:
-        """Start a new engine, with the same adapters; run again what had not produced anything, and fail the rest."""
+        """Start a new engine with the same adapters, repeat requests without output, and fail the others."""
         # A record that is kept must keep no frames: the death's traceback has those of a caller whose call met it.
         logger.warning("the engine core died (%s): starting another", str(death))
         with self._lock:

@@ -16,15 +16,14 @@ from qlora_infer.requests.request import GenerationOutput
 
 
 class RequestHandle(Future[GenerationOutput]):
-    """A future of a request's output, for any thread and any event loop.
+    """A future of a request's output, for threads and event loops.
 
-    ``handle.result()`` waits in a thread and ``await handle`` in a coroutine. ``for part in handle`` and
-    ``async for part in handle`` yield partial outputs as tokens come, each with all the text so far, and the finished
-    one last. A reader that is slower than the engine gets the newest output and skips those between.
-    ``concurrent.futures.wait``, ``as_completed`` and ``asyncio.wrap_future`` take handles, too.
+    ``handle.result()`` waits in a thread, ``await handle`` in a coroutine. ``for part in handle`` and ``async for part
+    in handle`` yield partial outputs as tokens come, each with the whole text so far; the last one is finished. A slow
+    reader gets the newest output and skips older ones. ``concurrent.futures.wait``, ``as_completed`` and
+    ``asyncio.wrap_future`` accept handles.
 
-    A handle that nobody holds any more cancels its request, since nobody can hear of it; one with a callback is held
-    until it is done.
+    If you drop a handle, its request is cancelled. The engine holds a handle with a callback until its request ends.
 
     Example:
         >>> from qlora_infer.testing import fake_engine
@@ -42,7 +41,7 @@ class RequestHandle(Future[GenerationOutput]):
         ...     asyncio.run(answer(engine))
         'You said: one two'
 
-        Several, the first that ends first:
+        Several, in the order in which they end:
 
         >>> from concurrent.futures import as_completed
         >>> with fake_engine() as engine:
@@ -64,25 +63,25 @@ class RequestHandle(Future[GenerationOutput]):
 
     @override
     def done(self) -> bool:
-        """Return whether the request has finished, failed or been cancelled."""
+        """Return True if the request has finished, failed or been cancelled."""
         return self._pending.done
 
     @override
     def running(self) -> bool:
-        """Return whether the engine is at work on it: it has left the queue and not ended."""
+        """Return True if the request has left the queue and not ended."""
         return self._pending.admitted is not None and not self._pending.done
 
     @override
     def cancelled(self) -> bool:
-        """Return whether it was cancelled before it ended."""
+        """Return True if the request was cancelled before it ended."""
         return isinstance(self._pending.error, RequestCancelledError)
 
     @override
     def cancel(self) -> bool:
-        """Stop the request and free what it holds; the others go on.
+        """Stop the request and free its place; other requests continue.
 
         Returns:
-            Whether it was still unfinished. ``result`` then raises ``RequestCancelledError``.
+            True if the request was unfinished. ``result`` then raises ``RequestCancelledError``.
         """
         if self._pending.done:
             return False
@@ -96,13 +95,13 @@ class RequestHandle(Future[GenerationOutput]):
         """Wait for the finished output.
 
         Args:
-            timeout: Seconds to wait at most; ``None`` waits until the request ends. It always does: with an
-                output, or with an error when it is cancelled, the engine is closed, or its core dies.
+            timeout: Seconds to wait at most; ``None`` waits until the request ends. It always ends, with an output or
+                an error.
 
         Raises:
-            TimeoutError: It has not ended in time; it goes on.
-            RequestTimeoutError: The request's own ``timeout`` has passed; it was cancelled.
-            RequestCancelledError: It was cancelled.
+            TimeoutError: The request did not end in time; it continues.
+            RequestTimeoutError: The request exceeded its own ``timeout``, and was cancelled.
+            RequestCancelledError: The request was cancelled.
             RequestRejectedError: vLLM cannot run it.
             AdapterLoadError: Its adapter could not be loaded.
             EngineClosedError: The engine was closed first.
@@ -113,23 +112,25 @@ class RequestHandle(Future[GenerationOutput]):
 
     @override
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for the request's end, and return the error that it ended with, or ``None``.
+        """Wait for the end of the request, and return its error, or ``None``.
 
         Args:
             timeout: As in ``result``.
 
         Raises:
-            TimeoutError: It has not ended in time; it goes on.
+            TimeoutError: The request did not end in time; it continues.
         """
         self._wait(timeout)
         return super().exception()
 
     @override
     def add_done_callback(self, fn: Callable[[Future[GenerationOutput]], object]) -> None:
-        """Call ``fn`` with this handle when the request has ended; at once if it has.
+        """Call ``fn`` with this handle when the request ends, or at once if it has ended.
 
-        The thread that drives the engine calls it, so ``fn`` must be quick. The request goes on although nobody else
-        holds its handle.
+        The engine's thread calls it, so ``fn`` must be quick. The request continues even if you drop the handle.
+
+        Args:
+            fn: A function of one argument, the handle.
         """
         self._pending.hold(self)
         super().add_done_callback(fn)

@@ -21,11 +21,11 @@ END = math.inf
 class PendingRequest:
     """A request's state, which the queue and the driver hold and its handle reads.
 
-    It ends exactly once, with a finished output or with an error, and whoever waits for it then is woken: threads,
-    and tasks of any event loop. It knows its handle only weakly, so that one that its caller drops is gone.
+    It ends exactly once, with a finished output or with an error, and then wakes everything that waits: threads,
+    and tasks of any event loop. It refers to its handle weakly, so that a handle that its caller drops is gone.
 
     Attributes:
-        request: What is asked.
+        request: The request.
         num_seqs: The places in the engine's batch that it takes: ``n`` of its sampling parameters.
         max_num_tokens: The most tokens that it can be given.
         number: Its place in the order of arrival, given by the queue.
@@ -35,7 +35,7 @@ class PendingRequest:
         output: The newest output.
         num_outputs: How many there have been.
         done: Whether it has ended.
-        error: What it failed with.
+        error: Its error; ``None`` unless it failed.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
@@ -66,12 +66,12 @@ class PendingRequest:
         self._future = weakref.ref(future)
 
     def hold(self, future: Future[GenerationOutput]) -> None:
-        """Keep the future until the request has ended: somebody waits to be called."""
+        """Keep the future until the request has ended, because a callback waits."""
         with self._changed:
             self._held = None if self.done else future
 
     def ends_within(self, num_steps: int) -> bool:
-        """Return whether it reaches its ``max_tokens`` within so many steps."""
+        """Return whether it reaches its ``max_tokens`` within a number of steps."""
         return self.max_num_tokens - self.num_tokens <= num_steps * self.num_seqs
 
     def advance(self, output: GenerationOutput) -> None:

@@ -54,13 +54,13 @@ class RequestQueue:
       free. One that has few takes the free slot at once.
     - The base model needs no slot.
     - A slot whose requests are about to end, and which no more wait for, is given to the next adapter already
-      (``expect``): the engine is to have its requests by then. Nobody else enters it any more.
+      (``expect``): the engine is to have its requests by then. No other lane enters it any more.
 
     So a request whose adapter owes nothing starts within ``(n + 1) * (TURN_STEPS * w + L) + 2 L`` steps, whatever
     else comes in: ``n`` is the number of adapters that wait for a slot or hold one when it arrives, plus
     ``MAX_OVERTAKEN``; ``w`` the largest share, at least one; ``L`` the steps of the longest request.
 
-    ``policy="fcfs"`` is one lane for all: the oldest request is next, and while it has no slot, nobody overtakes it.
+    ``policy="fcfs"`` is one lane for all: the oldest request is next, and no request overtakes it while it has no slot.
 
     It is not locked; the driver is.
 
@@ -189,7 +189,7 @@ class RequestQueue:
 
         Args:
             ending: How many of an adapter's running requests end within a few steps; it holds until it is told anew.
-            at_most: So many adapters at a time may have a slot that another has not left.
+            at_most: The number of adapters that can have a slot that another has not left.
         """
         self._ending, self._most_leaving = dict(ending), at_most
 
@@ -205,7 +205,7 @@ class RequestQueue:
         return [lane.next_version for lane in lanes if lane.next_version is not None]
 
     def forget(self, name: str) -> None:
-        """Drop what is remembered of an adapter that is gone, once it has no requests."""
+        """Drop the records of an unloaded adapter, once it has no requests."""
         lane = self._lanes.get(name)
         if lane is not None and lane.is_idle:
             del self._lanes[name]
@@ -233,7 +233,7 @@ class RequestQueue:
         return lane
 
     def _line_up(self, lane: _Lane, *, is_new: bool = False) -> None:
-        """Put a lane with waiting requests where it gets what it needs: among those in turn, or in line for a slot."""
+        """Put a lane with waiting requests among those in turn, or in line for a slot."""
         if lane.key in self._in_turn:
             return
         if lane.key is None:  # the base model, or everybody under "fcfs"
@@ -260,7 +260,7 @@ class RequestQueue:
         self._few.remove(lane)
 
     def _settle(self, lane: _Lane) -> None:
-        """Drop what a lane needs no longer, after a request has gone."""
+        """Drop a lane's unused records, after a request has gone."""
         self._turns_are_due = True
         if lane.waiting:
             self._line_up(lane)
@@ -331,7 +331,7 @@ class RequestQueue:
         return lane.next_version is None or self._is_resident(lane.next_version)
 
     def _end_turns(self, priority: int, *, any_number: bool = False) -> bool:
-        """Stop admitting to lanes that have had their turn, for those in line; whether somebody can begin now."""
+        """Stop admitting to lanes that have had their turn, for those in line; return whether one can begin now."""
         num_emptying = sum(version.name not in self._in_turn for version in self._staying)
         num_wanted = min(max(1, self.max_loras // 2), len(self._line)) - num_emptying
         if any_number:
@@ -378,11 +378,11 @@ class RequestQueue:
     # Credit -----------------------------------------------------------------------------------------------------
 
     def _renew(self, lane: _Lane, rounds: int = 1) -> None:
-        """Give a lane what it is due in a round; what it did not use before is not saved up."""
+        """Give a lane its credit of a round; unused credit is not saved."""
         lane.credit = min(self._quantum, lane.credit + self._quantum * rounds)
 
     def _skip_rounds(self) -> None:
-        """Skip the rounds in which nobody in line would do more than pay off debt."""
+        """Skip the rounds in which every lane in line would only pay off debt."""
         if any(lane.credit > -self._quantum for lane in self._line):
             return
         rounds = min(int(-lane.credit // self._quantum) for lane in self._line)
@@ -399,7 +399,7 @@ class RequestQueue:
         self._round = max(self._round, round_)
 
     def _forgive(self, lane: _Lane) -> None:
-        """Give a place to a lane without credit, because nobody who has some can use it."""
+        """Give a place to a lane without credit, because no lane with credit can use it."""
         if not self._line:
             for in_turn in self._in_turn.values():
                 self._renew(in_turn)
@@ -408,7 +408,7 @@ class RequestQueue:
             lane.credit = 0.0
 
     def _welcome_back(self, lane: _Lane) -> None:
-        """Take from an old debt the rounds that have passed; and all of it while nobody is kept waiting."""
+        """Subtract the past rounds from an old debt, or all of it while no lane waits."""
         if not self._num_waiting:
             lane.credit = self._quantum if lane.key is None else 0.0
         elif lane.key is not None:
@@ -417,7 +417,7 @@ class RequestQueue:
 
 @define(eq=False)
 class _Lane:
-    """The waiting requests of one adapter, and what it has been given."""
+    """The waiting requests of one adapter, and its consumption."""
 
     key: str | None
     credit: float = 0.0

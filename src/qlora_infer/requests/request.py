@@ -28,7 +28,7 @@ class GenerationRequest:
         prompt: Text, or token ids.
         sampling_params: vLLM's ``SamplingParams``.
         adapter: The exact version that answers, ``None`` for the base model.
-        stream: Whether somebody may read partial outputs; the engine need not make them otherwise.
+        stream: Whether partial outputs can be read; the engine need not make them otherwise.
         add_special_tokens: Whether the tokenizer adds its own; a chat template has written them already.
         priority: Lower goes first.
         timeout: Seconds from ``queued`` in which it must finish; ``None`` for no limit.
@@ -69,10 +69,10 @@ class RequestTimes:
     """The times of a request's events, in seconds of ``time.monotonic()``.
 
     Attributes:
-        queued: The request was made.
-        admitted: It was handed to vLLM; ``None`` before that.
-        first_token: Its first token came; ``None`` before that.
-        finished: It finished; ``None`` before that.
+        queued: When the request was made.
+        admitted: When vLLM got it; ``None`` before that.
+        first_token: When its first token came; ``None`` before that.
+        finished: When it finished; ``None`` before that.
     """
 
     queued: float
@@ -82,7 +82,7 @@ class RequestTimes:
 
     @property
     def waiting(self) -> float | None:
-        """Seconds that it waited in the queue."""
+        """Seconds in the queue."""
         return None if self.admitted is None else self.admitted - self.queued
 
     @property
@@ -101,15 +101,15 @@ class Completion:
     """One answer to a prompt; a request with ``n > 1`` has several.
 
     Attributes:
-        index: Its place among the ``n``.
+        index: The position among the ``n``.
         text: The generated text so far.
         token_ids: The generated tokens so far.
         finish_reason: ``"stop"``, ``"length"``, or ``None`` while it runs.
-        stop_reason: The stop string or token id that ended it, if one did.
-        logprobs: For each generated token, vLLM's mapping of token id to ``Logprob``; ``None`` unless asked for.
-        cumulative_logprob: The sum of the tokens' log-probabilities; ``None`` unless asked for.
-        parsed: Its parts, once it has finished, where the engine has a ``reasoning_parser`` or ``tool_call_parser``.
-        token_logprobs: The log-probability of each generated token; ``None`` unless asked for.
+        stop_reason: The stop string or token id that ended it; ``None`` if none did.
+        logprobs: For each generated token, vLLM's mapping of token id to ``Logprob``; ``None`` unless requested.
+        cumulative_logprob: The sum of the tokens' log-probabilities; ``None`` unless requested.
+        parsed: The parsed parts of a finished answer, if the engine has a ``reasoning_parser`` or ``tool_call_parser``.
+        token_logprobs: The log-probability of each generated token; ``None`` unless requested.
     """
 
     index: int
@@ -123,21 +123,21 @@ class Completion:
 
     @property
     def content(self) -> str:
-        """The text without reasoning and tool calls; all of it where the engine has no parser."""
+        """The text without reasoning and tool calls; the whole text without a parser."""
         return self.text if self.parsed is None else self.parsed.content
 
     @property
     def reasoning(self) -> str | None:
-        """The model's thoughts; ``None`` where there are none, or no ``reasoning_parser``."""
+        """The model's reasoning; ``None`` without any, or without a ``reasoning_parser``."""
         return None if self.parsed is None else self.parsed.reasoning
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The tools that the model calls; none where there is no ``tool_call_parser``."""
+        """The model's tool calls; empty without a ``tool_call_parser``."""
         return () if self.parsed is None else self.parsed.tool_calls
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON; what was not asked for is left out."""
+        """Return plain values, for JSON; values that were not requested are left out."""
         plain = {
             "index": self.index,
             "text": self.text,
@@ -154,7 +154,7 @@ class Completion:
 
     @property
     def token_logprobs(self) -> tuple[float, ...] | None:
-        """The log-probability of each generated token; ``None`` unless asked for."""
+        """The log-probability of each generated token; ``None`` unless requested."""
         if self.logprobs is None:
             return None
         return tuple(float(each[token].logprob) for each, token in zip(self.logprobs, self.token_ids, strict=True))
@@ -162,26 +162,33 @@ class Completion:
 
 @frozen
 class GenerationOutput(Displayed):
-    """The output of a request: all of it when ``finished``, the beginning of it before.
+    """The output of a request: all of it if ``finished``, else the beginning.
 
-    ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` are those of the first completion. Of a request that
-    failed, where ``on_error="return"`` keeps it among the others, they raise ``error``.
+    ``text``, ``token_ids``, ``finish_reason`` and ``logprobs`` belong to the first completion. If the request failed
+    (``on_error="return"``), they raise its ``error``.
 
     Attributes:
         request_id: The request's id.
-        prompt: The prompt's text; ``None`` where token ids were given.
+        prompt: The prompt's text; ``None`` for a prompt of token ids.
         prompt_token_ids: The prompt's tokens.
         completions: The answers, ``n`` of them.
         adapter: The name of the adapter that answered; ``None`` for the base model.
         adapter_id: The integer id of that adapter's version; 0 for the base model.
-        prompt_logprobs: For each prompt token but the first, vLLM's mapping of token id to ``Logprob``;
-            ``None`` unless asked for.
-        finished: Whether this is the last output of the request.
-        times: When the request was made, had its first token, and finished.
+        prompt_logprobs: For each prompt token but the first, vLLM's mapping of token id to ``Logprob``; ``None`` unless
+            requested.
+        finished: True for the last output of the request.
+        times: The times of the request, its first token, and its end.
         adapter_version: The number of that version, as in ``"name@2"``; ``None`` for the base model.
-        index: The prompt's place among those of one call, from 0.
-        delta: In a stream, the text that came since the part before; otherwise ``""``.
-        error: What the request failed with; ``None`` as a rule.
+        index: The prompt's position in the call, from 0.
+        delta: In a stream, the text since the previous part; otherwise ``""``.
+        error: The error of a failed request, else ``None``.
+
+    Example:
+        >>> from qlora_infer.testing import fake_engine
+        >>> with fake_engine() as engine:
+        ...     (output,) = engine.generate("ahoy", {"max_tokens": 8})
+        >>> output.text, output.finish_reason, output.num_tokens
+        ('You said: ahoy', 'stop', 3)
     """
 
     request_id: str
@@ -200,7 +207,7 @@ class GenerationOutput(Displayed):
 
     @classmethod
     def of(cls, request: GenerationRequest, **produced: Any) -> Self:
-        """Make an output of a request, with what it has produced."""
+        """Make the output of a request from its completions."""
         version = request.adapter
         return cls(
             request_id=request.request_id,
@@ -214,7 +221,7 @@ class GenerationOutput(Displayed):
 
     @classmethod
     def failed(cls, request: GenerationRequest, error: Exception) -> Self:
-        """Make the output of a request that has failed."""
+        """Make the output of a failed request."""
         token_ids = () if isinstance(request.prompt, str) else request.prompt
         return cls.of(
             request,
@@ -244,7 +251,7 @@ class GenerationOutput(Displayed):
 
     @property
     def outputs(self) -> tuple[Completion, ...]:
-        """The completions, by the name that they have in vLLM's ``RequestOutput``."""
+        """The completions, under their name in vLLM's ``RequestOutput``."""
         return self.completions
 
     @property
@@ -254,21 +261,21 @@ class GenerationOutput(Displayed):
 
     @property
     def reasoning(self) -> str | None:
-        """The first completion's thoughts; ``None`` where there are none, or no ``reasoning_parser``."""
+        """The first completion's reasoning; ``None`` without any, or without a ``reasoning_parser``."""
         return self._first.reasoning
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The tools that the first completion calls."""
+        """The first completion's tool calls."""
         return self._first.tool_calls
 
     @property
     def num_prompt_tokens(self) -> int:
-        """The tokens of the prompt."""
+        """The number of tokens of the prompt."""
         return len(self.prompt_token_ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON."""
+        """Return plain values, for JSON."""
         plain: dict[str, Any] = {
             "request_id": self.request_id,
             "index": self.index,
@@ -287,17 +294,17 @@ class GenerationOutput(Displayed):
 
     @property
     def num_tokens(self) -> int:
-        """The generated tokens of all completions."""
+        """The number of generated tokens, over all completions."""
         return sum(len(completion.token_ids) for completion in self.completions)
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the first completion ended: ``"stop"`` or ``"length"``; ``None`` while it runs."""
+        """The end of the first completion: ``"stop"`` or ``"length"``; ``None`` while it runs."""
         return self._first.finish_reason
 
     @property
     def logprobs(self) -> Sequence[Any] | None:
-        """The first completion's log-probabilities; ``None`` unless asked for."""
+        """The first completion's log-probabilities; ``None`` unless requested."""
         return self._first.logprobs
 
     def __repr__(self) -> str:

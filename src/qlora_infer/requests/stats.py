@@ -18,20 +18,20 @@ from qlora_infer.requests.request import GenerationOutput, GenerationRequest
 
 @define
 class AdapterStats:
-    """The numbers of one adapter, or of the base model, since the engine started; a copy of its own.
+    """The numbers of one adapter, or of the base model, since the engine started; an independent copy.
 
     Attributes:
         num_waiting: Requests in the queue now.
         num_running: Requests in the engine now.
         num_finished: Requests that finished.
-        num_failed: Requests that ended with an error; cancelled and timed-out ones are among them.
-        prompt_tokens: Tokens of the prompts that the engine was given.
+        num_failed: Requests that ended with an error, including cancelled and timed-out ones.
+        prompt_tokens: Tokens of the prompts that the engine received.
         generation_tokens: Tokens generated.
-        num_swaps: How often the adapter was moved into a slot on the device.
-        queue_time: How long requests waited in the queue.
-        time_to_first_token: How long requests that finished took from their making to their first token.
-        num_refused: Requests that were not taken, because ``max_waiting`` others waited.
-        errors: How many requests failed, by the class of their error; ``num_failed`` in all.
+        num_swaps: Moves of the adapter into a slot on the device.
+        queue_time: The times that requests waited in the queue.
+        time_to_first_token: The times of finished requests from their start to their first token.
+        num_refused: Requests refused because ``max_waiting`` others waited.
+        errors: Failed requests by class of the error, ``num_failed`` in all.
     """
 
     num_waiting: int = 0
@@ -55,14 +55,15 @@ class EngineStats(Displayed):
         num_waiting: Requests in the queue.
         num_running: Requests in the engine.
         num_adapters_waiting: Adapters that wait for a slot.
-        num_steps: Steps taken since the engine started.
-        num_restarts: How often its core has died and was started again.
-        step_time: How long steps took.
-        kv_cache_usage: The share of the KV cache's blocks that requests hold, 0 to 1, after the newest step.
-        adapters: By name; the base model is ``None``. An adapter is here from its first request until it is unloaded.
-        residency: Loads, evictions and places in memory. An adapter is here from its load until it is unloaded.
-        load_errors: How many calls of ``load_adapter`` have failed, by the class of the error.
-        is_running: Whether requests are taken; not after ``close``, nor after the death of the engine core.
+        num_steps: Steps since the engine started.
+        num_restarts: Restarts after the engine core died.
+        step_time: The durations of steps.
+        kv_cache_usage: The share of the KV cache's blocks in use, 0 to 1, after the newest step.
+        adapters: Numbers by adapter; the base model is ``None``. An adapter is included from its first request until it
+            is unloaded.
+        residency: Loads, evictions and places in memory by adapter, from its load until it is unloaded.
+        load_errors: Failed calls of ``load_adapter``, by class of the error.
+        is_running: True while the engine accepts requests; false after ``close`` or the death of the core.
     """
 
     num_waiting: int
@@ -79,7 +80,7 @@ class EngineStats(Displayed):
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompts that the engine was given."""
+        """Tokens of all prompts that the engine received."""
         return sum(adapter.prompt_tokens for adapter in self.adapters.values())
 
     @property
@@ -133,7 +134,7 @@ class EngineStats(Displayed):
 
 
 class StatsRecorder:
-    """Counts what happens to requests; any thread may call any method."""
+    """The counters of requests; every thread can call every method."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,1 +1,1 @@
-"""Processes for what strangers wrote: they end in time, take little memory, and get nothing of the environment."""
+"""Processes for untrusted input: they end in time, take little memory, and get nothing of the environment."""

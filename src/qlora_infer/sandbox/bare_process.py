@@ -1,4 +1,4 @@
-"""The start of a process that runs one file of this package on what a stranger wrote, and knows nothing of this one."""
+"""The start of a process that runs one file of this package on untrusted input, isolated from this process."""
 
 from __future__ import annotations
 

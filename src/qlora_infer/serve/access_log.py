@@ -23,7 +23,7 @@ class AccessLog:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application, and log what came of it."""
+        """Run the application, and log the result."""
         if scope["type"] != "http" or scope["path"].startswith(SILENT):
             await self.app(scope, receive, send)
             return
@@ -57,7 +57,7 @@ class AccessLog:
 
 
 def _usage(metadata: Any) -> dict[str, Any]:
-    """Return what vLLM's server notes of a request (``entrypoints/generate/base/protocol.py`` in 0.32.0)."""
+    """Return vLLM's record of a request (``entrypoints/generate/base/protocol.py`` in 0.32.0)."""
     usage = getattr(metadata, "final_usage_info", None)
     return {
         "id": getattr(metadata, "request_id", None),

@@ -54,7 +54,7 @@ class UnloadLoRA(BaseModel):  # type: ignore[misc]
 
 
 class AdapterRoutes:
-    """The work of the routes. It waits in threads, so that a download stops nobody."""
+    """The work of the routes. It waits in threads, so that a download stops no request."""
 
     def __init__(self, engine: QuantizedLoRAEngine, settings: Settings) -> None:
         self._engine = engine
@@ -87,7 +87,7 @@ class AdapterRoutes:
         return asdict(await self._load(name, **body.model_dump()))
 
     async def unload(self, name: Name) -> None:
-        """Forget an adapter; what runs finishes."""
+        """Unload an adapter; running requests finish."""
         await _in_thread(self._engine.unload_adapter, name)
 
     async def rollback(self, name: Name) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class AllowedSources:
     def find(self, name: str) -> Source | None:
         """Return the source of an adapter that a request names and that is not loaded; ``None`` where there is none.
 
-        It is a folder in ``folder`` with this name, or what one of ``prefixes`` allows.
+        It is a folder in ``folder`` with this name, or a source that one of ``prefixes`` allows.
         """
         path = self._inside(name) if _is_name(name) else None
         if path is not None and (path / CONFIG_NAME).is_file():

@@ -21,8 +21,8 @@ async def make_app(engine: QuantizedLoRAEngine, settings: Settings) -> FastAPI:
     """Create the application of a running engine; the caller closes the engine.
 
     Raises:
-        MissingDependencyError: vLLM is not installed, or is older than the server that this library knows.
-        ValueError: ``settings.server_args`` has what cannot be set, or ``VLLM_API_KEY`` is set and no ``api_key`` is.
+        MissingDependencyError: vLLM is not installed, or is older than the supported server.
+        ValueError: ``settings.server_args`` has a fixed argument, or ``VLLM_API_KEY`` is set and no ``api_key`` is.
     """
     if os.environ.get("VLLM_API_KEY") and not settings.api_key:
         raise ValueError("VLLM_API_KEY is set, and this server has no key: give it as api_key, or unset the variable")

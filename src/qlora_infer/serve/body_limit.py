@@ -13,7 +13,7 @@ class BodyLimit:
         self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count what is read; a body that is too long is answered with 413."""
+        """Count the bytes of the body; a body that is too long is answered with 413."""
         num_bytes = 0
 
         async def limited() -> Message:

@@ -47,7 +47,7 @@ class Keys:
 
 
 def admin_only(admin_key: str | None) -> Any:
-    """Return what makes routes the operator's: all of them are closed where there is no key."""
+    """Return the dependency of the operator's routes, which closes all of them if there is no key."""
 
     def check(request: Request) -> None:
         if not admin_key:

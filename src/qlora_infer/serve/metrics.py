@@ -50,7 +50,7 @@ class RouterCollector:
         self._labels = {"model_name": model_name, "engine": "0"}
 
     def describe(self) -> Iterable[Any]:
-        """Yield nothing: in its registry, nobody else has these names."""
+        """Yield nothing: in its registry, these names are unique."""
         return ()
 
     def collect(self) -> Iterable[Any]:

@@ -1,4 +1,4 @@
-"""The HTTP server, which lets requests finish when it is told to end."""
+"""The HTTP server, which lets requests finish after a signal to end."""
 
 from __future__ import annotations
 

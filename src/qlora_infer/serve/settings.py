@@ -17,11 +17,11 @@ class Settings:
     Attributes:
         model_names: The base model's names in requests; the first one is in responses.
         api_key: The key of requests; ``None`` lets everybody ask who reaches the port.
-        admin_key: The key of requests that change adapters; with ``None``, nobody changes them.
+        admin_key: The key of requests that change adapters; with ``None``, these routes are closed.
         allowed: From where adapters may come.
         max_body_bytes: Bytes of a request's body.
         timeout: Seconds that a request may take, waiting included; ``None`` for no limit.
-        drain: Seconds that requests have to finish when the server is told to end.
+        drain: Seconds that requests have to finish after a signal to end.
         server_args: Further arguments of vLLM's server, by the names that ``vllm serve --help`` has, with underscores.
     """
 

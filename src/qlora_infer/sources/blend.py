@@ -52,21 +52,21 @@ def _check_adapters(source: BlendSource, attribute: Any, adapters: Any) -> None:
 
 @frozen(eq=False)
 class BlendSource:
-    """A new adapter out of loaded ones, which then serves like any other; the base model is not touched.
+    """A new adapter made of loaded ones; the base model is not changed.
 
-    ``"linear"`` adds up what the adapters add to the model, exactly; its rank is the sum of their ranks. ``"ties"``
-    (Yadav et al. 2023) and ``"dare_ties"`` (Yu et al. 2023) prune the factors and let the adapters vote on each
-    sign, as PEFT's ``add_weighted_adapter`` does to the bit; they need adapters of one rank.
+    ``"linear"`` adds the adapters' weight changes exactly; its rank is the sum of their ranks. ``"ties"`` (Yadav et al.
+    2023) and ``"dare_ties"`` (Yu et al. 2023) prune the factors and let the adapters vote on each sign. They return the
+    same bits as PEFT's ``add_weighted_adapter``, and need adapters of one rank.
 
     Attributes:
-        adapters: The loaded adapters (``"name"``, or ``"name@2"``) and how much of each; a negative number takes
-            an adapter away. Later versions of them do not change the blend.
+        adapters: Loaded adapters (``"name"``, or ``"name@2"``) and their weights; a negative weight subtracts an
+            adapter. Later versions of them do not change the blend.
         method: ``"linear"``, ``"ties"`` or ``"dare_ties"``.
-        density: With ``"ties"`` and ``"dare_ties"``, the share of numbers that is kept, above 0 and at most 1.
-        seed: With ``"dare_ties"``, the seed of the draw.
+        density: With ``"ties"`` and ``"dare_ties"``, the share of numbers to keep, above 0 and at most 1.
+        seed: With ``"dare_ties"``, the seed of the random choice.
 
     Raises:
-        TypeError: ``adapters`` is no mapping. Other mistakes are errors of ``load_adapter``.
+        TypeError: ``adapters`` is not a mapping. ``load_adapter`` raises other errors.
 
     Example:
         >>> from qlora_infer.testing import fake_engine, write_adapter
@@ -85,7 +85,7 @@ class BlendSource:
 
     @property
     def refetch_cost(self) -> None:
-        """It cannot be fetched again: its adapters may be gone by then."""
+        """``None``, because its adapters may be unloaded by then."""
         return None
 
     def of(self, versions: Mapping[str, tuple[str, AdapterManifest]]) -> BlendSource:
@@ -99,10 +99,10 @@ class BlendSource:
         return evolve(self, parts=tuple(parts))
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
-        """Write the blend's files into a new folder; ``Source`` has the arguments, ``write_blend`` the errors.
+        """Write the blend's files into a new folder; ``Source`` describes the arguments, ``write_blend`` the errors.
 
         Raises:
-            ValueError: Its adapters are not those of an engine yet.
+            ValueError: No engine has given it adapters yet.
         """
         if self._parts is None:
             raise ValueError(f"{self} is made of loaded adapters: load them first, then the blend with load_adapter")

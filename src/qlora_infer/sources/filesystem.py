@@ -58,7 +58,7 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def check_scheme(scheme: str) -> None:
-    """Check that fsspec knows a scheme, whether or not the package for it is installed.
+    """Check that fsspec lists a scheme, whether or not the package for it is installed.
 
     Raises:
         ValueError: It does not.
@@ -93,13 +93,13 @@ def download_adapter(
         adapter: The adapter's name, for messages.
         url: The folder that the adapter is in.
         folder: Where to put the files; it is made, and removed again when the download fails.
-        token: What to send to an HTTP server as ``Authorization: Bearer``; it does not follow a redirect to another.
-        storage_options: What fsspec's filesystem is made with.
+        token: The token for an HTTP server, as ``Authorization: Bearer``; it does not follow a redirect to another.
+        storage_options: The arguments of fsspec's filesystem.
         allow_pickle: Whether to fetch ``adapter_model.bin`` where there is no safetensors file.
 
     Raises:
         AdapterNotFoundError: There is no such folder or file.
-        AdapterAccessError: The filesystem asks for credentials, or for others.
+        AdapterAccessError: The filesystem needs credentials, or others.
         AdapterDownloadError: The connection failed, broke, hung, or was too slow.
         UnsafeAdapterError: The weights are a pickle only, and ``allow_pickle`` is false.
         CorruptAdapterError: Config or weights are larger than an adapter's may be.
@@ -189,7 +189,7 @@ class _Folder:
         part.rename(folder / name)
 
     def fetch_if_there(self, name: str, folder: Path, max_bytes: int) -> None:
-        """Copy a file that may be missing; stores also refuse what does not exist, to those who may not list."""
+        """Copy a file that can be missing; a store refuses a missing file, too, if listing is forbidden."""
         try:
             self.fetch(name, folder, max_bytes)
         except CorruptAdapterError:
@@ -254,7 +254,7 @@ def _in_time(work: Callable[[], T]) -> T:
 
 
 def _start(work: Callable[[], T]) -> Future[T]:
-    """Do some work on a thread of its own, so that what hangs holds up nobody: neither the caller nor the exit."""
+    """Run a function on its own thread, so that a hanging one delays neither the caller nor the exit."""
     outcome: Future[T] = Future()
 
     def run() -> None:

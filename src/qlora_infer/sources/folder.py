@@ -35,11 +35,15 @@ class FolderSource:
     """A local folder with an adapter.
 
     Attributes:
-        path: Its path; ``~`` is expanded when it is read.
+        path: The path; ``~`` is expanded when it is read.
 
     Raises:
         ValueError: The path is empty.
         TypeError: The path is neither text nor a path.
+
+    Example:
+        >>> print(FolderSource("./lora/pirate"))
+        ./lora/pirate
     """
 
     path: str = field(converter=_as_path)
@@ -50,14 +54,14 @@ class FolderSource:
         return 1.0
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
-        """Copy the adapter's files into a new folder; ``Source`` has the arguments.
+        """Copy the adapter's files into a new folder; ``Source`` describes the arguments.
 
         Raises:
             AdapterNotFoundError: There is no such folder, or it has no adapter.
-            UnsafeAdapterError: A file is a link that leaves the folder, or no regular file; or the weights are a
+            UnsafeAdapterError: A file is a link that leaves the folder, or not a regular file; or the weights are a
                 pickle, and ``allow_pickle`` is false.
-            CorruptAdapterError: Config or weights are too large for an adapter's, or a file changed meanwhile.
-            AdapterSourceError: A file may not be read by this user.
+            CorruptAdapterError: Config or weights are too large, or a file changed during the copy.
+            AdapterSourceError: The permissions of a file forbid reading it.
         """
         copy_adapter(adapter, self._folder(adapter), into, allow_pickle=allow_pickle)
 

@@ -61,17 +61,21 @@ def _check_token(source: HubSource, attribute: Any, token: Any) -> None:
 
 @frozen
 class HubSource:
-    """A repository on the Hub with an adapter, also where there is a local folder of that name.
+    """A repository on the Hub, also if a local folder has its name.
 
     Attributes:
         repo_id: ``"org/repo"``.
         revision: A branch, tag or commit; ``None`` for the default branch.
-        subfolder: The adapter's folder in the repository.
-        token: The access token; ``None`` for the engine's. Never printed.
+        subfolder: The adapter's folder in the repository; ``None`` for its top.
+        token: The access token; ``None`` for the engine's. It is never printed.
 
     Raises:
-        ValueError: An attribute is not written in this way, or a subfolder leaves the repository.
-        TypeError: An attribute is no text.
+        ValueError: An attribute is malformed, or the subfolder leaves the repository.
+        TypeError: An attribute is not a text.
+
+    Example:
+        >>> HubSource("org/repo", revision="v1", token="hf_secret")
+        HubSource(repo_id='org/repo', revision='v1', subfolder=None)
     """
 
     repo_id: str = field(validator=(instance_of(str), _check_repo_id))
@@ -85,35 +89,35 @@ class HubSource:
         return 8.0
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
-        """Download what is not in the Hub's cache, and copy the adapter's files into a new folder.
+        """Download missing files into the Hub's cache, and copy the adapter's files into a new folder.
 
-        ``Source`` has the arguments, ``download`` and ``copy_adapter`` the errors.
+        ``Source`` describes the arguments, ``download`` and ``copy_adapter`` the errors.
         """
         folder = self.download(adapter, token=token, allow_pickle=allow_pickle)
         copy_adapter(adapter, folder, into, allow_pickle=allow_pickle)
 
     def download(self, adapter: str, *, token: str | None, allow_pickle: bool) -> Path:
-        """Fetch an adapter's files, and no others, into the Hub's cache; what is there already is not fetched again.
+        """Fetch an adapter's files, and no others, into the Hub's cache; files in the cache are not fetched again.
 
-        The Hub is asked once where a branch points and which files there are, also of a commit that is in the cache:
-        another program may have fetched only some of them. When the Hub cannot be reached, or with
-        ``HF_HUB_OFFLINE=1``, the copy in the cache is used and the log says so. Every wait for the Hub has a bound, but
-        the whole download has none: a slow connection may take its time.
+        One request to the Hub resolves the branch and lists the files, also for a commit in the cache, because another
+        program may have fetched only some of them. If the Hub cannot be reached, or with ``HF_HUB_OFFLINE=1``, the copy
+        in the cache is used, and the log contains a line about it. Every wait for the Hub has a limit, but the whole
+        download has none.
 
         Args:
             adapter: The adapter's name, for messages.
-            token: The access token of a source without its own; ``None`` for the one that ``HF_TOKEN`` or
-                ``hf auth login`` left.
-            allow_pickle: Whether to fetch ``adapter_model.bin`` where there is no safetensors file.
+            token: The access token for a source without its own; ``None`` for that of ``HF_TOKEN`` or ``hf auth
+                login``.
+            allow_pickle: Fetch ``adapter_model.bin`` if there is no safetensors file.
 
         Returns:
             The folder with the adapter's files: a snapshot in the Hub's cache, or a folder inside it.
 
         Raises:
             AdapterNotFoundError: There is no such repository, revision, subfolder or file.
-            AdapterAccessError: The repository asks for a token, or for another one.
+            AdapterAccessError: The repository needs a token, or another one.
             AdapterDownloadError: The connection failed or broke, or there is none and no copy.
-            UnsafeAdapterError: The weights are a pickle only, and ``allow_pickle`` is false.
+            UnsafeAdapterError: The weights are only a pickle, and ``allow_pickle`` is false.
         """
         repository = Repository(self.repo_id, self.revision, self.token or token)
         prefix = f"{self.subfolder}/" if self.subfolder else ""

@@ -18,26 +18,26 @@ _HUB = re.compile(rf"(?P<repo>{REPOSITORY.pattern})(?:@(?P<revision>[^:]+))?(?::
 
 @runtime_checkable
 class Source(Protocol):
-    """A place that an adapter comes from; ``str()`` names it without any secret.
+    """A place from which adapters are loaded; ``str()`` names it without secrets.
 
-    One that can be fetched again is hashable, and equal to another source of the same place.
+    A source that can be fetched again is hashable, and equal to another source of the same place.
     """
 
     @property
     def refetch_cost(self) -> float | None:
-        """The cost of fetching it again, in copies of a local folder; ``None`` where that is impossible."""
+        """The cost of fetching it again, in copies of a local folder; ``None`` if that is impossible."""
         ...
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
         """Write the adapter's files, and no others, into a new folder.
 
-        The files need no check: the engine reads them without trust. What is left after an error is deleted.
+        The files need no check: the engine reads them as untrusted. After an error it deletes the folder.
 
         Args:
             adapter: The adapter's name, for messages.
             into: The folder, which does not exist yet.
-            token: The engine's access token for the Hub, for a source on the Hub that has none of its own.
-            allow_pickle: Whether to take ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
+            token: The engine's access token for the Hub; a source with its own token ignores it.
+            allow_pickle: Use ``adapter_model.bin`` if there is no ``adapter_model.safetensors``.
 
         Raises:
             AdapterError: The source cannot be read.
@@ -50,21 +50,20 @@ SourceLike: TypeAlias = str | os.PathLike[str] | Source | PeftModel
 
 
 def parse_source(source: SourceLike) -> Source:
-    r"""Return the source that a text, a path or a PEFT model stands for; a source is returned as it is.
+    """Return the source for a text, a path or a PEFT model; a source is returned as it is.
 
-    Text is a URL when it begins with ``scheme://``. It is a path when it looks like one (``/``, ``./``, ``../`` or
-    ``~`` at its start, a backslash, more than one slash before any ``@`` or ``:``) or when there is such a file or
-    folder; else it must be ``org/repo``, ``org/repo@revision``, ``org/repo:sub/folder`` or
-    ``org/repo@revision:sub/folder``. Neither a path nor a URL is ever looked up on the Hub.
-    ``parse_source(str(source))`` is the same place again, without its secrets.
+    Text that begins with ``scheme://`` is a URL. Text is a path if it begins with ``/``, ``./``, ``../`` or ``~``, if
+    it contains a backslash, or more than one slash before any ``@`` or ``:``, or if such a file or folder exists. Other
+    text must be ``org/repo``, ``org/repo@revision``, ``org/repo:sub/folder`` or ``org/repo@revision:sub/folder``. Paths
+    and URLs are never looked up on the Hub. ``parse_source(str(source))`` is the same place without its secrets.
 
     Args:
-        source: The text, a path, a PEFT model whose active adapter is meant, or a source.
+        source: A text, a path, a PEFT model, whose active adapter is used, or a source.
 
     Raises:
         ValueError: The text is none of these, fsspec does not know the scheme, or a subfolder leaves its repository.
-        TypeError: It is nothing that names a source.
-        MissingDependencyError: It is a URL and fsspec is not installed, or a PEFT model and peft is not.
+        TypeError: The argument has another type.
+        MissingDependencyError: fsspec is not installed for a URL, or peft for a PEFT model.
 
     Example:
         >>> parse_source("org/repo@v1:adapters/pirate")
@@ -86,7 +85,7 @@ def parse_source(source: SourceLike) -> Source:
 
 
 def parse_sources(adapters: Mapping[str, SourceLike]) -> dict[str, Source]:
-    """Return the sources of several adapters by name; raises what ``parse_source`` raises."""
+    """Return the sources of several adapters by name; raises the errors of ``parse_source``."""
     if not isinstance(adapters, Mapping):
         raise TypeError(
             f'adapters must map names to sources, such as {{"pirate": "./pirate"}}, got {type(adapters).__name__}'

@@ -51,12 +51,12 @@ class TensorSource:
     """The tensors and the configuration of an adapter, as PEFT has them in memory.
 
     Attributes:
-        tensors: The result of ``peft.get_peft_model_state_dict(model)``, of torch or numpy. Names with the adapter's
-            own name in them (``...lora_A.default.weight``) are taken too, if they are one adapter's.
+        tensors: The result of ``peft.get_peft_model_state_dict(model)``, as torch or numpy arrays. Names that contain
+            the adapter's own name (``...lora_A.default.weight``) work, too, if all are of one adapter.
         config: PEFT's ``LoraConfig``, or a mapping of its fields.
 
     Raises:
-        TypeError: They are something else.
+        TypeError: An argument has another type.
     """
 
     tensors: Mapping[str, Any] = field(repr=False, validator=_check_tensors)
@@ -64,12 +64,15 @@ class TensorSource:
 
     @property
     def refetch_cost(self) -> None:
-        """It cannot be fetched again: the tensors are not kept, because they are the trainer's."""
+        """``None``, because the trainer's tensors are not kept."""
         return None
 
     @classmethod
     def from_peft(cls, model: PeftModel) -> Self:
         """Return the active adapter of a PEFT model, as its ``save_pretrained`` would write it.
+
+        Args:
+            model: A ``PeftModel``.
 
         Raises:
             ValueError: Not exactly one adapter is active.
@@ -84,10 +87,10 @@ class TensorSource:
         return cls(get_peft_model_state_dict(model, adapter_name=active[0]), model.peft_config[active[0]])
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
-        """Write the two files that PEFT would write into a new folder; ``Source`` has the arguments.
+        """Write PEFT's two files into a new folder; ``Source`` describes the arguments.
 
         Raises:
-            CorruptAdapterError: They cannot be written as JSON and safetensors, or are those of several adapters.
+            CorruptAdapterError: JSON and safetensors cannot contain the values, or they are of several adapters.
             MissingDependencyError: safetensors is not installed.
         """
         require("an adapter from memory is written", "safetensors")

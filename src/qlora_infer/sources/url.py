@@ -26,8 +26,8 @@ class URL:
     names a place (``abfs://container@account.dfs.core.windows.net``).
 
     Attributes:
-        scheme: What stands before ``://``.
-        user: What stands before the host's ``@``; ``None`` where there is none.
+        scheme: The text before ``://``.
+        user: The text before the host's ``@``; ``None`` if there is none.
         place: The host or bucket, and the path.
         query: The query with its ``?``, or nothing.
     """
@@ -122,17 +122,17 @@ def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
 class URLSource:
     """A folder on any filesystem of fsspec, such as ``s3://bucket/pirate`` or ``https://host/pirate``.
 
-    Neither ``str()`` nor ``repr()`` shows a secret: no token, no storage option, and of the URL neither the password
-    nor the query, where signed URLs have their signature.
+    ``str()`` and ``repr()`` show no secrets: no token, no storage option, and neither the password nor the query of the
+    URL, because the query of a signed URL is its signature.
 
     Attributes:
-        url: The folder's URL, secrets and all.
-        token: For http(s), the token to send as ``Authorization: Bearer``.
+        url: The folder's URL, with its secrets.
+        token: For http(s), the token to send as ``Authorization: Bearer``; ``None`` for none.
         storage_options: The arguments of fsspec's filesystem, such as a key or an endpoint.
 
     Raises:
-        ValueError: The text is no URL, fsspec does not know its scheme, or an attribute contradicts it.
-        TypeError: An attribute is no text.
+        ValueError: The text is not a URL, fsspec does not know its scheme, or an attribute contradicts it.
+        TypeError: An attribute is not a text.
         MissingDependencyError: fsspec is not installed.
     """
 
@@ -146,9 +146,9 @@ class URLSource:
         return 8.0
 
     def fetch(self, adapter: str, into: Path, *, token: str | None, allow_pickle: bool) -> None:
-        """Download the adapter's files into a new folder; ``Source`` has the arguments.
+        """Download the adapter's files into a new folder; ``Source`` describes the arguments.
 
-        ``filesystem.download_adapter`` has the errors.
+        ``filesystem.download_adapter`` describes the errors.
         """
         from qlora_infer.sources import filesystem
 

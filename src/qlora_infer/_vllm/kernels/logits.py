@@ -135,7 +135,7 @@ def first_row(whole: torch.Tensor, rows: torch.Tensor) -> int:
     """Return the place in ``whole`` of the first of some rows, which are a view of it.
 
     Raises:
-        RuntimeError: They are not, so that nobody can say whose they are.
+        RuntimeError: They are not, so the rows cannot be assigned.
     """
     first, rest = divmod(int(rows.storage_offset() - whole.storage_offset()), int(whole.stride(0)))
     is_view = rows.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()

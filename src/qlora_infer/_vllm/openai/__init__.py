@@ -1,1 +1,1 @@
-"""vLLM's OpenAI server on an engine of this library; docs/internals/serve.md has what is touched of it."""
+"""vLLM's OpenAI server on an engine of this library; docs/internals/serve.md lists its parts in use."""

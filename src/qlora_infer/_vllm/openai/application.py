@@ -110,10 +110,12 @@ def _adopt(app: FastAPI, client: Any, engine: QuantizedLoRAEngine, chooser: Any)
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
     from qlora_infer._vllm.openai.models import AdapterDefaults, AdapterModels
+    from qlora_infer._vllm.openai.templates import require_harmony
 
     made = app.state.openai_serving_models
     models = AdapterModels(client, made.base_model_paths, engine._registry, chooser)
     app.state.openai_serving_models = models
+    require_harmony(app.state.online_renderer)
     for serving in app.state._state.values():
         if isinstance(serving, BaseServing):
             serving.models = models

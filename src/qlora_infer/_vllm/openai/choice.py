@@ -92,7 +92,7 @@ class AdapterChooser:
 
         Raises:
             AdapterNotLoadedError: No adapter has that name, and none is known by it.
-            Exception: What ``load_adapter`` raises, where it is loaded now.
+            Exception: The errors of ``load_adapter``, if the adapter is loaded now.
         """
         request = _request.get()
         request.choice = None

@@ -86,7 +86,7 @@ class AdapterEngineClient(EngineClient):  # type: ignore[misc]
         is_delta = sampling_params.output_kind == RequestOutputKind.DELTA
         with served_errors():
             handle = self._requests.add_request(
-                _token_ids(prompt),
+                _prompt(prompt),
                 sampling_params,
                 choice.version if choice is not None else None,
                 _checked_priority(priority),
@@ -225,11 +225,11 @@ async def _outputs(handle: RequestHandle, writer: OutputWriter) -> AsyncGenerato
         handle.cancel()
 
 
-def _token_ids(prompt: Any) -> list[int]:
-    """Return the tokens of an input as vLLM's renderer makes it (``vllm/inputs/engine.py``)."""
+def _prompt(prompt: Any) -> dict[str, Any]:
+    """Return the tokens and pictures of an input as this server's renderer makes it (``vllm/inputs/engine.py``)."""
     if prompt.get("type") != "token" or prompt.get("cache_salt") is not None:
-        raise VLLMValidationError("this server takes texts and token ids: no pictures, embeddings or cache_salt")
-    return list(prompt["prompt_token_ids"])
+        raise VLLMValidationError("this server takes texts, token ids and pictures: no embeddings or cache_salt")
+    return {name: prompt[name] for name in ("prompt_token_ids", "multi_modal_data") if name in prompt}
 
 
 def _checked_priority(priority: int) -> int:

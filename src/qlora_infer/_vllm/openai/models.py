@@ -1,4 +1,4 @@
-"""The names that vLLM's server knows: the base model's, and those of this engine's adapters.
+"""The names for vLLM's server: the base model's, and those of this engine's adapters.
 
 Read in vLLM 0.32.0, ``vllm/entrypoints/openai/models/serving.py`` and ``vllm/entrypoints/serve/engine/serving.py``.
 """

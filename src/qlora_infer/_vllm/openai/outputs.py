@@ -1,4 +1,4 @@
-"""Outputs as vLLM's server reads them: all at once, or what each step adds.
+"""Outputs as vLLM's server reads them: all at once, or the additions of each step.
 
 Read in vLLM 0.32.0, ``vllm/outputs.py``.
 """
@@ -20,7 +20,7 @@ class OutputWriter:
     Attributes:
         request_id: The id that the server has for it.
         lora_request: Its adapter, as the server has it.
-        is_delta: Whether each output has only what came since the one before.
+        is_delta: Whether each output has only the additions since the previous one.
     """
 
     request_id: str

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.renderers.chat_utils import has_non_text_content
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -21,9 +20,13 @@ from vllm.tokenizers.registry import tokenizer_args_from_config
 from qlora_infer._vllm.asking import chat
 from qlora_infer._vllm.openai.choice import current_choice
 from qlora_infer._vllm.openai.faults import served_errors
+from qlora_infer._vllm.openai.pictures import check_pictures
 from qlora_infer.adapters.version import AdapterVersion
 from qlora_infer.chat.conversation import Conversation
 from qlora_infer.chat.template import content_format, render
+
+#: The tokens around a message's author in the format of gpt-oss (OpenAI's Harmony).
+HARMONY = ("<|start|>", "<|message|>")
 
 #: What vLLM gives ``apply_chat_template`` beside the variables of a template.
 ARGUMENTS = {"chat_template", "return_dict", "tokenize", "add_generation_prompt", "continue_final_message"}
@@ -43,16 +46,45 @@ def make_renderer(vllm_config: Any) -> Any:
 
     async def render_messages_async(messages: Any, params: Any) -> Any:
         messages = [_with_lists(message) for message in messages]
-        if has_non_text_content(messages):  # before anything is downloaded
-            raise VLLMValidationError("this server reads texts: no pictures and no sounds", parameter="messages")
+        check_pictures(renderer.model_config, messages)
         choice = current_choice()
         if choice is None or choice.version.extras.chat_template is None:
             return await with_model_template(messages, params)
         options = params.get_apply_chat_template_kwargs()
         return await asyncio.to_thread(_render, renderer, choice.version, messages, options)
 
+    process_tokens = renderer._process_tokens_async
+
+    async def process_tokens_async(prompt: Any, **options: Any) -> Any:
+        media = prompt.pop("multi_modal_data", None)
+        made = await process_tokens(prompt, **options)
+        return made if media is None else {**made, "multi_modal_data": media}
+
     renderer.render_messages_async = render_messages_async
+    # The engine's renderer processes pictures: its cache is in step with the core's, and a second one would not be.
+    renderer._process_tokens_async = process_tokens_async
     return renderer
+
+
+def require_harmony(online_renderer: Any) -> None:
+    """Make the server of a gpt-oss refuse chats of adapters that were trained on another format than Harmony.
+
+    vLLM writes and reads such chats in Harmony, without any template (``vllm/renderers/online_renderer.py``).
+    """
+    adjust = online_renderer.adjust_harmony_request
+
+    def adjust_harmony_request(request: Any) -> None:
+        choice = current_choice()
+        template = choice.version.extras.chat_template if choice is not None else None
+        if choice is not None and template is not None and any(token not in template for token in HARMONY):
+            raise VLLMValidationError(
+                f"adapter {choice.version.name!r} has a chat template that is not Harmony's, "
+                "in which chats of gpt-oss are written here: write the prompt yourself and send it to /v1/completions",
+                parameter="model",
+            )
+        adjust(request)
+
+    online_renderer.adjust_harmony_request = adjust_harmony_request
 
 
 def _with_lists(message: Any) -> Any:
@@ -68,7 +100,7 @@ def _with_lists(message: Any) -> Any:
 def _render(renderer: Any, version: AdapterVersion, messages: list[Any], options: Mapping[str, Any]) -> Any:
     name, template = version.name, version.extras.chat_template or ""
     with served_errors():
-        parsed, _ = chat.parse(renderer, Conversation(messages), template, content_format(name, template))
+        parsed, media = chat.parse(renderer, Conversation(messages), template, content_format(name, template))
         text = render(
             name,
             template,
@@ -78,4 +110,4 @@ def _render(renderer: Any, version: AdapterVersion, messages: list[Any], options
             variables={key: value for key, value in options.items() if key not in ARGUMENTS},
             special_tokens={**renderer.get_tokenizer().special_tokens_map, **version.extras.special_tokens},
         )
-    return parsed, parse_dec_only_prompt(text)
+    return parsed, parse_dec_only_prompt({"prompt": text, **media})

@@ -25,7 +25,7 @@ _DISTRIBUTED = re.compile(r"pytorch_model_fsdp_\d+|__\d+_\d+\.distcp|\.metadata"
 
 
 def next_step(adapters: list[str], names: Collection[str] = (), tensors: Collection[str] = ()) -> str:
-    """Return the next step for somebody who named a folder without an adapter's config or weights.
+    """Return the next step for a folder without an adapter's config or weights.
 
     Args:
         adapters: The adapters in folders inside it.
@@ -38,7 +38,7 @@ def next_step(adapters: list[str], names: Collection[str] = (), tensors: Collect
 
 
 def _kinds(names: set[str], tensors: Collection[str]) -> Iterator[str]:
-    """Yield what the folder may be, the most certain first."""
+    """Yield the possible kinds of the folder, the most certain first."""
     if found := _matching(_IMAGE_MODEL, names):
         yield f"{found} is of an image model (diffusers), and this library serves language models"
     if is_of_image_model(tensors):

@@ -10,7 +10,7 @@ NUM_FIRST_BYTES = 64
 
 
 def in_place_of(content: bytes) -> str:
-    """Return what stands in a file's place, with the next step, from its first bytes; empty where nothing does.
+    """Return the kind of a placeholder, with the next step, from a file's first bytes; empty for none.
 
     Example:
         >>> in_place_of(b"version https://git-lfs.github.com/spec/v1")

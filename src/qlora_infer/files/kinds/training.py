@@ -1,4 +1,4 @@
-"""The record of how an adapter was trained: what for, on which class, and with which tools."""
+"""The record of an adapter's training: its task, the model's class, and the tools."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class AutoRound:
         return quant_method(model_config) == self.name
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """Refuse what vLLM 0.32 has no kernel for (``inc/schemes/inc_wna16_scheme.py``); a CPU has one, for 4 bits."""
+        """Refuse forms that vLLM 0.32 cannot run (``inc/schemes/inc_wna16_scheme.py``); a CPU has one, for 4 bits."""
         platform.require_capability(75, "AutoRound")
         quantization = quantization_config(model_config)
         bits, packing = quantization.get("bits", 4), quantization.get("packing_format", "auto_round:auto_gptq")

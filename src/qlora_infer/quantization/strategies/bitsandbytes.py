@@ -56,7 +56,7 @@ class BitsAndBytes:
 
 
 def _check_prequantized(config: EngineConfig, quantization: Mapping[str, Any]) -> None:
-    """Refuse what the plugin cannot load, and name layers that it quantizes after all."""
+    """Refuse checkpoints that the plugin cannot load, and log the layers that it quantizes in addition."""
     if (storage := quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8":
         raise unserved(config.model, f"bnb_4bit_quant_storage={storage!r}", "the plugin reads 'uint8' only")
     dtype = str(config.engine_args.get("dtype")).removeprefix("torch.")

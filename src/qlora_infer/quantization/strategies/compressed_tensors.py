@@ -25,7 +25,7 @@ class CompressedTensors:
         return quant_method(model_config) == self.name
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """Refuse what vLLM 0.32 runs no more (``compressed_tensors.py``), and on a CPU all but W4A16."""
+        """Refuse forms that vLLM 0.32 dropped (``compressed_tensors.py``), and on a CPU all but W4A16."""
         platform.require_capability(75, self.name)
         quantization = quantization_config(model_config)
         if (quantization.get("sparsity_config") or {}).get("targets"):

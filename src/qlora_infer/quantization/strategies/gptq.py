@@ -24,7 +24,7 @@ class GPTQ:
         return quant_method(model_config) == "gptq"
 
     def check(self, config: EngineConfig, model_config: Mapping[str, Any], platform: Platform) -> None:
-        """Refuse GPUs before 6.0, and what vLLM 0.32 has dropped: asymmetric weights, activation orders in groups."""
+        """Refuse GPUs before 6.0, and forms that vLLM 0.32 dropped: asymmetric weights, activation orders in groups."""
         platform.require_capability(60, "GPTQ")
         for says in _sections(quantization_config(model_config)):
             bits, group_size = says.get("bits", 4), says.get("group_size", -1)
@@ -44,7 +44,7 @@ class GPTQ:
 
 
 def _sections(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield what is said of all layers, and of those that a pattern in GPTQModel's ``dynamic`` names."""
+    """Yield the fields of all layers, and those of the patterns in GPTQModel's ``dynamic``."""
     yield quantization
     for pattern, changes in (quantization.get("dynamic") or {}).items():
         if not pattern.startswith("-:") and isinstance(changes, Mapping):

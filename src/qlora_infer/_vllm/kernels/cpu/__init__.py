@@ -1,4 +1,4 @@
-"""Kernels for the CPU: LoRA, and what vLLM lacks there or computes wrongly.
+"""Kernels for the CPU: LoRA, and operations that vLLM lacks there or computes wrongly.
 
 Read LoRA's kernels from the outside in. ``lora.py`` is what vLLM's layers call: it knows which row uses which slot, and
 chooses between compiled code and torch. ``tiles.py`` cuts the rows into fours of one adapter (the GPU's kernel uses it

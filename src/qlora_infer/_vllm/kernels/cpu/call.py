@@ -28,7 +28,7 @@ A, B, A_SLOT, B_SLOT, A_RANK, B_RANK, RANKS, OFFSET, SLICE = range(9)
 
 @intrinsic  # type: ignore[untyped-decorator]
 def count_up(context: Any, address: Any, step: Any) -> Any:
-    """Add to a counter that all threads share; what it was before."""
+    """Add to a counter that all threads share, and return its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], args[1].type.as_pointer())

@@ -36,7 +36,7 @@ class ExpandedLinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
         return possible
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Write the weights out, ``[out_features, in_features]``, in place of the packed ones."""
+        """Replace the packed weights by unpacked ones, ``[out_features, in_features]``."""
         packed, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
         # compressed-tensors has them the other way round.
         quantized = packed.data.t() if packed.input_dim == 1 else packed.data

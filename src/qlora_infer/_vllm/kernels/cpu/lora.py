@@ -1,7 +1,7 @@
 """The wrapper through which vLLM's LoRA layers call our kernels on the CPU.
 
 vLLM 0.32's own kernels (``vllm/lora/punica_wrapper/punica_cpu.py``) index the stacked weights with each token's slot.
-A token without an adapter has slot -1, which indexes the last slot: base requests get somebody else's adapter. They
+A token without an adapter has slot -1, which indexes the last slot: base requests get another request's adapter. They
 also copy a whole weight matrix for each token, and multiply at the highest rank that an adapter may have.
 
 Here small products are one compiled call for a layer (``rows.py``), and large ones are torch's, adapter by adapter.
@@ -215,7 +215,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             self._weights.pop(layer, None)
 
     def compile_gains(self, dtype: torch.dtype) -> None:
-        """Compile what gains need before a step has any; on any thread."""
+        """Compile the code for gains before a step has any; on any thread."""
         self._rows_for(dtype).compile_gains()
 
     def add_shrink(
@@ -296,7 +296,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         """``y += x @ A.T @ B.T * scale``, in place; ``buffer`` is not needed.
 
         Raises:
-            ValueError: There are more rows than slots, or fewer, so that nobody can say whose they are.
+            ValueError: The numbers of rows and slots differ, so the rows cannot be assigned.
         """
         if self._logits.num_rows and len(self._logits.slots) != len(x):
             raise ValueError(f"{len(self._logits.slots)} rows of logits have a slot, but there are {len(x)}")

@@ -33,7 +33,7 @@ ALONE_UP_TO = 2**17
 
 
 class Layer:
-    """A layer's weights as compiled code finds them; it keeps their memory alive, not what is in it.
+    """A layer's weights as compiled code finds them; it keeps their memory alive, not their content.
 
     Attributes:
         arguments: A call's numbers of it, from ``SLICES`` to ``NUM_BLOCKS``.
@@ -126,7 +126,7 @@ class Rows:
         return _compiled(self.dtype, has_gains=True)
 
     def compile_gains(self) -> None:
-        """Compile what rows with gains need, which takes some seconds, unless that is done."""
+        """Compile the code for rows with gains, unless that is done; it takes some seconds."""
         _ = self._code_with_gains
 
     def can_add(self, y: torch.Tensor, x: torch.Tensor) -> bool:

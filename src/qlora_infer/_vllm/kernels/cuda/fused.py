@@ -57,7 +57,7 @@ class Settings:
 
 
 def most_tiles(num_rows: int, block_m: int, num_slots: int) -> int:
-    """Return the most tiles that so many rows can make, however they are spread over the slots."""
+    """Return the largest number of tiles that the rows can make, for any spread over the slots."""
     return min(num_rows, num_rows // block_m + num_slots)
 
 
@@ -238,7 +238,7 @@ SETTINGS: dict[int, dict[int, Settings]] = {
 
 @functools.lru_cache(maxsize=1 << 16)
 def settings_for(num_rows: int, rank: int) -> Settings:
-    """Choose how to cut up the work of a module, for so many rows and adapters up to a rank."""
+    """Choose the division of a module's work, for a number of rows and adapters up to a rank."""
     by_rows = next(by_rows for highest, by_rows in SETTINGS.items() if rank <= highest)
     return next(settings for most_rows, settings in by_rows.items() if num_rows <= most_rows)
 
@@ -266,7 +266,7 @@ def add_lora(
     pdl: bool = False,
     settings: Settings | None = None,
 ) -> None:
-    """Add to each row of y what its adapter adds to a module's output; rows without one stay as they are.
+    """Add the adapters' contributions to the rows of y; rows without an adapter do not change.
 
     Args:
         y: ``[M, sum of the slices' sizes]``, changed in place.

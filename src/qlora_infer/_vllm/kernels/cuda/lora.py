@@ -30,7 +30,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     """vLLM's seam to its LoRA kernels, with ours behind it."""
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any) -> None:
-        """Reserve what CUDA graphs will refer to."""
+        """Reserve the memory that CUDA graphs refer to."""
         # Layers split over GPUs need it; made when they first ask, it would be made in what torch compiles.
         self._uses_vllms_metadata = kwargs["lora_config"].fully_sharded_loras
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
@@ -120,7 +120,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add to a linear module's output what the rows' adapters add."""
+        """Add the adapters' contributions to a linear module's output."""
         add = kwargs.get("add_inputs", True)
         if torch.compiler.is_compiling():
             a, b = list(lora_a_stacked), list(lora_b_stacked)
@@ -133,7 +133,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
-        """Add to an embedding what the rows' adapters add; x is their row of A."""
+        """Add the adapters' contributions to an embedding; x is their row of A."""
         if torch.compiler.is_compiling():
             torch.ops.vllm.qlora_add_lora_embedding(y, x, lora_b_stacked, add_inputs, self._token_lora_indices)
         elif not _is_for_us(y, x, (x,), (lora_b_stacked,)):
@@ -152,10 +152,10 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add to logits what the rows' adapters add.
+        """Add the adapters' contributions to logits.
 
         Raises:
-            ValueError: There are more rows than slots, or fewer, so that nobody can say whose they are.
+            ValueError: The numbers of rows and slots differ, so the rows cannot be assigned.
         """
         if self._prompts.num_rows and len(self._logits) != len(x):
             raise ValueError(f"{len(self._logits)} rows of logits have a slot, but there are {len(x)}")
@@ -186,7 +186,7 @@ class FusedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]
     def _meet(
         self, y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], *, is_shrunk: bool
     ) -> Module:
-        """Describe a module on its first use, and compile what steps of any size will need of it."""
+        """Describe a module on its first use, and compile its kernels for steps of any size."""
         module = Module.of(a, b, first_bit=self._first_bit(b))
         if self._scratch is None or self._scratch.num_slices < len(b):
             # All modules come in vLLM's profile of a step, before a CUDA graph refers to it.

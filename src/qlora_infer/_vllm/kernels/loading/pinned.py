@@ -29,7 +29,7 @@ def read_weights(
 
     Args:
         path: The file; its tensors are floating-point numbers of at most 64 bits.
-        dtype: What they are cast to.
+        dtype: The dtype to cast to.
         pin: Whether they are in pinned memory.
         kept: Dtypes that stay as they are in the file.
 
@@ -57,7 +57,7 @@ def read_weights(
 
 
 def _runs(entries: Sequence[tuple[str, TensorEntry]], most: int) -> Iterator[list[tuple[str, TensorEntry]]]:
-    """Tensors of one dtype that lie behind each other, with so many numbers in all at most, or one of more."""
+    """Tensors of one dtype in one block, with a limit on their numbers, or a single larger one."""
     run: list[tuple[str, TensorEntry]] = []
     length = 0
     for name, entry in entries:

@@ -111,12 +111,12 @@ class Move:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was collected."""
+        """Discard the collected moves."""
         self._emptied: list[torch.Tensor] = []
         self._copies: dict[tuple[torch.dtype, int], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def fill(self, slots: Slots, index: int, lora_a: Weights, lora_b: Weights) -> None:
-        """Collect a module's weights, as its ``set_lora`` takes them; what they do not cover becomes 0."""
+        """Collect a module's weights, as its ``set_lora`` takes them; the rest of the slot becomes 0."""
         of_slot = slots[index]
         sizes = [slot.shape[0] for slot in of_slot[len(of_slot) // 2 :]]
         for slot, weights in zip(of_slot, cut_into_slices(_each(lora_a), _each(lora_b), sizes), strict=True):
