@@ -118,7 +118,7 @@ def _speed(ours: common.Ours, num_requests: int, num_tokens: int, adapter: str) 
 def _load(ours: common.Ours, name: str, folder: Path) -> tuple[float, float, float]:
     """Load an adapter while a request streams; return the seconds, and the longest and the median gap in the stream."""
     params = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 480}
-    handle = ours.engine.add_request("sea", params, adapter="lora", stream=True)
+    handle = ours.engine.add_request("sea", params, adapter="lora")
     times, stream = [], iter(handle)
     for _ in range(10):
         next(stream)

@@ -29,6 +29,7 @@ from qlora_infer.adapters import preflight
 from qlora_infer.adapters.served import write_served
 from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.model.modules import ModelModules
+from qlora_infer.model.weights import BaseWeights
 from qlora_infer.sources.folder import FolderSource
 
 torch.accelerator.empty_cache = lambda: None  # as the runner for CPUs has it
@@ -36,15 +37,15 @@ torch.accelerator.empty_cache = lambda: None  # as the runner for CPUs has it
 #: vLLM's arguments for weights that are quantized as they load.
 IN_FLIGHT = {"bitsandbytes": {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}}
 #: vLLM's id of each adapter.
-IDS = {"dora": 1, "all": 2}
+IDS = {"dora": 1, "all": 2, "trained-biases": 3}
 
 
 def main(name):
     root = Path(tempfile.mkdtemp())
-    tiny = attrs.evolve(catalog.BY_NAME[name], adapters=(catalog.DORA, catalog.ALL), refused=())
+    tiny = attrs.evolve(catalog.BY_NAME[name], adapters=(catalog.DORA, catalog.ALL, catalog.TRAINED_BIASES), refused=())
     checkpoint = checkpoints.write(tiny, root)
     config = EngineArgs(
-        model=str(checkpoint.served), dtype=tiny.dtype, enable_lora=True, max_loras=1, max_cpu_loras=2, max_lora_rank=8,
+        model=str(checkpoint.served), dtype=tiny.dtype, enable_lora=True, max_loras=1, max_cpu_loras=3, max_lora_rank=8,
         max_model_len=64, enforce_eager=True, **IN_FLIGHT.get(tiny.quantization, {}),
     ).create_engine_config()  # fmt: skip
     with set_current_vllm_config(config):
@@ -60,7 +61,7 @@ def main(name):
         )
         modules = ModelModules.of([worker.qlora_lora_modules()])
         loads = [
-            (each, int_id, str(served(checkpoint.served_adapters[each], root / each, modules)))
+            (each, int_id, str(served(checkpoint.served_adapters[each], root / each, modules, checkpoint.served)))
             for each, int_id in IDS.items()
         ]
         ended, polls = {}, 0
@@ -69,18 +70,18 @@ def main(name):
             polls += 1
             time.sleep(0.001)  # a step
         assert set(ended.values()) == {None}, ended
-        # One slot: the adapter with magnitudes, then the one without, then the first again.
+        # One slot: the adapter with magnitudes, then the one without, one with biases, then the first again.
         manager = lora_manager._adapter_manager
-        differences = [compare(manager, checkpoint, each) for each in ("dora", "all", "dora")]
-        without = compare(manager, checkpoint, "dora", drop_gains=True)
+        differences = [compare(manager, checkpoint, each) for each in ("dora", "all", "trained-biases", "dora")]
+        without = min(compare(manager, checkpoint, each, drop_gains=True) for each in ("dora", "trained-biases"))
     sys.stdout.write(json.dumps({"polls": polls, "differences": differences, "without": without}) + "\n")
 
 
-def served(folder, into, modules):
+def served(folder, into, modules, base):
     """An adapter's copy for vLLM, as the loader writes it."""
     store = AdapterStore(into)
     snapshot, manifest, _ = store.make("adapter", 1, FolderSource(folder), allow_pickle=False)
-    fit = preflight.check("adapter", manifest, modules, max_lora_rank=8)
+    fit = preflight.check("adapter", manifest, modules, max_lora_rank=8, base=BaseWeights(str(base)))
     store.close()
     if fit.is_vllms_own(modules):
         return snapshot.folder

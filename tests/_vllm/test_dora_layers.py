@@ -28,7 +28,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMPa
 from vllm.scalar_type import scalar_types  # noqa: E402
 
 from qlora_infer._vllm import kernels  # noqa: E402
-from qlora_infer._vllm.kernels.cpu import int4  # noqa: E402
+from qlora_infer._vllm.kernels.cpu import int4, lora  # noqa: E402
 from qlora_infer._vllm.kernels.cpu.lora import GroupedPunicaWrapper  # noqa: E402
 from qlora_infer._vllm.kernels.dora import DoRA  # noqa: E402
 from qlora_infer.demo._pack import GROUP_SIZE, pack_awq, pack_gptq, quantize  # noqa: E402
@@ -89,25 +89,27 @@ def wrapped(lora_class, base, dtype):
     return layer
 
 
-def trained(weight, bias, generator):
-    """PEFT's layer with DoRA on a linear layer in float32, with random factors and magnitudes."""
+def trained(weight, bias, generator, **options):
+    """PEFT's layer on a linear layer in float32, by default with DoRA, with random factors, magnitudes and LoRA biases."""
     base = torch.nn.Linear(INPUTS, len(weight), bias=bias is not None)
     base.weight.data = weight.float()
     if bias is not None:
         base.bias.data = bias.float()
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, use_dora=True)
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, **{"use_dora": True, **options})
     made = Linear(base, "default", config=config, r=RANK, lora_alpha=RANK)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if "lora_A" in name or "lora_B" in name:
+            if name.endswith("lora_B.default.bias"):
+                parameter.normal_(generator=generator)
+            elif "lora_A" in name or "lora_B" in name:
                 parameter.copy_((0.1 * torch.randn(parameter.shape, generator=generator)).bfloat16())
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     return made.eval()
 
 
-def serve(layer, names, theirs):
-    """Load an adapter of PEFT's layers into slot 1, as a worker does it."""
+def serve(layer, names, theirs, biases=None):
+    """Load an adapter of PEFT's layers into slot 1, as a worker does it; ``biases`` is what it adds to outputs."""
 
     def activate_adapter(lora_id):
         manager.lora_index_to_id[1] = lora_id
@@ -133,9 +135,11 @@ def serve(layer, names, theirs):
         activate_adapter=activate_adapter,
     )
     magnitudes = {
-        name: made.lora_magnitude_vector["default"].weight.data for name, made in zip(names, theirs, strict=True)
+        name: made.lora_magnitude_vector["default"].weight.data
+        for name, made in zip(names, theirs, strict=True)
+        if "default" in made.lora_magnitude_vector
     }
-    adapter = SimpleNamespace(id=7, loras={"a": loras}, magnitudes=magnitudes, gains={})
+    adapter = SimpleNamespace(id=7, loras={"a": loras}, magnitudes=magnitudes, biases=biases or {}, gains={})
     dora = DoRA(manager)
     while not dora.advance(adapter, until=0):
         pass
@@ -210,3 +214,45 @@ def test_gains_of_packed_weights_are_those_of_the_dequantized(form, one_worker, 
     with torch.no_grad():
         y, expected = layer(x)[0].float(), made(x.float())
     torch.testing.assert_close(y[::2], expected[::2], rtol=0.02, atol=0.02 * float(expected.std()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("by_group", [False, True], ids=["rows", "groups"])
+@pytest.mark.parametrize("kind", ["lora_bias", "trained bias", "trained bias and DoRA", "a bias alone"])
+@pytest.mark.parametrize("name", ["row", "q, k, v"])
+def test_biases_of_an_adapter_are_added_as_peft_does(name, kind, by_group, dtype, one_worker, monkeypatch):
+    """A LoRA bias, or another bias for the base's, with magnitudes or factors or neither; a base row is the base's, to the bit."""
+    if by_group:
+        monkeypatch.setattr(lora, "ROWS_UP_TO", -1)
+    generator = torch.Generator().manual_seed(0)
+    lora_class, build, outputs = LAYERS[name]
+    base = build(True)
+    base.weight.data = torch.randn(base.weight.shape, generator=generator).to(dtype)
+    base.bias.data = torch.randn(base.bias.shape, generator=generator).to(dtype)
+    weight, bias = base.weight.data.clone(), base.bias.data.clone()
+    base.quant_method.process_weights_after_loading(base)
+    layer = wrapped(lora_class, base, dtype)
+    options = {"use_dora": "DoRA" in kind, "lora_bias": kind == "lora_bias"}
+    theirs = [
+        trained(part, own, generator, **options)
+        for part, own in zip(weight.split(outputs), bias.split(outputs), strict=True)
+    ]
+    names, biases = ["a"] if len(outputs) == 1 else [f"a.{number}" for number in range(len(outputs))], {}
+    for part, made in zip(names, theirs, strict=True):
+        with torch.no_grad():
+            if kind == "a bias alone":
+                made.lora_A["default"].weight.zero_()
+                made.lora_B["default"].weight.zero_()
+            if kind == "lora_bias":
+                biases[part] = made.lora_B["default"].bias.data.clone()
+            else:
+                biases[part] = torch.randn(made.out_features, generator=generator)
+                made.get_base_layer().bias += biases[part]
+    serve(layer, names, theirs, biases)
+    x = torch.randn(3, INPUTS, generator=generator).to(dtype)
+    with torch.no_grad():
+        y, expected = layer(x)[0].float(), torch.cat([made(x.float()) for made in theirs], dim=1)
+        plain = base(x)[0].float()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.02 * float(expected.std())
+    torch.testing.assert_close(y[::2], expected[::2], rtol=0.02 * (dtype != torch.float32), atol=tolerance)
+    assert torch.equal(y[1], plain[1])

@@ -1,4 +1,4 @@
-"""DoRA in a worker: from an adapter's files, through the reader and the slots, to each layer's outputs."""
+"""DoRA and biases in a worker: from an adapter's files, through the reader and the slots, to each layer's outputs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("dora_worker.py")
     [("qwen2-gptq", 0.05), ("llama-awq", 0.05), ("gemma2-bitsandbytes", 0.05), ("phi3-awq", 0.05), ("qwen3", 1e-3)],
 )
 def test_a_worker_serves_dora_as_peft_and_then_lora_in_the_same_slot(model, tolerance):
-    """Each layer of a tiny model gives PEFT's outputs for an adapter with magnitudes, one without, and the first again.
+    """Each layer of a tiny model gives PEFT's outputs for an adapter with magnitudes, one without, one with biases, and the first again.
 
     There is one slot. Models with biases, packed 4-bit weights, modules that are fused in the checkpoint, and in float32.
     """
@@ -31,4 +31,4 @@ def test_a_worker_serves_dora_as_peft_and_then_lora_in_the_same_slot(model, tole
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert max(found["differences"]) < tolerance, found
-    assert found["without"] > 10 * tolerance, found  # the magnitudes do something
+    assert found["without"] > 10 * tolerance, found  # the magnitudes and the biases do something

@@ -190,7 +190,7 @@ def manager_of(modules, packed=None):
 
 
 def adapter_of(loras, magnitudes, int_id=1):
-    return SimpleNamespace(id=int_id, loras=loras, magnitudes=magnitudes, gains={})
+    return SimpleNamespace(id=int_id, loras=loras, magnitudes=magnitudes, biases={}, gains={})
 
 
 def finish(dora_of_model, adapter):
@@ -304,7 +304,7 @@ def test_a_layer_that_computes_in_its_own_way_is_an_error():
     layer = layer_of((WIDTH,), torch.Generator().manual_seed(0))
     type(layer.base_layer).forward = lambda self, x: x
     adapter = adapter_of({}, {"gate": torch.ones(WIDTH)})
-    with pytest.raises(ValueError, match="DoRA is not applied to gate"):
+    with pytest.raises(ValueError, match="DoRA and biases are not applied to gate"):
         finish(DoRA(manager_of({"gate": layer})), adapter)
 
 

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from qlora_infer.adapters import loader
 from qlora_infer.adapters.placement import place
 from qlora_infer.adapters.preflight import check
 from qlora_infer.adapters.served import write_served
 from qlora_infer.cli.app import app
-from qlora_infer.errors import CorruptAdapterError, IncompatibleAdapterError
+from qlora_infer.errors import AdapterLoadError, CorruptAdapterError, IncompatibleAdapterError
 from qlora_infer.files.manifest import magnitude_of, read_manifest
 from qlora_infer.files.safetensors import map_tensors, write_tensors
 from qlora_infer.model.modules import ModelModules, ModuleShape
 from qlora_infer.sources.blend import BlendSource
-from qlora_infer.testing import TINY_MODEL, fake_engine, write_adapter
+from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 TINY = ModelModules({name: ModuleShape(*shape) for name, shape in TINY_MODEL.items()})
@@ -73,11 +74,11 @@ def test_what_peft_saves_has_a_magnitude_for_each_module(tmp_path):
 
 
 def test_magnitudes_without_use_dora_are_tensors_that_would_be_lost(tmp_path):
-    """PEFT passes over them; the adapter was trained with them."""
+    """PEFT passes over them; the adapter was trained with them, as torchtune's are."""
     write_dora(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}))
-    assert "no LoRA factors" in read_manifest("dora", tmp_path / "a").unsupported[0]
+    assert "does not set use_dora" in read_manifest("dora", tmp_path / "a").unsupported[0]
 
 
 def test_a_module_without_its_magnitude_is_named(tmp_path):
@@ -194,6 +195,18 @@ def test_a_blend_of_dora_is_refused_in_words(tmp_path):
         with pytest.raises(IncompatibleAdapterError, match="magnitudes no sum of factors can hold"):
             engine.load_adapter("both", BlendSource({"dora": 0.5, "plain": 0.5}))
         assert engine.generate("hello", adapter="dora")[0].text
+
+
+def test_dora_may_take_longer_than_plain_adapters(tmp_path, monkeypatch):
+    """The norms of a large model's weights take minutes; the limit for others ends one that is not read."""
+    monkeypatch.setattr(loader, "READ_TIMEOUT", 0.05)
+    with fake_engine(backend=FakeEngine(load_seconds=0.2)) as engine:
+        engine.load_adapter("dora", write_dora(tmp_path / "a"))
+        with pytest.raises(AdapterLoadError, match=r"not read within 0\.05 s"):
+            engine.load_adapter("plain", write_adapter(tmp_path / "b"))
+        monkeypatch.setattr(loader, "DORA_TIMEOUT", 0.05)
+        with pytest.raises(AdapterLoadError, match=r"not read within 0\.05 s"):
+            engine.load_adapter("other", write_dora(tmp_path / "c", rank=4))
 
 
 def test_inspect_adapter_tells_dora(tmp_path):

@@ -11,7 +11,9 @@ np = pytest.importorskip("numpy")
 from attrs import evolve  # noqa: E402
 
 from qlora_infer import AdapterLoadError, BlendSource, IncompatibleAdapterError  # noqa: E402
-from qlora_infer.files.safetensors import map_tensors, write_tensors  # noqa: E402
+from qlora_infer.files.manifest import read_manifest  # noqa: E402
+from qlora_infer.files.peft_config import scaling  # noqa: E402
+from qlora_infer.files.safetensors import as_floats, map_tensors, write_tensors  # noqa: E402
 from qlora_infer.model.weights import BaseWeights  # noqa: E402
 from qlora_infer.testing import TINY_MODEL, FakeEngine, fake_engine, write_adapter  # noqa: E402
 
@@ -74,13 +76,58 @@ def test_a_copy_that_left_the_disk_is_converted_again(base, tokens):
             store.restore(version)
 
 
-def test_a_converted_adapter_is_not_blended(base, tokens, tmp_path):
-    """Its rows would be lost."""
+def product(folder, module):
+    """Return a module's B A times its scaling, of an adapter's files; 0 where it has none."""
+    manifest = read_manifest("a", folder)
+    if module not in manifest.modules:
+        return np.zeros(())
+    tensors = map_tensors("a", folder / WEIGHTS)
+    a, b = (next(tensors[f"base_model.model.{module}.lora_{name}"] for name in names if f"base_model.model.{module}.lora_{name}" in tensors)
+            for names in (("A.weight", "embedding_A"), ("B.weight", "embedding_B")))  # fmt: skip
+    a, b = (as_floats(factor).astype("<f8") for factor in (a, b))
+    return b @ a * scaling(manifest.config, module, len(a))
+
+
+def write_vera(folder):
+    """Write a VeRA adapter of the tiny model."""
+    folder.mkdir()
+    drawn = np.random.default_rng(1).standard_normal
+    tensors = {"base_model.vera_A": drawn((8, 128)).astype("<f4"), "base_model.vera_B": drawn((128, 8)).astype("<f4")}
+    for name, (_, outputs) in TINY_MODEL.items():
+        tensors[f"base_model.model.{name}.vera_lambda_b"] = drawn(outputs).astype("<f4")
+        tensors[f"base_model.model.{name}.vera_lambda_d"] = drawn(8).astype("<f4")
+    write_tensors(folder / WEIGHTS, tensors)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "VERA", "r": 8, "save_projection": True}))
+    return folder
+
+
+def test_a_converted_adapter_is_blended_as_the_lora_that_it_becomes(base, tokens, tmp_path):
+    """Rows of tokens, VeRA and plain LoRA: the blend is the weighted sum of what is served of each, and nothing is left over."""
     pytest.importorskip("torch")
-    with engine_of(base, adapters={"tokens": str(tokens), "plain": write_adapter(tmp_path / "plain")}) as engine:
-        with pytest.raises(IncompatibleAdapterError, match="together with the base model"):
-            engine.load_adapter("both", BlendSource({"tokens": 0.5, "plain": 0.5}))
-        assert set(engine.adapters) == {"tokens", "plain"}
+    sources = {"tokens": tokens, "vera": write_vera(tmp_path / "vera"), "plain": write_adapter(tmp_path / "plain")}
+    weights = {"tokens": 0.5, "vera": -0.25, "plain": 2.0}
+    with fake_engine(str(base), backend=FakeEngine(modules=MODULES), max_lora_rank=32) as engine:
+        for name, folder in sources.items():
+            engine.load_adapter(name, folder)
+        assert engine.load_adapter("all", BlendSource(weights)).num_modules == len(MODULES)
+        path = {name: engine._registry.current(name).path for name in (*sources, "all")}
+        for module in MODULES:
+            expected = sum(weight * product(path[name], module) for name, weight in weights.items())
+            np.testing.assert_allclose(product(path["all"], module), expected, rtol=1e-4, atol=1e-5)
+        folders = [other for other in engine._registry._store._folder.iterdir() if not other.name.isdigit()]
+        assert folders == []
+
+
+def test_an_adapter_with_biases_is_not_blended(base, tmp_path):
+    """Its biases would be lost."""
+    pytest.importorskip("torch")
+    module, (_, outputs) = next(iter(TINY_MODEL.items()))
+    bias = {f"base_model.model.{module}.lora_B.bias": np.ones(outputs, "<f4")}
+    odd = with_tensors(tmp_path / "odd", bias, lora_bias=True)
+    with engine_of(base, adapters={"odd": str(odd), "plain": write_adapter(tmp_path / "plain")}) as engine:
+        with pytest.raises(IncompatibleAdapterError, match="biases, which no sum of factors can hold"):
+            engine.load_adapter("both", BlendSource({"odd": 0.5, "plain": 0.5}))
+        assert set(engine.adapters) == {"odd", "plain"}
 
 
 def test_a_base_model_that_is_not_on_this_machine_is_told(tokens, monkeypatch, tmp_path):

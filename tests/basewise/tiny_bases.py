@@ -13,6 +13,7 @@ from qlora_infer.adapters.served import write_served
 from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.files.manifest import AdapterManifest
 from qlora_infer.model.checkpoint import read_checkpoint
+from qlora_infer.model.modules import ModelModules
 from qlora_infer.model.weights import BaseWeights
 from qlora_infer.sources.folder import FolderSource
 
@@ -24,10 +25,17 @@ class TinyBase:
     Attributes:
         folder: Its checkpoint.
         architecture: transformers' class.
+        device: Where it is served.
     """
 
     folder: Path
     architecture: str
+    device: str = "cuda"
+
+    @property
+    def modules(self) -> ModelModules:
+        """The modules that an adapter may change."""
+        return read_checkpoint(str(self.folder), device=self.device).modules
 
     def network(self) -> Any:
         """Return a new copy of the model, as PEFT changes the one that it is given."""
@@ -50,13 +58,13 @@ class TinyBase:
         copies = AdapterStore(store)
         _, manifest, _ = copies.make("odd", 1, FolderSource(adapter), allow_pickle=False)
         copies.close()
-        modules, base = read_checkpoint(str(self.folder)).modules, BaseWeights(str(self.folder))
-        return manifest, preflight.check("odd", manifest, modules, max_lora_rank=max_lora_rank, base=base)
+        base = BaseWeights(str(self.folder))
+        return manifest, preflight.check("odd", manifest, self.modules, max_lora_rank=max_lora_rank, base=base)
 
     def served(self, adapter: Path, store: Path, **options: int) -> Path:
         """Return the copy of an adapter that vLLM would read; its names are transformers' here, too."""
         manifest, fit = self.held_against(adapter, store, **options)
-        assert not fit.is_vllms_own(read_checkpoint(str(self.folder)).modules)
+        assert not fit.is_vllms_own(self.modules)
         return write_served("odd", manifest.folder, fit.placement, fit.conversion)
 
 

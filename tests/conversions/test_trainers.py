@@ -130,6 +130,12 @@ def test_features_that_are_gone_are_refused(fields, words, tmp_path):
     assert words in refusals(write_with(tmp_path / "old", FIRST | fields), tmp_path / "copy")
 
 
+#: Read in these tools' sources in 2026: unsloth_zoo/hf_utils.py and peft_utils.py (unslothai/unsloth-zoo),
+#: src/axolotl/loaders/adapter.py (axolotl-ai-cloud/axolotl), src/llamafactory/model/adapter.py (hiyouga/LLaMA-Factory),
+#: torchtune/models/convert_weights.py (pytorch/torchtune), nemo_automodel/components/checkpoint/addons.py
+#: (NVIDIA-NeMo/Automodel), ``HFCheckpointIO`` in nemo/lightning/io/hf.py and ``PEFT`` in
+#: nemo/lightning/pytorch/callbacks/peft.py (NVIDIA/NeMo), peft_bridge.py (NVIDIA-NeMo/Megatron-Bridge), and
+#: swift/tuners/lora.py (modelscope/ms-swift), whose newer versions write PEFT's fields only.
 TOOLS = {
     "Unsloth": {
         **fields_of("0.18"),
@@ -139,10 +145,16 @@ TOOLS = {
             "unsloth_fixed": True,
         },
         "base_model_name_or_path": "unsloth/fake-model-bnb-4bit",
-        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp).*?(?:q_proj|v_proj).*?)",
+        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp).*?(?:q_proj|v_proj))",
         "task_type": None,
     },
-    "Axolotl": {**fields_of("0.15"), "fan_in_fan_out": None, "lora_dropout": 0, "modules_to_save": []},
+    "Axolotl": {
+        **fields_of("0.18"),
+        "fan_in_fan_out": None,
+        "lora_dropout": 0,
+        "modules_to_save": None,
+        "nvfp4_merge_aware": {"scale_mode": "fresh", "pts_policy": "base_fused_max", "start_step": None},
+    },
     "LLaMA-Factory": {**fields_of("0.15"), "target_modules": ["q_proj", "v_proj"], "modules_to_save": None},
     "torchtune": {
         "r": 8,
@@ -160,6 +172,17 @@ TOOLS = {
         "target_modules": list(TINY_MODEL),
         "bias": "none",
         "base_model_name_or_path": "N/A",
+    },
+    "NeMo 2": {**fields_of("0.15"), "megatron_core": None, "runtime_config": {"ephemeral_gpu_offload": False}},
+    "Megatron-Bridge": {
+        **FIRST,
+        "auto_mapping": None,
+        "base_model_name_or_path": "",
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
     },
     "Tinker": {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": "all-linear"},
     "ms-swift": {
@@ -204,8 +227,11 @@ def test_the_names_of_each_tool_are_found(tool, tmp_path):
 
 
 def test_where_a_tool_puts_an_adapter_in_a_folder_it_is_named(tmp_path):
-    """NeMo's ``model``, ms-swift's ``default`` and verl's ``lora_adapter`` folders are the next step in the error."""
-    for name in ("model", "default", "lora_adapter"):
+    """The next step in the error: NeMo's ``model`` and ``hf_adapter``, ms-swift's ``default``, verl's ``lora_adapter``.
+
+    LLaMA-Factory 1.0 writes ``checkpoint-NNN/model`` (src/llamafactory/v1/core/utils/checkpoint.py).
+    """
+    for name in ("model", "hf_adapter", "default", "lora_adapter"):
         write_adapter(tmp_path / name / "run" / name)
         (tmp_path / name / "run" / "config.yaml").write_text("")
         with pytest.raises(AdapterNotFoundError, match=rf"name \S+/run/{name}$"):
@@ -215,6 +241,8 @@ def test_where_a_tool_puts_an_adapter_in_a_folder_it_is_named(tmp_path):
 def test_torchtunes_own_weights_beside_pefts_are_not_read(tmp_path):
     """It writes adapter_model.pt in its own names beside PEFT's file, and both are of the same adapter."""
     folder = write_with(tmp_path / "epoch_0", TOOLS["torchtune"])
+    (folder / "adapter_model").mkdir()
+    (folder / "config.json").write_text("{}")  # the base's files are copied there
     (folder / "adapter_model.pt").write_bytes(b"not read")
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"not read")
     assert make_copy(folder, tmp_path / "a")[0].format == "PEFT"

@@ -61,7 +61,6 @@ def of_peft(
     *says: str,
     way_out: str = "",
     class_name: str = "LoraConfig",
-    is_refused_alone: bool = True,
     **fields: Any,
 ) -> Entry:
     """Return an entry of an adapter that PEFT saves with these fields; it is served where nothing is said."""
@@ -75,7 +74,6 @@ def of_peft(
         says=says,
         way_out=way_out,
         is_read_by_peft=False,
-        is_refused_alone=is_refused_alone,
         needs=("torch", "peft"),
     )
 
@@ -92,12 +90,9 @@ ENTRIES = [
     ),
     _lora(
         "lora_bias",
-        "trained LoRA biases",
+        "trained LoRA biases, on a CPU",
         "PEFT's lora_bias",
-        "It has LoRA biases (lora_bias) that are not zero (model.layers.0.self_attn.q_proj.lora_B.bias, model.layers.0.self_attn.v_proj.lora_B.bias, model.layers.1.self_attn.q_proj.lora_B.bias, …), which vLLM does not apply: train with lora_bias=False.",
-        way_out="train with lora_bias=False",
         lora_bias=True,
-        is_refused_alone=False,
     ),
     _lora(
         "bias_all",

@@ -24,6 +24,20 @@ def alora() -> Files:
 
 
 @refused(
+    "DoRA without a word of it in its config",
+    "torchtune's DoRA",
+    "It has 4 magnitudes of DoRA (base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector, base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector, base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector, …), and its config does not set use_dora: save it with PEFT, or train without DoRA.",
+    way_out="train with PEFT, or without DoRA",
+)
+def torchtune_dora() -> Files:
+    # ``tune_to_peft_adapter_weights`` in torchtune/models/convert_weights.py of pytorch/torchtune. It does not bring
+    # the magnitudes of queries and keys into PEFT's order, as it does with B.
+    files = lora()
+    magnitudes = {f"{PREFIX}{name}.lora_magnitude_vector": np.ones(shape[1]) for name, shape in ATTENTION.items()}
+    return files.with_tensors(**magnitudes)
+
+
+@refused(
     "replicated layers",
     "PEFT's layer_replication",
     "It replicates layers (layer_replication), which vLLM does not do.",

@@ -7,16 +7,18 @@ import numpy as np
 from corpus.base import ATTENTION, EMBEDDING, HEAD, LINEAR, MODULES
 from corpus.entry import PREFIX, Entry, Files, lora, safetensors, served
 
-#: What Unsloth 2025.9 writes for "all language layers", shortened by a few names.
+#: What Unsloth writes for all language layers of a model (``get_peft_regex`` in unsloth_zoo/peft_utils.py of
+#: unslothai/unsloth-zoo); until 2026 the first half ended with ``.*?``, too.
 UNSLOTH_TARGETS = (
-    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj|v_proj|o_proj|"
-    r"gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|"
-    r"dense)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mixer|mlp|feed_forward|ffn|dense|mixer).*?(?:q_proj|k_proj|"
+    r"v_proj|o_proj|gate_proj|up_proj|down_proj))|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mixer|mlp|"
+    r"feed_forward|ffn|dense|mixer)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
 )
 OF_PEFT_0_3 = (
     *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform"),
     *("lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "revision", "target_modules", "task_type"),
 )
+#: ``tune_to_peft_adapter_config`` in torchtune/models/convert_weights.py, and the recipes' ``_adapter_config``.
 OF_TORCHTUNE = ("r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path")
 
 
@@ -46,6 +48,7 @@ def later_peft() -> Files:
 
 @served("LoRA on a quantized base, with Unsloth's pattern of modules", "Unsloth")
 def unsloth() -> Files:
+    # The mapping is ``fix_lora_auto_mapping``'s, in unsloth_zoo/hf_utils.py of unslothai/unsloth-zoo.
     files = lora(
         LINEAR,
         base_model_name_or_path="unsloth/base-unsloth-bnb-4bit",
@@ -79,14 +82,39 @@ def axolotl() -> Files:
     )
 
 
+@served(
+    "weights in two files, with the adapter's name in those of its tensors", "Axolotl with FSDP", is_read_by_peft=False
+)
+def axolotl_fsdp() -> Files:
+    # ``_rename_fsdp_merged_to_adapter`` in src/axolotl/train.py of axolotl-ai-cloud/axolotl; config.json is beside
+    # it.
+    files = lora(LINEAR).renamed(lambda name: name.replace(".weight", ".default.weight"))
+    names = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    tensors, places = files.tensors or {}, {}
+    parts: list[dict[str, np.ndarray]] = [{}, {}]
+    for number, (name, tensor) in enumerate(tensors.items()):
+        parts[number % 2][name] = tensor
+        places[name] = names[number % 2]
+    others = {name: safetensors(part) for name, part in zip(names, parts, strict=True)}
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    return Files(files.config, None, files.deltas, others=others).beside(
+        adapter_model__safetensors__index__json=index, config__json={"architectures": ["LlamaForCausalLM"]}
+    )
+
+
 @served("LoRA with a pattern that begins the module's name", "ms-swift")
 def ms_swift() -> Files:
+    # ``get_multimodal_target_regex`` in swift/utils/transformers_utils.py and ``LoraConfig.save_pretrained`` in
+    # swift/tuners/peft.py of modelscope/ms-swift.
     return lora(
         LINEAR,
-        target_modules=r"^(model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$",
+        target_modules=r"^(model(?=\.).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj))$",
         modules_to_save=[],
         init_lora_weights=True,
-    ).beside(args__json={"train_type": "lora"}, additional_config__json={"lora_dtype": None, "lorap_lr_ratio": None})
+    ).beside(
+        args__json={"tuner_type": "lora"},
+        additional_config__json={"lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06},
+    )
 
 
 @served("checkpoint of a trainer, with its optimizer's state", "transformers' Trainer, TRL")
@@ -102,8 +130,34 @@ def checkpoint() -> Files:
 
 @served("config with five fields", "torchtune")
 def torchtune() -> Files:
+    # ``FullModelHFCheckpointer.save_checkpoint`` in torchtune/training/checkpointing/_checkpointer.py of
+    # pytorch/torchtune: the base's own files are copied there, too, and there is an empty folder ``adapter_model``.
     files = lora(LINEAR)
-    return files.without_fields(*(name for name in files.config or () if name not in OF_TORCHTUNE))
+    files = files.without_fields(*(name for name in files.config or () if name not in OF_TORCHTUNE))
+    return files.beside(
+        adapter_model__pt=b"not read", config__json={"architectures": ["LlamaForCausalLM"]}, **{"adapter_model/_": b""}
+    )
+
+
+@served("few fields, and the modules' whole names", "NeMo Automodel")
+def nemo_automodel() -> Files:
+    # ``_get_hf_peft_config`` in nemo_automodel/components/checkpoint/addons.py of NVIDIA-NeMo/Automodel.
+    files = lora(LINEAR, use_dora=False, target_modules=list(LINEAR), base_model_name_or_path="N/A")
+    known = ("task_type", "peft_type", "r", "lora_alpha", "use_dora", "target_modules", "bias")
+    files = files.without_fields(*(name for name in files.config or () if name not in known))
+    return files.beside(automodel_peft_config__json={"use_triton": False, "dropout": 0.0})
+
+
+@served("ranks by whole names, and no name of the base", "Megatron-Bridge")
+def megatron_bridge() -> Files:
+    # ``build_adapter_config_dict`` in src/megatron/bridge/models/conversion/peft_bridge.py of NVIDIA-NeMo/Megatron-
+    # Bridge.
+    return lora(
+        ranks={"layers.1.self_attn.q_proj": 16},
+        scales={"layers.1.self_attn.q_proj": 1.0},
+        rank_pattern={"model.layers.1.self_attn.q_proj": 16},
+        base_model_name_or_path="",
+    )
 
 
 @served("output layer under the name unembed_tokens", "Tinker", is_read_by_peft=False)
@@ -112,7 +166,7 @@ def tinker() -> Files:
     return files.renamed(lambda name: name.replace("lm_head", "model.unembed_tokens"))
 
 
-@served("LoRA of one layer's modules", "NeMo's export to PEFT")
+@served("LoRA of one layer's modules", "PEFT's layers_to_transform")
 def one_layer() -> Files:
     return lora(
         {name: shape for name, shape in LINEAR.items() if ".1." in name},

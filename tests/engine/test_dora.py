@@ -43,14 +43,20 @@ def base(form):
     return model.eval()
 
 
-@cache
 def dora_folder(form):
-    """The pirate with magnitudes, which PEFT has made for this form's weights and saved."""
+    """The pirate with magnitudes."""
+    return pirate_folder(form, "use_dora")
+
+
+@cache
+def pirate_folder(form, option):
+    """The pirate with magnitudes or biases, which PEFT has made for this form's weights and saved."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     folder = demo(form).adapters["pirate"]
     config = peft.LoraConfig.from_pretrained(folder)
-    config.use_dora, config.inference_mode = True, False
+    setattr(config, option, True)
+    config.inference_mode = False
     model = peft.get_peft_model(base(form), config)
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -58,6 +64,8 @@ def dora_folder(form):
         for name, parameter in model.named_parameters():
             if "lora_magnitude_vector" in name:
                 parameter.mul_(1 + 0.15 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith("lora_B.default.bias"):
+                parameter.normal_(0.0, 0.005, generator=generator)
     made = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     model.save_pretrained(made, save_embedding_layers=False)
@@ -87,29 +95,43 @@ def test_a_dora_adapter_answers_as_peft_computes(engine, engines, record_propert
 
     Without its magnitudes the adapter would be off by its effect, and without its factors, too.
     """
-    form = form_of(engines)
-    engine.load_adapter("dora", dora_folder(form))
-    outputs = engine.generate(PROMPTS, {**GREEDY, "logprobs": 0, "prompt_logprobs": 0}, adapter="dora", use_tqdm=False)
+    found, others, most = distances_from_peft(engine, form_of(engines), dora_folder(form_of(engines)), record_property)
+    middle = len(found) // 2
+    assert found[most] < PEFT_TOLERANCE
+    assert 5 * found[middle] < min(other[middle] for other in others)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_an_adapter_with_biases_answers_as_peft_computes(awq, record_property):
+    """As with magnitudes: biases go the same way, of PEFT's ``lora_bias`` on layers that have none of their own."""
+    found, others, most = distances_from_peft(awq, "awq", pirate_folder("awq", "lora_bias"), record_property)
+    assert found[most] < PEFT_TOLERANCE
+    assert 3 * found[most] < min(other[most] for other in others)
+
+
+def distances_from_peft(engine, form, folder, record_property):
+    """Return how far a pirate of more than factors is from PEFT's, and from the plain one and the base, sorted."""
+    engine.load_adapter("odd", folder)
+    outputs = engine.generate(PROMPTS, {**GREEDY, "logprobs": 0, "prompt_logprobs": 0}, adapter="odd", use_tqdm=False)
     texts = [[*output.prompt_token_ids, *output.token_ids] for output in outputs]
     ours = [logprob for output in outputs for logprob in served_logprobs(output)]
     model = base(form)
     plain = [logprob for text in texts for logprob in logprobs(model, text)]
     theirs = {}
-    for name, folder in (("dora", dora_folder(form)), ("lora", demo(form).adapters["pirate"])):
-        adapted = peft.PeftModel.from_pretrained(model, folder).eval()
+    for name, each in (("odd", folder), ("lora", demo(form).adapters["pirate"])):
+        adapted = peft.PeftModel.from_pretrained(model, each).eval()
         theirs[name] = [logprob for text in texts for logprob in logprobs(adapted, text)]
         adapted.unload()
 
     def distance(others):
         return sorted(abs(a - b) for a, b in zip(ours, others, strict=True))
 
-    found, from_lora, from_base = distance(theirs["dora"]), distance(theirs["lora"]), distance(plain)
+    found, from_lora, from_base = distance(theirs["odd"]), distance(theirs["lora"]), distance(plain)
     middle, most = len(found) // 2, int(0.95 * len(found))
     record_property(
         "distance", f"{found[middle]:.3f} {found[most]:.3f}, {from_lora[middle]:.3f}, {from_base[middle]:.3f}"
     )
-    assert found[most] < PEFT_TOLERANCE
-    assert 5 * found[middle] < min(from_lora[middle], from_base[middle])
+    return found, (from_lora, from_base), most
 
 
 def test_base_lora_and_dora_in_one_batch_answer_as_alone(engine, engines):

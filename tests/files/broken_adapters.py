@@ -302,7 +302,7 @@ BROKEN: tuple[BrokenAdapter, ...] = (
     BrokenAdapter("nothing-matches", rename("model.layers", "decoder.blocks", every=True), IncompatibleAdapterError, "None of its"),
     BrokenAdapter("another-architecture", foreign_model, IncompatibleAdapterError, "another architecture"),
     BrokenAdapter("magnitudes", extra_tensor("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
-                  IncompatibleAdapterError, "no LoRA factors"),
+                  IncompatibleAdapterError, "does not set use_dora"),
     BrokenAdapter("whole-weights", extra_tensor("base_model.model.lm_head.weight"), IncompatibleAdapterError, "replaces lm_head.weight"),
     BrokenAdapter("named-factors", rename("lora_A.weight", "lora_A.default.weight"), CorruptAdapterError, "several adapters"),
     BrokenAdapter("compiled-in-part", rename("model.layers.0.self_attn.q_proj", "_orig_mod.model.layers.99.self_attn.q_proj"),

@@ -48,6 +48,8 @@ WHOLE_HEAD = Recipe("whole-head", targets=("q_proj",), options={"modules_to_save
 VERA = Recipe("vera", kind="VeraConfig", options={"r": 16, "save_projection": False})
 #: Of which none was trained.
 BIASES = Recipe("biases", targets=("q_proj", "v_proj"), options={"bias": "all", "lora_bias": True})
+#: Served on CPUs.
+TRAINED_BIASES = Recipe("trained-biases", options={"bias": "lora_only", "lora_bias": True}, has_biases=True)
 REPLACED = (TRAINED_TOKENS, WHOLE_EMBEDDINGS, WHOLE_HEAD)
 #: PEFT takes "all-linear" of a mixture of experts to mean the experts, too.
 DENSE = Recipe("dense", targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
@@ -91,7 +93,7 @@ MODELS = [
         "Qwen2ForCausalLM",
         text.qwen2,
         "gptq",
-        adapters=(ALL, DORA, ATTENTION, BIASES),
+        adapters=(ALL, DORA, ATTENTION, BIASES, TRAINED_BIASES),
         refused=(HEADS, TRAINED_TOKENS),
     ),
     TinyModel("qwen3", "Qwen3ForCausalLM", text.qwen3, adapters=(ALL, DORA, ATTENTION, HEADS, *REPLACED, VERA)),

@@ -25,6 +25,7 @@ class Recipe:
         options: Other fields of PEFT's config.
         kind: PEFT's class of it.
         rows: The rows that are changed of each module in ``modules_to_save``.
+        has_biases: Whether the biases that it saves are others than zeros and the base model's.
         rename: Rewrites the names of its tensors for vLLM, as another trainer would have written them.
         made_as: The recipe whose factors these are, under other names.
     """
@@ -36,6 +37,7 @@ class Recipe:
     options: Mapping[str, Any] = field(factory=dict)
     kind: str = "LoraConfig"
     rows: tuple[int, ...] = ()
+    has_biases: bool = False
     rename: Callable[[str], str] | None = None
     made_as: str | None = None
 
@@ -58,6 +60,8 @@ def make(recipe: Recipe, network: Any, folder: Path) -> None:
         for name, parameter in model.named_parameters():
             if "lora_magnitude_vector" in name:  # from the norms of the weights on, as training goes
                 parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith(("lora_B.default.bias", ".base_layer.bias")) and recipe.has_biases:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
             elif "lora_" in name and not name.endswith("bias"):
                 parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
             elif "vera_lambda" in name:

@@ -25,8 +25,9 @@ logger = logging.getLogger("qlora_infer")
 #: With ``max_lora_rank="auto"``: the least rank that adapters at the start make room for.
 LEAST_MAX_LORA_RANK = 16
 
-#: Seconds that an adapter may take into host memory.
-READ_TIMEOUT = 300.0
+#: Seconds that an adapter may take into host memory, and one with DoRA, whose first load computes the norms of a
+#: model's weights. What a load that took longer has computed is kept for the next.
+READ_TIMEOUT, DORA_TIMEOUT = 300.0, 3600.0
 
 
 class DrivingThread(Protocol):
@@ -94,7 +95,10 @@ class AdapterLoader:
                 versions = {part: stack.enter_context(self._registry.in_use(part)) for part in source.adapters}
                 for version in versions.values():
                     self._registry.fetch(version)
-                named = {part: (f"{v.name}@{v.number}", v.manifest) for part, v in versions.items()}
+                named = {
+                    part: (f"{version.name}@{version.number}", stack.enter_context(self._registry.plain(version)))
+                    for part, version in versions.items()
+                }
                 source = source.of(named)
             return self._replace(name, source, share=share, allow_pickle=allow_pickle, strict=strict, expect=expect)
 
@@ -234,10 +238,11 @@ class AdapterLoader:
         """Load a version into host memory and wait for it, while steps go on."""
         self._registry.fetch(version)
         loaded: Future[None] = self._driving.call(self._memory.load, version)
+        seconds = DORA_TIMEOUT if version.manifest.magnitudes else READ_TIMEOUT
         try:
-            loaded.result(READ_TIMEOUT)
+            loaded.result(seconds)
         except TimeoutError as error:
-            why = f"adapter {version.name!r} was not read within {READ_TIMEOUT:g} s"
+            why = f"adapter {version.name!r} was not read within {seconds:g} s"
             raise AdapterLoadError(version.name, why) from error
         finally:
             loaded.cancel()  # nobody waits for it any more

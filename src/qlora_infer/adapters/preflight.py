@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from attrs import field, frozen
 
@@ -62,8 +62,8 @@ class Fit:
         return is_plain and self.placement.is_vllms_own(model)
 
     def changes_nothing(self, manifest: AdapterManifest) -> bool:
-        """Return whether A or B is all zeros in each module that is applied."""
-        return self.placement.sources <= manifest.zero_modules
+        """Return whether A or B is all zeros in each module that is applied, and no bias is changed."""
+        return self.placement.sources <= manifest.zero_modules - set(self.conversion.biases)
 
     def __str__(self) -> str:
         applied = f"applied to {self.num_modules} of {self.num_model_modules} modules"
@@ -125,7 +125,10 @@ def check(
         reasons += _absence_reasons(placement, modules, model)
         reasons += _repetition_reasons(placement)
         reasons += _shape_reasons(placement, model)
-        reasons += _dora_reasons(manifest, placement, model)
+        reasons += _vector_reasons("uses DoRA", manifest.magnitudes, "use_dora=False", placement, model)
+        reasons += _vector_reasons(
+            "adds biases of its own", conversion.biases, "lora_bias=False and bias='none'", placement, model
+        )
     if reasons:
         raise IncompatibleAdapterError(adapter, reasons)
     stripped = *placement.wrappers, *filter(None, [manifest.name_in_tensors[:80]])
@@ -269,23 +272,25 @@ def _shape_reason(name: str, module: LoRAModule, shape: ModuleShape, count: int)
     )
 
 
-def _dora_reasons(manifest: AdapterManifest, placement: Placement, model: ModelModules) -> Iterator[str]:
-    """Say why magnitudes cannot be applied: kernels of one kind do it, in linear layers."""
-    if not manifest.magnitudes:
+def _vector_reasons(
+    what: str, modules: Collection[str], way_out: str, placement: Placement, model: ModelModules
+) -> Iterator[str]:
+    """Say why magnitudes or biases cannot be applied: kernels of one kind do it, in linear layers."""
+    if not modules:
         return
     if model.device not in ("", "cpu"):
-        yield "It uses DoRA, which is served on CPUs so far: serve it on a CPU, or train with use_dora=False."
+        yield f"It {what}, which is served on CPUs so far: serve it on a CPU, or train with {way_out}."
     elif model.no_dora:
-        yield f"It uses DoRA, and {model.no_dora}: train with use_dora=False."
+        yield f"It {what}, and {model.no_dora}: train with {way_out}."
     others = [
         name
         for name, piece in placement.pieces.items()
-        if piece.source in manifest.magnitudes and name.rpartition(".")[2] in _NO_LINEAR_LAYERS
+        if piece.source in modules and name.rpartition(".")[2] in _NO_LINEAR_LAYERS
     ]
     if others:
         yield (
-            f"It uses DoRA on {format_names(others)}, and magnitudes are applied to linear layers inside the model "
-            "only: train it without them."
+            f"It {what} on {format_names(others)}, which is served in linear layers inside the model only: train it "
+            "without them."
         )
 
 

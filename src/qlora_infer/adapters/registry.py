@@ -12,6 +12,7 @@ from qlora_infer.adapters.name_locks import NameLocks
 from qlora_infer.adapters.store import AdapterStore
 from qlora_infer.adapters.version import AdapterVersion, LoadedAdapter, LoadedAdapters, VersionNumbers
 from qlora_infer.errors import AdapterConflictError, AdapterNotLoadedError
+from qlora_infer.files.manifest import AdapterManifest
 from qlora_infer.sources.source import Source
 
 #: Versions of a name that are held: the one that serves, and the one before it.
@@ -95,6 +96,10 @@ class AdapterRegistry:
             AdapterLoadError: There is no room for it on disk.
         """
         self._store.serve(version)
+
+    def plain(self, version: AdapterVersion) -> AbstractContextManager[AdapterManifest]:
+        """Return an adapter as plain LoRA, for a blend, while the block runs."""
+        return self._store.plain(version)
 
     def loading(self, name: str) -> AbstractContextManager[None]:
         """Return the lock under which one adapter at a time is loaded under a name, in the order of the calls."""

@@ -14,7 +14,7 @@ from qlora_infer.basewise.conversion import Conversion
 from qlora_infer.files.manifest import factor_of, magnitude_of
 from qlora_infer.files.peft_config import module_alpha, plain_patterns, read_config
 from qlora_infer.files.safetensors import Computed, map_tensors, write_tensors
-from qlora_infer.files.snapshot import CONFIG_NAME, MAGNITUDES_NAME, SERVED_NAME, WEIGHTS_NAME
+from qlora_infer.files.snapshot import BIASES_NAME, CONFIG_NAME, MAGNITUDES_NAME, SERVED_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,19 +26,27 @@ _PREFIX = "base_model.model."
 _LINEAR, _EMBEDDING = ".lora_{}.weight", ".lora_embedding_{}"
 
 
-def write_served(adapter: str, folder: Path, placement: Placement, conversion: Conversion | None = None) -> Path:
-    """Write the copy for vLLM into a folder beside an adapter's own files.
+def write_served(
+    adapter: str,
+    folder: Path,
+    placement: Placement,
+    conversion: Conversion | None = None,
+    *,
+    target: Path | None = None,
+) -> Path:
+    """Write the copy for vLLM, by default into a folder beside an adapter's own files.
 
     The factors are the adapter's, bit for bit, or made by a conversion. Those of experts that it holds in one tensor
     become one pair for each expert where the model has them one by one, and what it leaves of a layer's experts becomes
     zeros. ``rank_pattern`` and ``alpha_pattern``, which are about PEFT's names, become plain names of the running
-    model. DoRA's magnitudes, which vLLM refuses, are in a file of their own.
+    model. DoRA's magnitudes and biases, which vLLM refuses, are in files of their own.
 
     Args:
         adapter: The adapter's name, for messages.
         folder: The adapter's private copy.
         placement: Where its modules go.
         conversion: The factors that the rest of it becomes.
+        target: The folder for the copy.
 
     Returns:
         The folder for vLLM.
@@ -46,7 +54,7 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
     Raises:
         OSError: The disk is full.
     """
-    target = folder / SERVED_NAME
+    target = target or folder / SERVED_NAME
     target.mkdir(exist_ok=True)
     conversion = conversion or Conversion()
     config = conversion.config(read_config(adapter, folder / CONFIG_NAME))
@@ -68,12 +76,13 @@ def write_served(adapter: str, folder: Path, placement: Placement, conversion: C
         if piece.is_transposed and piece.source in factors:
             turned[piece.source] = _turned(factors.pop(piece.source), piece.module.rank)
     write_tensors(target / WEIGHTS_NAME, dict(_tensors(placement, {**factors, **turned})))
-    if config.get("use_dora"):
-        own = {name: piece for name, piece in placement.pieces.items() if piece.source in magnitudes}
-        write_tensors(
-            target / MAGNITUDES_NAME,
-            {name: _outputs(magnitudes[str(piece.source)], piece) for name, piece in own.items()},
-        )
+    vectors = {MAGNITUDES_NAME: magnitudes if config.get("use_dora") else {}, BIASES_NAME: conversion.shifts(folder)}
+    for file, of_modules in vectors.items():
+        own = {name: piece for name, piece in placement.pieces.items() if piece.source in of_modules}
+        if own:
+            write_tensors(
+                target / file, {name: _outputs(of_modules[str(piece.source)], piece) for name, piece in own.items()}
+            )
     return target
 
 

@@ -7,11 +7,14 @@ import errno
 import json
 import logging
 import shutil
+import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_infer.adapters.placement import Piece, Placement
 from qlora_infer.adapters.served import write_served
 from qlora_infer.basewise.conversion import read_saved
 from qlora_infer.conversions.conversion import convert
@@ -141,6 +144,26 @@ class AdapterStore:
         self._write_served(version)
         self.keep(version)
 
+    @contextlib.contextmanager
+    def plain(self, version: AdapterVersion) -> Iterator[AdapterManifest]:
+        """Write an adapter that was converted with the base model as plain LoRA under its own names, for a blend.
+
+        The files go when the block ends. Any other adapter is yielded as it is, one that no factors can hold among
+        them.
+
+        Raises:
+            AdapterLoadError: The disk is full, or the base model's files are gone.
+        """
+        manifest, fit = version.manifest, version.fit
+        if fit is None or not manifest.saved or manifest.magnitudes or fit.conversion.biases:
+            yield manifest
+            return
+        own = Placement({name: Piece(name, module) for name, module in fit.conversion.modules.items()})
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            with self._writing(version):
+                write_served(version.name, version.snapshot.folder, own, fit.conversion, target=Path(folder))
+            yield read_manifest(version.name, Path(folder))
+
     def use(self, version: AdapterVersion) -> None:
         """Note that an adapter is asked for, so that its copy stays longer than others."""
         if self._max_bytes is not None:
@@ -238,12 +261,18 @@ class AdapterStore:
 
     def _write_served(self, version: AdapterVersion) -> None:
         assert version.fit is not None
-        try:
+        with self._writing(version):
             version.served = write_served(
                 version.name, version.snapshot.folder, version.fit.placement, version.fit.conversion
             )
             if version.fit.conversion.is_needed:
                 version.num_bytes = version.served.joinpath(WEIGHTS_NAME).stat().st_size
+
+    @contextlib.contextmanager
+    def _writing(self, version: AdapterVersion) -> Iterator[None]:
+        """Make errors of a copy's conversion those of the adapter."""
+        try:
+            yield
         except ModelNotFoundError as error:
             raise AdapterLoadError(version.name, f"adapter {version.name!r} could not be converted: {error}") from error
         except OSError as error:

@@ -182,12 +182,14 @@ class AdapterManifest:
     def with_zeros(self, tensors: Iterable[str]) -> AdapterManifest:
         """Return this manifest with the modules that have one of these tensors of zeros.
 
-        One with a magnitude is none of them: that changes the module by itself.
+        One with a magnitude is none of them, nor one with a LoRA bias: these change the module by themselves.
         """
         zeros = frozenset(tensors)
         modules = {factor.module for factor in map(factor_of, zeros) if factor is not None}
         modules |= {tensor.module for name, tensor in self.saved.items() if name in zeros and tensor.is_lambda}
-        return evolve(self, zero_modules=frozenset(modules) - self.magnitudes, zeros=zeros)
+        others = {tensor.module.removesuffix(".lora_B") for name, tensor in self.saved.items()
+                  if name not in zeros and tensor.module.endswith(".lora_B")}  # fmt: skip
+        return evolve(self, zero_modules=frozenset(modules) - self.magnitudes - others, zeros=zeros)
 
 
 def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
@@ -235,7 +237,12 @@ def read_manifest(adapter: str, folder: Path) -> AdapterManifest:
             raise
         leftover = []
     foreign = foreign_kind(list(modules or leftover), config)
-    if leftover and not (foreign and not modules):
+    if modules and leftover and all(map(magnitude_of, leftover)):
+        unsupported.append(
+            f"It has {len(leftover)} magnitudes of DoRA ({format_names(leftover)}), and its config does not set "
+            "use_dora: save it with PEFT, or train without DoRA."
+        )
+    elif leftover and not (foreign and not modules):
         unsupported.append(format_strays(leftover, num_factors=len(modules)))
     return AdapterManifest(
         folder=folder,

@@ -26,6 +26,8 @@ _CHECKPOINT = re.compile(r"(?:^|[/:])checkpoint-([0-9]{1,12})$")
 SERVED_NAME = "served"
 #: The file in that folder with DoRA's magnitudes, by module.
 MAGNITUDES_NAME = "magnitudes.safetensors"
+#: The file in that folder with what the adapter adds to outputs, by module.
+BIASES_NAME = "biases.safetensors"
 
 
 @frozen

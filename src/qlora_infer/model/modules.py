@@ -106,7 +106,8 @@ class ModelModules:
         left_out: Beginnings of names, in the running model, of parts whose factors are not applied.
         model: The name of the model's class; empty where it is not known.
         device: vLLM's device type; empty where it is not known.
-        no_dora: Why the running engine applies no DoRA; empty where it does, or where only the device tells.
+        no_dora: Why the running engine applies no DoRA and no biases; empty where it does, or where only the device
+            tells.
     """
 
     shapes: Mapping[str, ModuleShape]

@@ -194,9 +194,7 @@ def _check_arguments(name: str, parts: Sequence[AdapterPart], method: str, densi
         if not _is_finite(part.weight):
             raise ValueError(f"the weight of {part.name!r} must be a finite number such as 0.5, got {part.weight!r}")
         if part.manifest.saved:
-            why = (
-                "It holds more than LoRA factors, which become factors only together with the base model: leave it out."
-            )
+            why = "It holds more than LoRA factors, such as biases, which no sum of factors can hold: leave it out."
             raise IncompatibleAdapterError(part.name, [why])
         if part.manifest.unsupported:
             raise IncompatibleAdapterError(part.name, part.manifest.unsupported)

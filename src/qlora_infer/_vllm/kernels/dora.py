@@ -1,4 +1,4 @@
-"""DoRA's gains, computed once for an adapter from its magnitudes and the weights that are served.
+"""DoRA's gains and the biases of adapters, computed once from their tensors and the weights that are served.
 
 A DoRA module computes ``y = g (W x + s B A x) + bias`` with the gains ``g = m / |W + s B A|``, one for each output: m
 is the magnitude that was trained, and the norms are those of rows (Liu et al., "DoRA: Weight-Decomposed Low-Rank
@@ -8,6 +8,10 @@ any format. Only products with it are needed, and the base's own layer makes the
     |W + s B A|^2 = |W|^2 + 2 s (B * (W A^T)) 1 + s^2 (B * (B A A^T)) 1
 
 ``|W|^2`` is the base's alone. It takes a product with each input, so it is made for a layer's first adapter and kept.
+
+A bias of an adapter goes the same way, as a shift: PEFT's ``lora_bias`` gives ``y = W x + bias + s (B A x + b)``
+(``Linear.forward`` in ``peft/tuners/lora/layer.py``), and ``bias="all"`` another bias in place of the base's, which
+magnitudes do not scale.
 
 vLLM's products on the CPU write to memory that all threads share, so they are made on the thread of the steps, some
 milliseconds between two of them. Read in vLLM 0.32.0, ``vllm/lora/layers``, ``vllm/model_executor/layers/linear.py``
@@ -31,16 +35,19 @@ Vector = npt.NDArray[np.floating]
 #: The share of time that loads may take from steps, and their least and most seconds between two of them. One product
 #: may last longer.
 SHARE, LEAST_SECONDS, MOST_SECONDS = 0.2, 0.01, 0.05
-#: Multiplications of a product, and the most rows that it has: more rows are more efficient, and last longer.
-PRODUCT_UP_TO, MOST_ROWS = 2**29, 256
+#: The rows of a product for the squares. Most of its time goes into the weight's numbers, which each product
+#: dequantizes: on a 4-bit weight, 256 rows last some 1.7 times as long as 32.
+MOST_ROWS = 256
+#: Multiplications of other products: more rows are more efficient, and last longer.
+PRODUCT_UP_TO = 2**29
 
 
 def why_not(manager: Any) -> str:
-    """Return why this engine cannot apply DoRA, for an adapter's error; empty where it can."""
+    """Return why this engine cannot apply DoRA and biases, for an adapter's error; empty where it can."""
     if not all(hasattr(wrapper, "use_gains") for wrapper in manager.punica_wrapper_mapping.values()):
-        return "this library's LoRA kernels for CPUs apply it, and this engine uses others"
+        return "this library's LoRA kernels for CPUs apply that, and this engine uses others"
     if any(getattr(layer, "tp_size", 1) > 1 for layer in manager.modules.values()):
-        return "its norms need whole rows, and this engine splits them with tensor parallelism"
+        return "that needs whole layers, and this engine splits them with tensor parallelism"
     return ""
 
 
@@ -60,8 +67,8 @@ class DoRA:
         manager.activate_adapter = self._activate_with_gains
 
     def compile(self, adapter: Any) -> None:
-        """Compile what steps with an adapter need, if it has magnitudes; on any thread."""
-        for wrapper in set(self._manager.punica_wrapper_mapping.values()) if adapter.magnitudes else ():
+        """Compile what steps with an adapter need, if it has magnitudes or biases; on any thread."""
+        for wrapper in set(self._manager.punica_wrapper_mapping.values()) if _changed(adapter) else ():
             wrapper.compile_gains(self._manager.lora_config.lora_dtype)
 
     def end_of_turn(self) -> float:
@@ -78,7 +85,7 @@ class DoRA:
             ValueError: A row of a weight and its adapter has no direction, because it is 0, or DoRA is not applied to
                 such a layer.
         """
-        if not adapter.magnitudes:
+        if not _changed(adapter):
             return True
         work = self._begun.setdefault(adapter.id, self._find_gains(adapter))
         try:
@@ -103,7 +110,7 @@ class DoRA:
 
     def _put_gains(self, slot: int, adapter: Any) -> None:
         """Use an adapter's gains for a slot, none where it has none."""
-        if getattr(adapter, "magnitudes", None) and not adapter.gains:  # vLLM has read it by itself
+        if _changed(adapter) and not adapter.gains:  # vLLM has read it by itself
             list(self._find_gains(adapter))
         layers = {name: self._manager.modules[name] for name in getattr(adapter, "gains", ())}
         for wrapper in set(self._manager.punica_wrapper_mapping.values()):
@@ -112,21 +119,22 @@ class DoRA:
 
     def _find_gains(self, adapter: Any) -> Iterator[None]:
         gains = {}
-        left = set(adapter.magnitudes)
+        left = _changed(adapter)
         for name, layer in self._manager.modules.items():
             parts = self._manager.packed_modules.get(name, [name])
             if not left.isdisjoint(parts):
                 gains[name] = yield from self._gains_of(name, layer, parts, adapter)
                 left.difference_update(parts)
         if left:
-            raise ValueError(f"the model has no {min(left)}, for which there is a magnitude")
+            raise ValueError(f"the model has no {min(left)}, for which there is a magnitude or a bias")
         adapter.gains = gains
 
     def _gains_of(self, name: str, layer: Any, parts: list[str], adapter: Any) -> Generator[None, None, Vector]:
-        """Compute the gains of a layer's outputs and their shifts, 1 and 0 for a part without magnitudes."""
+        """Compute the gains of a layer's outputs and their shifts, 1 and 0 for a part without magnitudes and biases."""
         if not _is_plain(layer):
-            raise ValueError(f"DoRA is not applied to {name}, which is a {type(layer.base_layer).__name__}")
-        if name not in self._squares:
+            kind = type(layer.base_layer).__name__
+            raise ValueError(f"DoRA and biases are not applied to {name}, which is a {kind}")
+        if name not in self._squares and not adapter.magnitudes.keys().isdisjoint(parts):
             self._squares[name] = yield from _squares_of(layer)
         slices = [b.shape[-2] for b in layer.lora_b_stacked]
         ends = np.cumsum(join_slices(slices, len(parts))).tolist()
@@ -144,7 +152,15 @@ class DoRA:
         bias = None if layer.base_layer.skip_bias_add else layer.base_layer.bias
         if bias is not None:  # y has it already, and DoRA does not scale it
             gains[1] = (1 - gains[0]) * bias.float().numpy()
+        for part, begin, end in zip(parts, [0, *ends], ends, strict=False):
+            if part in adapter.biases:
+                gains[1, begin:end] += adapter.biases[part].numpy()
         return gains
+
+
+def _changed(adapter: Any) -> set[str]:
+    """Return the modules of an adapter that have magnitudes or biases; vLLM's own kind of adapter has none."""
+    return {*getattr(adapter, "magnitudes", ()), *getattr(adapter, "biases", ())}
 
 
 def _is_plain(layer: Any) -> bool:
@@ -168,9 +184,8 @@ def _squares_of(layer: Any) -> Generator[None, None, Vector]:
     """Compute the squared norms of the rows of a layer's weight, from its products with each input."""
     squares = torch.zeros(sum(b.shape[-2] for b in layer.lora_b_stacked), dtype=torch.float64)
     num_inputs, dtype = layer.lora_a_stacked[0].shape[-1], layer.lora_a_stacked[0].dtype
-    num_rows = _num_rows(num_inputs, len(squares))
-    for begin in range(0, num_inputs, num_rows):
-        inputs = torch.arange(begin, min(begin + num_rows, num_inputs))
+    for begin in range(0, num_inputs, MOST_ROWS):
+        inputs = torch.arange(begin, min(begin + MOST_ROWS, num_inputs))
         one_hot = torch.zeros(len(inputs), num_inputs, dtype=dtype)
         one_hot[torch.arange(len(inputs)), inputs] = 1
         squares += _multiply(layer, one_hot).float().square().sum(dim=0)

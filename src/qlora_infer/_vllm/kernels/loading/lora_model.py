@@ -17,7 +17,7 @@ from attrs import frozen
 from vllm.lora.lora_model import LoRAModel
 
 from qlora_infer._vllm.kernels.loading.pinned import read_weights
-from qlora_infer.files.snapshot import MAGNITUDES_NAME, SERVED_NAME, WEIGHTS_NAME
+from qlora_infer.files.snapshot import BIASES_NAME, MAGNITUDES_NAME, SERVED_NAME, WEIGHTS_NAME
 
 #: What is cast when an adapter is moved into a slot, by the device, which is faster at it.
 CAST_LATER = (torch.float16, torch.bfloat16)
@@ -32,11 +32,13 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
         moved: The kinds of modules that ``slots.py`` moves into slots, and casts on the GPU. vLLM casts what it
             moves on the CPU, in the middle of a step; so an adapter of others is cast when it is read.
         magnitudes: DoRA's, in float32, by module.
+        biases: What it adds to outputs, in float32, by module.
         gains: Those that ``kernels/dora.py`` makes of them, by the model's layers.
     """
 
     moved: ClassVar[frozenset[str]] = frozenset()
     magnitudes: Mapping[str, torch.Tensor] = MappingProxyType({})
+    biases: Mapping[str, torch.Tensor] = MappingProxyType({})
     gains: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
@@ -76,9 +78,9 @@ class PinnedLoRAModel(LoRAModel):  # type: ignore[misc]
             torch._foreach_mul_([lora.lora_b for lora in loras], [lora.scaling for lora in loras])
         for lora in loras:
             lora.scaling = 1
-        magnitudes = path.with_name(MAGNITUDES_NAME)
-        if magnitudes.exists():
-            model.magnitudes = read_weights(magnitudes, torch.float32, pin=False)
+        for attribute, name in (("magnitudes", MAGNITUDES_NAME), ("biases", BIASES_NAME)):
+            if (vectors := path.with_name(name)).exists():
+                setattr(model, attribute, read_weights(vectors, torch.float32, pin=False))
         return model
 
 
