@@ -47,6 +47,18 @@ def test_answers_have_the_structure_that_was_asked_for(shown):
     assert "Rome" in pirate or "Madrid" in pirate
 
 
+def test_a_call_of_a_tool_is_data(shown):
+    """The parser finds the name and the arguments of the call that the answer holds."""
+    text, mark, rest = shown.printed("tools").partition("weather {'city': '")
+    assert text.startswith("<tool_call>") and mark
+    assert f'"city": "{rest.partition(chr(39))[0]}"' in text
+
+
+def test_an_image_is_refused_in_words(shown):
+    """The demo's model has no eyes, and the error says so."""
+    assert "reads text only: it cannot be given an image" in shown.printed("image")
+
+
 def test_the_stream_ends_with_the_whole_answer(shown):
     """What is left of the stream is the finished output."""
     assert "Roma. La capital de Italia es Roma." in shown.text("stream")
