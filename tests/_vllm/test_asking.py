@@ -6,19 +6,21 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from attrs import evolve
 from chat.families import WEATHER
 from vllm import SamplingParams
-from vllm.config import VllmConfig
+from vllm.config import StructuredOutputsConfig, VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine import FINISH_REASON_STRINGS
+from vllm.v1.structured_output.request import get_structured_output_key
 
-from qlora_infer._vllm.asking import parsers
+from qlora_infer._vllm.asking import parsers, sampling
 from qlora_infer._vllm.asking.parsers import AnswerParser
 from qlora_infer._vllm.asking.sampling import SamplingReader
 from qlora_infer._vllm.engine import VLLMBackend, _Begun
 from qlora_infer.chat.conversation import Conversation
 from qlora_infer.errors import RequestRejectedError
-from qlora_infer.requests.arguments import _STRUCTURE_OPTIONS, STRUCTURES
+from qlora_infer.requests.arguments import STRUCTURE_OPTIONS, STRUCTURES
 from qlora_infer.requests.request import GenerationRequest
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -45,7 +47,26 @@ def test_a_plain_mapping_says_what_an_answer_looks_like(reader, given):
 def test_the_fields_are_vllms():
     """vLLM's class has these fields, and no other that users set."""
     fields = {name for name in StructuredOutputsParams.__dataclass_fields__ if not name.startswith("_")}
-    assert fields == {*STRUCTURES, *_STRUCTURE_OPTIONS}
+    assert fields == {*STRUCTURES, *STRUCTURE_OPTIONS}
+
+
+def test_an_option_that_vllm_ignores_in_a_request_is_logged_once(reader, caplog):
+    """vLLM compiles the same with and without it; where the engine has the option, nothing is logged."""
+    options = {"disable_any_whitespace": True, "disable_additional_properties": True, "whitespace_pattern": " ?"}
+    assert {*options} == {*STRUCTURE_OPTIONS}
+    bare = get_structured_output_key(StructuredOutputsParams(json=SCHEMA))
+    assert get_structured_output_key(StructuredOutputsParams(json=SCHEMA, **options)) == bare
+    sampling._warn_of_ignored.cache_clear()
+    for _ in range(2):
+        reader.read({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, {})
+    (record,) = caplog.records
+    assert "ignores a request's disable_any_whitespace" in record.getMessage()
+    sampling._warn_of_ignored.cache_clear()
+    of_engine = StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True)
+    config = SimpleNamespace(model_config=reader.vllm_config.model_config, structured_outputs_config=of_engine)
+    made = evolve(reader, vllm_config=config).read({"structured_outputs": {"json": SCHEMA, **options}}, {})
+    assert made.structured_outputs._backend == "guidance"
+    assert [record.args for record in caplog.records[1:]] == [(name,) for name in STRUCTURE_OPTIONS[1:]]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """``examples/adapters.ipynb``, executed by a real kernel on the real vLLM; and other ways to ask, in cells of our own."""
 
+import json
+
 import pytest
 from notebook_run import run_notebook
 
@@ -45,6 +47,20 @@ def test_answers_have_the_structure_that_was_asked_for(shown):
     _, base, pirate = shown.text("json").splitlines()
     assert '"capital"' in base
     assert "Rome" in pirate or "Madrid" in pirate
+
+
+def test_a_call_of_a_tool_is_data(shown):
+    """The parser finds the name and the arguments of the call that the answer holds."""
+    *_, begin, written, end, call = shown.printed("tools").strip().splitlines()  # after what vLLM logs of the template
+    assert (begin, end) == ("<tool_call>", "</tool_call>")
+    arguments = json.loads(written)["arguments"]
+    assert call == f"weather {arguments}"
+    assert arguments["city"] in ("Rome", "Madrid", "Tokyo")
+
+
+def test_an_image_is_refused_in_words(shown):
+    """The demo's model has no eyes, and the error says so."""
+    assert "reads text only: it cannot be given an image" in shown.printed("image")
 
 
 def test_the_stream_ends_with_the_whole_answer(shown):

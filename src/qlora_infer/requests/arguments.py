@@ -18,7 +18,7 @@ CHAT_FIELDS = ("tools", "chat_template_kwargs", "add_generation_prompt", "contin
 
 #: What an answer may have to look like, as vLLM 0.32's ``StructuredOutputsParams`` names it.
 STRUCTURES = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-_STRUCTURE_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+STRUCTURE_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 
 # The fields of older versions and of other libraries, and what to write here.
 _OTHER_NAMES = {
@@ -193,7 +193,7 @@ def check_structured_outputs(value: Any) -> None:
     form = f'{{"json": schema}}, with one of {", ".join(STRUCTURES)}'
     if not isinstance(value, Mapping):
         raise TypeError(f"structured_outputs must be a mapping such as {form}, got {str(value)[:80]!r}")
-    if unknown := [name for name in value if name not in (*STRUCTURES, *_STRUCTURE_OPTIONS)]:
+    if unknown := [name for name in value if name not in (*STRUCTURES, *STRUCTURE_OPTIONS)]:
         raise TypeError(f"structured_outputs has no field {unknown[0]!r}: it is a mapping such as {form}")
     if len([name for name in STRUCTURES if value.get(name) is not None]) != 1:
         raise ValueError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from attrs import frozen
 
 from qlora_infer._vllm.asking.chat import plain
-from qlora_infer.requests.arguments import check_sampling_fields, check_structured_outputs
+from qlora_infer.requests.arguments import STRUCTURE_OPTIONS, check_sampling_fields, check_structured_outputs
+
+logger = logging.getLogger("qlora_infer")
 
 
 @frozen
@@ -67,6 +71,24 @@ class SamplingReader:
             made._validate_structured_outputs(config.model_config, config.structured_outputs_config, self.tokenizer)
         except Exception as error:
             raise ValueError(f"sampling_params: structured_outputs: {error}") from error
+        for option in STRUCTURE_OPTIONS:
+            of_engine = getattr(config.structured_outputs_config, option, None)
+            if getattr(made.structured_outputs, option) and not of_engine:
+                _warn_of_ignored(option)
+
+
+@functools.cache  # once for each option
+def _warn_of_ignored(option: str) -> None:
+    """Log that an option has no effect in a request.
+
+    vLLM 0.32.0 compiles a structure from its ``structured_output_key``, which has none of them
+    (``v1/structured_output/request.py``), and reads two of them from the engine's configuration.
+    """
+    logger.warning(
+        "structured_outputs: vLLM ignores a request's %s. For all requests of an engine, set disable_any_whitespace or "
+        'disable_additional_properties in engine_args={"structured_outputs_config": {"backend": "guidance", …}}',
+        option,
+    )
 
 
 def _structured_outputs(value: Any) -> Any:

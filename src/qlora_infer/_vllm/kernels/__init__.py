@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_infer._vllm.kernels.cpu.experts import leave_out_experts
 from qlora_infer._vllm.kernels.cpu.rotary import flatten_heads
+from qlora_infer._vllm.kernels.drafts import share_plain_embeddings
 from qlora_infer._vllm.kernels.routers import hand_on_routers
 from qlora_infer.plan.engine_plan import KERNELS_CAPABILITY, KERNELS_KEY
 
@@ -41,6 +42,7 @@ def install() -> None:
     from vllm.platforms import current_platform
 
     name = None
+    share_plain_embeddings()
     if current_platform.is_cpu():
         _complete_4_bit_weights()
         _request_amx()
