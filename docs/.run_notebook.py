@@ -1,5 +1,6 @@
 """Runs examples/adapters.ipynb and writes the page that shows it with its outputs: ``nox -s notebook``."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nbconvert.writers import FilesWriter
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
+os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # which the page leaves out
 notebook = nbformat.read(EXAMPLES / "adapters.ipynb", as_version=4)
 NotebookClient(notebook, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
 for cell in notebook.cells:
