@@ -268,7 +268,7 @@ BROKEN: tuple[BrokenAdapter, ...] = (
     BrokenAdapter("alora", config_with(alora_invocation_tokens=[1, 2]), IncompatibleAdapterError, "aLoRA"),
     BrokenAdapter("replication", config_with(layer_replication=[[0, 2]]), IncompatibleAdapterError, "layer_replication"),
     BrokenAdapter("modules-to-save", config_with(modules_to_save=["lm_head"]), IncompatibleAdapterError, "modules_to_save"),
-    BrokenAdapter("ia3", config_with(peft_type="IA3"), IncompatibleAdapterError, "IA3 adapter"),
+    BrokenAdapter("ia3", config_with(peft_type="IA3"), IncompatibleAdapterError, "adapter of type IA3"),
     BrokenAdapter("weights-missing", without("adapter_model.safetensors"), AdapterNotFoundError, "no adapter_model.safetensors"),
     BrokenAdapter("weights-empty", weights_bytes(lambda content: b""), CorruptAdapterError, "header ends at byte 8 of 0"),
     BrokenAdapter("weights-truncated", weights_bytes(lambda content: content[:-100]), CorruptAdapterError, "the file holds"),

@@ -45,6 +45,7 @@ NEED_AN_EXTRA = {
     "qlora_infer._vllm.openai.faults": "fastapi",
     "qlora_infer._vllm.openai.models": "vllm",
     "qlora_infer._vllm.openai.outputs": "vllm",
+    "qlora_infer._vllm.openai.pictures": "vllm",
     "qlora_infer._vllm.openai.templates": "vllm",
     "qlora_infer._vllm.worker": "torch",
     "qlora_infer.metrics": "'qlora-infer[metrics]'",
