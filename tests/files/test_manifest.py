@@ -219,7 +219,7 @@ UNSUPPORTED = {
     "lora_monteclora_sampler": lambda: {"monteclora_config": peft_config("MontecloraConfig")},
     "merge_and_unload": lambda: {"kind": "IA3Config", "feedforward_modules": []},
     "save_as_lora": lambda: {"kind": "LoKrConfig"},
-    "ADALORA adapter": lambda: {"kind": "AdaLoraConfig", "total_step": 10},
+    "adapter of type ADALORA": lambda: {"kind": "AdaLoraConfig", "total_step": 10},
 }
 
 
@@ -309,7 +309,7 @@ def test_factors_of_3d_parameters_are_those_of_each_expert(tmp_path):
 def test_prompt_tuning_is_named(tmp_path):
     """An adapter that adapts no module at all is named by its type."""
     folder = save_with_peft(tmp_path / "adapter", kind="PromptTuningConfig", num_virtual_tokens=4)
-    assert "PROMPT_TUNING adapter" in read_manifest("odd", folder).unsupported[0]
+    assert "adapter of type PROMPT_TUNING" in read_manifest("odd", folder).unsupported[0]
 
 
 # write_adapter ------------------------------------------------------------------------------------------------------
