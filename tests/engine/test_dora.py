@@ -23,6 +23,8 @@ torch = pytest.importorskip("torch")
 
 GREEDY = {"temperature": 0.0, "max_tokens": 16}
 PROMPT = "The capital of France is"
+#: For what does not depend on the weights.
+TWO_FORMS = ("awq", "bitsandbytes")
 
 
 @cache
@@ -134,6 +136,7 @@ def distances_from_peft(engine, form, folder, record_property):
     return found, (from_lora, from_base), most
 
 
+@pytest.mark.parametrize("engine", TWO_FORMS, indirect=True)
 def test_base_lora_and_dora_in_one_batch_answer_as_alone(engine, engines):
     """Up to a near tie, as for plain adapters (``test_a_batch_of_everything_gives_what_each_gives_alone``)."""
     engine.load_adapter("dora", dora_folder(form_of(engines)))
@@ -145,6 +148,7 @@ def test_base_lora_and_dora_in_one_batch_answer_as_alone(engine, engines):
         assert_same_up_to_a_near_tie(alone, together, BATCH_TOLERANCE)
 
 
+@pytest.mark.parametrize("engine", TWO_FORMS, indirect=True)
 def test_rows_without_dora_have_the_same_bits_beside_it(engine, engines):
     """A base request and a LoRA request beside DoRA get the log-probabilities, to the last bit, that they get without."""
     engine.load_adapter("dora", dora_folder(form_of(engines)))
@@ -158,7 +162,7 @@ def test_rows_without_dora_have_the_same_bits_beside_it(engine, engines):
 
 
 def answer(engine, adapter):
-    return engine.generate(PROMPT, {**GREEDY, "logprobs": 0}, adapter=adapter, use_tqdm=False)[0]
+    return engine.generate(PROMPT, {**GREEDY, "logprobs": 0, "max_tokens": 6}, adapter=adapter, use_tqdm=False)[0]
 
 
 def test_a_slot_forgets_the_magnitudes_of_the_adapter_before(awq, tmp_path):

@@ -148,7 +148,7 @@ class Server(Caller):
         """Return the beginning of a stream, which runs on."""
         url = self.wait_for_line("serving on").split()[-1]
         http = httpx.Client(base_url=url, timeout=60)
-        body = {"model": "json", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        body = {"model": "json", "prompt": "Once upon a time", "max_tokens": 150, "ignore_eos": True, "stream": True}
         response = http.send(http.build_request("POST", "/v1/completions", json=body), stream=True)
         self.stream = response.iter_lines()
         assert next(self.stream).startswith("data: ")
