@@ -83,6 +83,17 @@ def test_prompts_on_the_command_line(workplace):
     assert workplace.run("-p", "hello").stdout == "You said: hello\n"
 
 
+def test_a_line_chooses_its_structure(workplace):
+    """``structured_outputs`` is JSON in a line, as in Python; a form that there is not is the error of its line."""
+    forms = {"choice": ["Rome", "Madrid"]}, {"json": {"type": "object"}}, {"type": "object"}
+    workplace.write(*({"prompt": "a", "sampling_params": {"structured_outputs": form}} for form in forms))
+    assert workplace.run_file().returncode == 1
+    right, also, wrong = sorted(workplace.answers(), key=lambda answer: answer["line"])
+    assert right["text"] == also["text"] == "You said: a"
+    assert "structured_outputs" in wrong["error"]
+    assert "'type'" in wrong["error"]
+
+
 def test_a_line_chooses_its_adapter_and_parameters(workplace):
     """What a line says goes before the options; null is the base model; the id comes back."""
     workplace.write(
