@@ -49,7 +49,7 @@ class PendingRequest:
         self.done = False
         self.error: BaseException | None = None
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # no condition: one more for each request would be a cost
         self._listeners: list[tuple[float, Callable[[], None]]] = []
         self._future: Callable[[], Future[GenerationOutput] | None] = lambda: None
         self._held: Future[GenerationOutput] | None = None
@@ -67,7 +67,7 @@ class PendingRequest:
 
     def hold(self, future: Future[GenerationOutput]) -> None:
         """Keep the future until the request has ended, because a callback waits."""
-        with self._changed:
+        with self._lock:
             self._held = None if self.done else future
 
     def ends_within(self, num_steps: int) -> bool:
@@ -76,7 +76,7 @@ class PendingRequest:
 
     def advance(self, output: GenerationOutput) -> None:
         """Take the next output, unless the request has ended."""
-        with self._changed:
+        with self._lock:
             if self.done:
                 return
             self.output, self.done = output, output.finished
@@ -87,7 +87,7 @@ class PendingRequest:
 
     def fail(self, error: BaseException) -> bool:
         """End with an error, unless the request has ended; whether it did so now."""
-        with self._changed:
+        with self._lock:
             if self.done:
                 return False
             self.error, self.done = error, True
@@ -98,7 +98,7 @@ class PendingRequest:
     def newest(self) -> tuple[GenerationOutput, int, bool]:
         """Return the newest output, how many there have been, and whether it is the last; or raise the error."""
         self._end_if_forked()
-        with self._changed:
+        with self._lock:
             if self.error is not None:
                 raise self.error
             if self.output is None:
@@ -107,9 +107,13 @@ class PendingRequest:
 
     def wait(self, num_seen: float) -> None:
         """Block this thread until there are more outputs than ``num_seen``, or the end."""
-        self._end_if_forked()
-        with self._changed:
-            self._changed.wait_for(lambda: self._has_news(num_seen))
+        arrived = threading.Event()
+        listener = arrived.set
+        self.listen(listener, num_seen)
+        try:
+            arrived.wait()
+        finally:
+            self._unlisten(listener)
 
     async def wait_async(self, num_seen: float = END) -> None:
         """Wait in an event loop until there are more outputs than ``num_seen``, or the end."""
@@ -135,14 +139,14 @@ class PendingRequest:
     def listen(self, listener: Callable[[], None], num_seen: float = END) -> None:
         """Call ``listener`` once when there are more outputs than ``num_seen``, or the end; it must not block."""
         self._end_if_forked()
-        with self._changed:
+        with self._lock:
             if not self._has_news(num_seen):
                 self._listeners.append((num_seen, listener))
                 return
         listener()
 
     def _unlisten(self, listener: Callable[[], None]) -> None:
-        with self._changed:
+        with self._lock:
             self._listeners = [entry for entry in self._listeners if entry[1] is not listener]
 
     def require_own_process(self) -> None:
@@ -162,14 +166,13 @@ class PendingRequest:
     def _end_if_forked(self) -> None:
         """Fail in a process that was forked from the one where the request runs: no output comes here any more."""
         if not self.done and os.getpid() != self._pid:
-            self._changed, self._listeners = threading.Condition(), []
+            self._lock, self._listeners = threading.RLock(), []
             self.error, self.done = forked_engine_error(self._pid), True
 
     def _has_news(self, num_seen: float) -> bool:
         return self.done or self.num_outputs > num_seen
 
     def _notify(self) -> None:
-        self._changed.notify_all()
         if self._listeners:
             due = [listener for num_seen, listener in self._listeners if self._has_news(num_seen)]
             self._listeners = [entry for entry in self._listeners if not self._has_news(entry[0])]
