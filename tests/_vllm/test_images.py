@@ -48,15 +48,8 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory, files):
     """vLLM's renderer and processor of a tiny Qwen2.5-VL, without its weights and without an engine."""
-    model = catalog.BY_NAME["qwen2.5-vl"]
     folder = tmp_path_factory.mktemp("model")
-    config = model.config()
-    config.architectures = [model.architecture]
-    config.save_pretrained(folder)
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    model.save_processor(folder, tokenizer)
+    tiny.write_without_weights(catalog.BY_NAME["qwen2.5-vl"], folder, TEMPLATE)
     settings = ModelConfig(model=str(folder), allowed_local_media_path=str(files[0]), dtype="float32")
     return renderer_from_config(VllmConfig(model_config=settings))
 

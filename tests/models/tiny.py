@@ -102,6 +102,17 @@ def build(model: TinyModel, folder: Path) -> None:
     _rewrite_json(folder / "config.json", architectures=[model.architecture])
 
 
+def write_without_weights(model: TinyModel, folder: Path, chat_template: str) -> None:
+    """Write a model's config, tokenizer and processor: all that vLLM's renderer reads."""
+    config = model.config()
+    config.architectures = [model.architecture]
+    config.save_pretrained(folder)
+    words = tokenizer()
+    words.chat_template = chat_template
+    words.save_pretrained(folder)
+    model.save_processor(folder, words)
+
+
 def _vary_vectors(network: Any) -> None:
     """Move the weights of norms and the biases off 1 and 0, where a mistake would not show."""
     import torch

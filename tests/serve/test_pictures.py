@@ -42,14 +42,8 @@ def backend(tmp_path_factory):
     from vllm import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    model, folder = catalog.BY_NAME["qwen2.5-vl"], tmp_path_factory.mktemp("model")
-    config = model.config()
-    config.architectures = [model.architecture]
-    config.save_pretrained(folder)
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    model.save_processor(folder, tokenizer)
+    folder = tmp_path_factory.mktemp("model")
+    tiny.write_without_weights(catalog.BY_NAME["qwen2.5-vl"], folder, TEMPLATE)
 
     class SeeingEngine(ByteEngine):
         pass
